@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Stage 2 of GRATH: put new correct answers onto the original incorrect ones.
+
+    python combine_new_correct_ori_wrong.py --new_data_path runs/x/data/iter1_....json --ori_data_path .../iter0_....json
+
+Writes {new_data_path without .json}_combined.json: one row for each original row, in its order, with its question, the
+new correct answer to it (its own where the new file has none) and its own incorrect answer.
+"""
+
+from pathlib import Path
+
+from grath.cli import Parser, UserError, check_writable, run
+from grath.pairs import read_pairs, splice, write_pairs
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--new_data_path", type=Path, required=True, help="pairs that the improved model wrote")
+    parser.add_argument("--ori_data_path", type=Path, required=True, help="pairs of the first round")
+    args = parser.parse_args()
+    if args.new_data_path.suffix != ".json":
+        raise UserError(f"--new_data_path {args.new_data_path} must end with .json")
+    new_rows = read_pairs(args.new_data_path, "the new pair file")
+    ori_rows = read_pairs(args.ori_data_path, "the original pair file")
+    check_writable(args.new_data_path.parent)
+
+    rows, missing = splice(new_rows, ori_rows)
+    if missing == len(ori_rows):
+        raise UserError("the two pair files have no question in common: were they written for the same data set?")
+    path = args.new_data_path.with_name(f"{args.new_data_path.stem}_combined.json")
+    write_pairs(path, rows)
+    changed = sum(new["correct"] != old["correct"] for new, old in zip(rows, ori_rows, strict=True))
+    print(f"{len(rows)} rows: {changed} correct answers changed, {missing} kept because the new file has none")
+    print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
+
+
+if __name__ == "__main__":
+    run(main)

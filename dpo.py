@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""Stage 3 of GRATH: direct preference optimisation with LoRA.
+
+    accelerate launch dpo.py --dataset_path PAIRS --model_name_or_path MODEL --output_dir DIR --seed 0
+    accelerate launch dpo.py --dataset_name ai2_arc/ARC-Challenge --model_name_or_path MODEL --output_dir DIR --seed 0
+
+MODEL is a hub name or a model folder in the first round, the last round's adapter folder in the later ones: that adapter
+is trained on. Saves one adapter against the pretrained base in DIR, and checkpoints in DIR/checkpoint-N. Without further
+flags the settings are those of the paper's code; every option of TRL's DPOConfig works under its own name.
+"""
+
+from dataclasses import dataclass, field
+
+from grath.chat import MODEL_TYPES, template_for
+from grath.cli import HelpFormatter, OneLineErrors, UserError, check_writable, run
+from grath.models import load_model, load_tokenizer
+from grath.pairs import read_pairs
+from grath.questions import KEYED_SETS, keyed_pairs, load_hub_split
+
+
+@dataclass
+class ScriptArguments:
+    """What the stage itself takes."""
+
+    model_name_or_path: str = field(metadata={"help": "hub name, model folder or LoRA adapter's folder"})
+    dataset_path: str | None = field(default=None, metadata={"help": "a pair file"})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": f"{', '.join(KEYED_SETS)}, or a hub data set in TRL's preference format; instead of a file"},
+    )
+    reference: str = field(
+        default="rolling",
+        metadata={
+            "help": "rolling: the model that the round starts from; fixed: the pretrained base in every round",
+            "choices": ("rolling", "fixed"),
+        },
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer's name; if left out, the model's"})
+    model_type: str = field(
+        default="auto", metadata={"help": "chat tags; auto: the tokenizer's chat template", "choices": MODEL_TYPES}
+    )
+    lora_r: int = field(default=8, metadata={"help": "rank of the LoRA matrices"})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA's scale is lora_alpha / lora_r"})
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "recorded, and active with --no_disable_dropout only, as in TRL"}
+    )
+    sanity_check: bool = field(default=False, metadata={"help": "train on the first 1000 pairs only"})
+    num_sample: int | None = field(default=None, metadata={"help": "train on the first N pairs only"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what is in output_dir"})
+
+
+def parse_args():
+    from transformers import HfArgumentParser
+
+    from grath.settings import GrathDPOConfig
+
+    class Parser(OneLineErrors, HfArgumentParser):
+        """One-line errors for transformers' dataclass parser."""
+
+    parser = Parser(
+        (ScriptArguments, GrathDPOConfig), description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    try:
+        script_args, config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(str(error)) from None
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if bool(script_args.dataset_path) == bool(script_args.dataset_name):
+        raise UserError("give either --dataset_path (a pair file) or --dataset_name")
+    if script_args.num_sample is not None and script_args.num_sample < 1:
+        raise UserError(f"--num_sample must be at least 1, not {script_args.num_sample}")
+    return script_args, config
+
+
+def load_preferences(args, config, tokenizer, template):
+    """The training set: tokenised by `grath.chat`, or as it is for TRL to tokenise."""
+    from grath.trainer import keep_trainable, tokenise
+
+    limit = min(args.num_sample or 10**9, 1000 if args.sanity_check else 10**9)
+    if args.dataset_name and args.dataset_name not in KEYED_SETS:
+        dataset = load_hub_split(args.dataset_name, None, "train")
+        if not {"chosen", "rejected"} <= set(dataset.column_names):
+            raise UserError(f"{args.dataset_name} is not in TRL's preference format: no columns chosen and rejected")
+        tokenizer.chat_template = template
+        return dataset.select(range(min(limit, len(dataset))))
+    rows = read_pairs(args.dataset_path) if args.dataset_path else keyed_pairs(args.dataset_name, config.seed)
+    return keep_trainable(tokenise(rows[:limit], tokenizer, template), config.max_length)
+
+
+def main():
+    args, config = parse_args()
+    check_writable(config.output_dir)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
+    template = template_for(tokenizer, args.model_type)
+    dataset = load_preferences(args, config, tokenizer, template)
+    model = load_model(args.model_name_or_path, config.precision, trainable=True)
+
+    from accelerate import PartialState
+    from peft import LoraConfig, PeftModel
+
+    from grath.trainer import LORA_TARGETS, GrathDPOTrainer, clear_output, describe_reference, save_adapter
+
+    with PartialState().main_process_first():
+        clear_output(config.output_dir, args.overwrite_output_dir)
+    record = describe_reference(args.model_name_or_path, args.reference)
+    processes = PartialState().num_processes
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    print(f"policy starts from {record['policy_starts_from']}")
+    print(f"reference ({args.reference}): {record['reference_model']}")
+    print(
+        f"{config.precision}, {config.optim.value}, {config.max_steps} steps of {batch} pairs, {processes} process(es)"
+    )
+
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=LORA_TARGETS,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    trainer = GrathDPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=None if isinstance(model, PeftModel) else lora,
+        reference=args.reference,
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    settings = {"pairs": len(dataset), "effective_batch": batch, **vars(args), **config.to_dict()}
+    save_adapter(trainer, {**record, "log": trainer.state.log_history, "settings": settings})
+    print(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,135 @@
+"""What every command line of the project shares: one-line errors, parsers, files that appear whole."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Bad input. Its text is the one line that the user sees: what is wrong and what to do."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something, and keeps the line breaks of a module's docstring."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class OneLineErrors:
+    """Mixin for `argparse.ArgumentParser`: a wrong flag is a `UserError`, not a usage text."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+class Parser(OneLineErrors, argparse.ArgumentParser):
+    """The data scripts' parser: exact flag names only, the module's docstring as description."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def positive_int(text):
+    """An integer of at least 1, for `argparse`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def run(main):
+    """Run a script's `main` and exit with its status.
+
+    Bad input ends with one line on standard error and status 2; Ctrl-C with status 130. `accelerate launch` turns
+    every child's failure into its own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names.
+    """
+    # On a machine without a GPU, bitsandbytes complains about an optional package as soon as transformers looks at it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        status = main() or 0
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        status = BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        status = 130
+    if status and os.environ.get("GRATH_STATUS_FILE"):
+        Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
+    sys.exit(status)
+
+
+def write_whole(path, text):
+    """Write `text` (UTF-8) to `path` so that the name never shows a part of it: temporary file, then rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(folder):
+    """Raise `UserError` unless files can be made in `folder`, or in the nearest of its parents that exists."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file, not a folder: choose another output folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {existing}: choose another output folder or change its rights")
+
+
+def read_json_lines(path, what):
+    """The objects of a JSON-lines file as a list of dicts.
+
+    Args:
+        path: the file.
+        what: the file's role, for the error message.
+
+    Raises:
+        UserError: the file is missing, no UTF-8 text, empty, or a line is no JSON object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} {path} is a folder, not a file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{what} {path}, line {number}: not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{what} {path}, line {number}: not a JSON object")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{what} {path} is empty")
+    return rows

@@ -1,0 +1,139 @@
+"""Loading models and tokenizers: hub names, model folders and LoRA adapters' folders, in every precision."""
+
+import json
+from pathlib import Path
+
+from grath.cli import UserError
+
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
+# What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
+AUTO = {"pairs": ("int8", "bf16"), "dpo": ("fp4", "bf16"), "scores": ("fp16", "fp32")}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def resolve_precision(precision, stage):
+    """What `--precision` means on this machine for a `stage` of `AUTO`.
+
+    Raises:
+        UserError: 8 or 4 bit is asked for without a CUDA GPU, or without bitsandbytes.
+    """
+    import torch
+
+    if precision == "auto":
+        precision = AUTO[stage][0 if torch.cuda.is_available() else 1]
+    if precision not in DTYPES:
+        from transformers.utils import is_bitsandbytes_available
+
+        if not torch.cuda.is_available():
+            raise UserError(f"--precision {precision} needs a CUDA GPU: use bf16 or fp32 here")
+        if not is_bitsandbytes_available():
+            raise UserError(f"--precision {precision} needs the package bitsandbytes: pip install bitsandbytes")
+    return precision
+
+
+def split_adapter(name):
+    """Tell an adapter's folder from a model.
+
+    Returns:
+        (base, adapter): the base model's name and the adapter's folder, or (name, None) for a model. A local folder
+        is given as an absolute path, so that what is recorded beside an adapter holds from every working directory.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return str(name), None
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return str(folder.resolve()), None
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{config} names no base model: it is no LoRA adapter's configuration") from None
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} has no adapter_model.safetensors: the adapter is not complete")
+    return str(base), str(folder.resolve())
+
+
+def load_tokenizer(name, tokenizer_name=None):
+    """The tokenizer of a model, or of an adapter's base, with a padding token."""
+    from transformers import AutoTokenizer
+
+    source = tokenizer_name or split_adapter(name)[0]
+    tokenizer = _load(AutoTokenizer, source, "tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name, precision, trainable=False):
+    """A causal language model, with its LoRA adapter if `name` is an adapter's folder.
+
+    Args:
+        name: hub name, model folder or adapter folder.
+        precision: what `resolve_precision` gave.
+        trainable: whether the adapter's weights take gradients.
+
+    Returns:
+        `PreTrainedModel`, or `PeftModel` around it, on this process's device.
+
+    Raises:
+        UserError: there is no such model, or the adapter does not belong to its base.
+    """
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = split_adapter(name)
+    options = {"use_safetensors": True, "dtype": getattr(torch, DTYPES.get(precision, "float16"))}
+    if precision not in DTYPES:
+        options["quantization_config"] = _quantization(precision)
+        options["device_map"] = {"": PartialState().local_process_index}
+    model = _load(AutoModelForCausalLM, base, "model", **options)
+    if precision in DTYPES:
+        model = model.to(PartialState().device)
+    if adapter:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"the adapter {adapter} does not fit its base {base}: {_first_line(error)}") from None
+    return model
+
+
+def check_model(name):
+    """Raise `UserError` unless the configuration of a model, or of an adapter's base, can be had."""
+    from transformers import AutoConfig
+
+    _load(AutoConfig, split_adapter(name)[0], "model")
+
+
+def stop_ids(model, tokenizer):
+    """Token ids that end a completion: the tokenizer's EOS and those of the model's generation settings."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})
+
+
+def _quantization(precision):
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=compute)
+
+
+def _load(auto_class, source, what, **options):
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{source} is a folder without a {what} (no config.json)")
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except Exception as error:  # the hub client, the file readers and the model classes each raise their own kinds
+        raise UserError(f"cannot load the {what} {source}: {_first_line(error)}") from None
+
+
+def _first_line(error):
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,57 @@
+"""The settings of the paper's DPO, as defaults of TRL's `DPOConfig`."""
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from grath.cli import UserError
+from grath.models import PRECISIONS, resolve_precision
+
+
+@dataclass
+class GrathDPOConfig(DPOConfig):
+    """Every option of TRL's `DPOConfig`, with the defaults of the paper's code, and `precision`."""
+
+    output_dir: str = field(default="", metadata={"help": "where the adapter is saved (required)"})
+    precision: str = field(
+        default="auto",
+        metadata={"help": "the base's weights; auto: fp4 on a CUDA GPU, bf16 on a CPU", "choices": PRECISIONS},
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the adapter's start, the order and the draws"})
+    beta: float = field(default=0.1, metadata={"help": "strength of the tie to the reference (DPO, equation 7)"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    warmup_steps: float = field(default=100, metadata={"help": "warm-up steps; below 1, a share of all steps"})
+    optim: str = field(
+        default="auto",
+        metadata={"help": "optimiser; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU"},
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "pairs a device and forward pass"})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "forward passes an optimiser step"})
+    max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    max_length: int | None = field(default=1024, metadata={"help": "pairs with more tokens are dropped"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations to save memory; these sequences are short"}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True, metadata={"help": "compute the reference's log-probabilities once, before training"}
+    )
+    logging_first_step: bool = field(default=True, metadata={"help": "log the first step, whose margin tells most"})
+    save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none"})
+
+    def __post_init__(self):
+        import torch
+
+        if not self.output_dir:
+            raise UserError("--output_dir is required: where is the adapter to be saved?")
+        self.precision = resolve_precision(self.precision, "dpo")
+        if self.optim == "auto":
+            self.optim = "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch"
+        # bf16 and fp32 weights are trained as they are; the adapter's own weights are float32. TRL would turn
+        # bf16 autocast on wherever nothing is said.
+        if self.bf16 is None:
+            quantised = self.precision in ("int8", "nf4", "fp4")
+            self.bf16 = quantised and torch.cuda.is_bf16_supported()
+            self.fp16 = self.fp16 or self.precision == "fp16" or (quantised and not self.bf16)
+        super().__post_init__()

