@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Stage 2 of GRATH: put new correct answers onto the original incorrect ones.
 
-    python combine_new_correct_ori_wrong.py --new_data_path runs/x/data/iter1_....json --ori_data_path .../iter0_....json
+    python combine_new_correct_ori_wrong.py --new_data_path iter1_....json --ori_data_path iter0_....json
 
 Writes {new_data_path without .json}_combined.json: one row for each original row, in its order, with its question, the
 new correct answer to it (its own where the new file has none) and its own incorrect answer.

@@ -4,9 +4,10 @@
     accelerate launch dpo.py --dataset_path PAIRS --model_name_or_path MODEL --output_dir DIR --seed 0
     accelerate launch dpo.py --dataset_name ai2_arc/ARC-Challenge --model_name_or_path MODEL --output_dir DIR --seed 0
 
-MODEL is a hub name or a model folder in the first round, the last round's adapter folder in the later ones: that adapter
-is trained on. Saves one adapter against the pretrained base in DIR, and checkpoints in DIR/checkpoint-N. Without further
-flags the settings are those of the paper's code; every option of TRL's DPOConfig works under its own name.
+MODEL is a hub name or a model folder in the first round, the last round's adapter folder in the later ones: training
+goes on with that adapter. Saves one adapter against the pretrained base in DIR, and checkpoints in DIR/checkpoint-N.
+Without further flags the settings are those of the paper's code; every option of TRL's DPOConfig works under its own
+name.
 """
 
 from dataclasses import dataclass, field

@@ -31,9 +31,7 @@ def template_for(tokenizer, model_type):
         UserError: `auto`, and the tokenizer has no chat template; or the tokenizer lacks a token that the tags need.
     """
     if tokenizer.eos_token is None:
-        raise UserError(
-            "the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name"
-        )
+        raise UserError("the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name")
     if model_type == "auto":
         if not isinstance(tokenizer.chat_template, str):
             raise UserError(f"the tokenizer has no chat template: pass --model_type ({', '.join(TEMPLATES)})")

@@ -53,7 +53,11 @@ def read_scores(folder):
 
 
 def rounds(run_dir):
-    """The rounds of a run's folder: dict of round number -> {"model": folder or None, "results": folder, "pairs": n}."""
+    """The rounds of a run's folder.
+
+    Returns:
+        dict: round number -> {"model": name or folder, None if not known; "results": folder; "pairs": how many}.
+    """
     run_dir = Path(run_dir)
     found = {0: {"model": None}}
     for folder in run_dir.glob("models/iter_*"):
@@ -80,9 +84,7 @@ def pending(runs_dir):
     if run_dir is None:
         raise UserError(f"no run with a model below {runs_dir}: name a model or an adapter to score")
     rows = rounds(run_dir).values()
-    return run_dir, [
-        (row["model"], row["results"]) for row in rows if row["model"] and not read_scores(row["results"])
-    ]
+    return run_dir, [(row["model"], row["results"]) for row in rows if row["model"] and not read_scores(row["results"])]
 
 
 def table(rows):
@@ -101,9 +103,7 @@ def table(rows):
     versions = sorted({f"{task} {score['version']}" for task, score in all_scores})
     harness = sorted({f"lm-evaluation-harness {score['harness']}" for _, score in all_scores if score["harness"]})
     footer = "; ".join(harness + versions)
-    return tabulate(body, header, disable_numparse=True) + (
-        f"\n({footer}; percent ± standard error)" if footer else ""
-    )
+    return tabulate(body, header, disable_numparse=True) + (f"\n({footer}; percent ± standard error)" if footer else "")
 
 
 def _cell(score):

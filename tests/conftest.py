@@ -1,0 +1,136 @@
+"""Tiny models made here, the real data where it is at hand, and a way to run the scripts as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+HUB = PROJECT.parent / "shared" / "hub"
+BUNDLED = PROJECT / "data" / "questions.jsonl"
+# What the tiny chat model has learnt to answer, whatever the question is.
+CORRECT, INCORRECT = "Plants need light to grow.", "Plants eat small stones."
+REPLY = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INCORRECT}"
+
+
+def call(*command, cwd=PROJECT, env=None, status=0):
+    """Run a command, offline; return it finished. A script's name is looked up in the project."""
+    command = [str(part) for part in command]
+    if command[0].endswith(".py"):
+        command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
+    elif command[0].endswith(".sh"):
+        command[0] = str(PROJECT / command[0])
+    bin_folder = str(Path(sys.executable).parent)
+    settings = {
+        **os.environ,
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(Path(bin_folder).parent),
+        "PYTHONPATH": str(PROJECT),
+        "HF_HUB_OFFLINE": "1",
+        **(env or {}),
+    }
+    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=900)
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def rows(path):
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path, content):
+    """Write objects as a JSON-lines file and return its path."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+def pair(question, correct, incorrect):
+    return {"question": question, "correct": correct, "incorrect": incorrect}
+
+
+def needs_hub(test):
+    return pytest.mark.skipif(not HUB.is_dir(), reason=f"the real data is not at {HUB}")(test)
+
+
+def make_tokenizer(bos, eos, add_bos):
+    """A byte-level BPE tokenizer of about 500 tokens, trained on the bundled questions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = list(dict.fromkeys(["<unk>", bos, eos]))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator([row["question"] for row in rows(BUNDLED)] + [REPLY] * 50, trainer)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    return make_tokenizer("<s>", "</s>", add_bos=True)
+
+
+@pytest.fixture(scope="session")
+def smollm_tokenizer():
+    return make_tokenizer("<|im_start|>", "<|im_end|>", add_bos=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory, llama_tokenizer):
+    """Folder of a two-layer Llama that answers every request for a pair, of every kind, with `REPLY`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from grath.chat import TEMPLATES, answer_ids
+    from grath.questions import build_messages, load_demos, load_questions
+
+    tokenizer = llama_tokenizer
+    tokenizer.chat_template = TEMPLATES["llama2"]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    questions = load_questions(data_path=BUNDLED)
+    for step in range(240):
+        demos = load_demos("truthfulqa") if step % 6 == 0 else []
+        messages = build_messages(questions[step % 20], 0, step % 2 == 1, demos)
+        prompt, answer = answer_ids(tokenizer, messages, REPLY, tokenizer.chat_template)
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    folder = tmp_path_factory.mktemp("models") / "tiny llama"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_file(tmp_path_factory):
+    """A pair file of twelve different pairs."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.json"
+    questions = [row["question"] for row in rows(BUNDLED)[:12]]
+    return write_rows(path, [pair(q, f"It is number {i}.", "Nobody knows.") for i, q in enumerate(questions)])

@@ -1,0 +1,72 @@
+"""Every command in the README is one that a test runs, with the same flags."""
+
+import re
+
+from conftest import PROJECT
+
+PAIRS = "test_pairs.py::test_the_papers_commands"
+# Each command's shape -> where it runs for real (CI itself runs the make targets).
+RUN_BY = {
+    "make demo": "test_pipeline.py::test_the_demo_on_smollm2_with_reduced_sizes",
+    "make test": ".ci/run",
+    "python create_pair_responses.py --model_name_or_path --save_prefix": PAIRS,
+    "python create_pair_responses.py --model_name_or_path --save_prefix --useFS": PAIRS,
+    "python create_pair_responses.py --model_name_or_path --save_prefix --useGT": PAIRS,
+    "python create_pair_responses.py --model_name_or_path --save_prefix --useGT --useFS": PAIRS,
+    "python combine_new_correct_ori_wrong.py --new_data_path --ori_data_path": "test_pairs.py::test_splice",
+    "accelerate launch dpo.py --dataset_path --model_name_or_path --output_dir --seed": (
+        "test_dpo.py::test_accelerate_launch_trains_the_same"
+    ),
+    "accelerate launch dpo.py --dataset_name --model_name_or_path --output_dir --seed": (
+        "test_dpo.py::test_keyed_sets_by_name"
+    ),
+    "./evaluation.sh MODEL OUTPUT": "test_pipeline.py::test_leaderboard_tasks_on_real_data",
+    "./evaluation.sh": "test_pipeline.py::test_evaluation_scores_what_is_left_of_the_newest_run",
+    "DRY_RUN=1 ./run_llama2.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
+    "./run_llama2.sh": "test_pipeline.py::llama_run",
+    "./run_llama2_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
+    "./run_zephyr.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
+    "./run_zephyr_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
+    "./run_smollm2.sh": "test_pipeline.py::test_the_demo_on_smollm2_with_reduced_sizes",
+    "./run_smollm2_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
+    "DATA_NAME=allenai/ai2_arc NUM_QUERY=200 RUNS_DIR=$runs_dir $project/run_smollm2.sh": (
+        "test_pipeline.py::test_smollm2_on_arc_by_its_hub_name"
+    ),
+}
+
+
+def quoted_commands():
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def shape(command):
+    """A command without the values of its flags."""
+    if command.startswith(("make", "DRY_RUN", "DATA_NAME", "./run_")):
+        return command
+    if command.startswith("./evaluation.sh"):
+        return "./evaluation.sh MODEL OUTPUT" if "$" in command else command
+    return " ".join(part for part in command.split() if not part.startswith("$"))
+
+
+def test_every_quoted_command_is_run():
+    commands = [shape(command) for command in quoted_commands()]
+    assert len(commands) > 15
+    assert sorted(set(commands)) == sorted(RUN_BY)
+
+
+def test_the_tests_named_above_exist():
+    for place in RUN_BY.values():
+        name, _, test = place.partition("::")
+        file = PROJECT / name if name.startswith(".") else PROJECT / "tests" / name
+        assert f"def {test}(" in file.read_text() if test else file.is_file(), place
+
+
+def test_the_table_of_settings_names_settings_of_the_loop():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| variable |")[1].split("\n\n")[0]
+    names = re.findall(r"`([A-Z_]{4,})`", table)
+    loop = (PROJECT / "run_grath.sh").read_text()
+    assert len(names) > 15
+    assert [name for name in names if f"{name}=" not in loop] == []
