@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 BAD_INPUT = 2
@@ -50,7 +51,8 @@ def run(main):
     Bad input ends with one line on standard error and status 2; Ctrl-C with status 130. `accelerate launch` turns
     every child's failure into its own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names.
     """
-    # On a machine without a GPU, bitsandbytes complains about an optional package as soon as transformers looks at it.
+    # Libraries' warnings about each other's code: a user can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         status = main() or 0

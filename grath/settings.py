@@ -30,8 +30,8 @@ class GrathDPOConfig(DPOConfig):
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "forward passes an optimiser step"})
     max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
     max_length: int | None = field(default=1024, metadata={"help": "pairs with more tokens are dropped"})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "recompute activations to save memory; these sequences are short"}
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "recompute activations to save memory; off: these sequences are short"}
     )
     precompute_ref_log_probs: bool = field(
         default=True, metadata={"help": "compute the reference's log-probabilities once, before training"}

@@ -112,7 +112,7 @@ def tiny_llama(tmp_path_factory, llama_tokenizer):
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     questions = load_questions(data_path=BUNDLED)
     for step in range(240):
-        demos = load_demos("truthfulqa") if step % 6 == 0 else []
+        demos = load_demos("truthfulqa") if step % 3 == 0 else []
         messages = build_messages(questions[step % 20], 0, step % 2 == 1, demos)
         prompt, answer = answer_ids(tokenizer, messages, REPLY, tokenizer.chat_template)
         ids = torch.tensor([prompt + answer])

@@ -114,7 +114,7 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: round 1: M_0 writes pairs failed")
     env = {**env, "NUM_QUERY": "2", "LEARNING_RATE": "fast", "RUNS_DIR": str(tmp_path), "RUN_NAME": "b"}
     done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=2)
-    assert "--learning_rate: invalid float value: 'fast'" in done.stderr
+    assert "invalid float value: 'fast'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
