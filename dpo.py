@@ -92,6 +92,19 @@ def load_preferences(args, config, tokenizer, template):
 def main():
     args, config = parse_args()
     check_writable(config.output_dir)
+
+    from grath.trainer import (
+        LORA_TARGETS,
+        GrathDPOTrainer,
+        check_output,
+        clear_output,
+        describe_reference,
+        print_once,
+        save_adapter,
+    )
+
+    resume = config.resume_from_checkpoint
+    check_output(config.output_dir, args.overwrite_output_dir or resume, args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
     dataset = load_preferences(args, config, tokenizer, template)
@@ -100,19 +113,14 @@ def main():
     from accelerate import PartialState
     from peft import LoraConfig, PeftModel
 
-    from grath.trainer import LORA_TARGETS, GrathDPOTrainer, clear_output, describe_reference, save_adapter
-
-    with PartialState().main_process_first():
-        clear_output(config.output_dir, args.overwrite_output_dir)
     record = describe_reference(args.model_name_or_path, args.reference)
     processes = PartialState().num_processes
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    print(f"policy starts from {record['policy_starts_from']}")
-    print(f"reference ({args.reference}): {record['reference_model']}")
-    print(
+    print_once(f"policy starts from {record['policy_starts_from']}")
+    print_once(f"reference ({args.reference}): {record['reference_model']}")
+    print_once(
         f"{config.precision}, {config.optim.value}, {config.max_steps} steps of {batch} pairs, {processes} process(es)"
     )
-
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -121,18 +129,32 @@ def main():
         bias="none",
         task_type="CAUSAL_LM",
     )
-    trainer = GrathDPOTrainer(
-        model=model,
-        args=config,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=None if isinstance(model, PeftModel) else lora,
-        reference=args.reference,
-    )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    continued = isinstance(model, PeftModel)
+    if continued:
+        incoming = model.peft_config["default"]
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            if getattr(incoming, name) != getattr(lora, name):
+                raise UserError(
+                    f"the adapter that comes in has {name} {getattr(incoming, name)}, not {getattr(lora, name)}"
+                )
+    try:
+        trainer = GrathDPOTrainer(
+            model=model,
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=None if continued else lora,
+            reference=args.reference,
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(str(error)) from None
+    if trainer.accelerator.is_main_process and not resume:
+        clear_output(config.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=resume)
     settings = {"pairs": len(dataset), "effective_batch": batch, **vars(args), **config.to_dict()}
     save_adapter(trainer, {**record, "log": trainer.state.log_history, "settings": settings})
-    print(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
+    print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 
 
 if __name__ == "__main__":

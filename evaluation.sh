@@ -7,7 +7,7 @@
 # Environment:
 #   TASKS       tasks, separated by blanks  (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
 #   BATCH_SIZE  requests at once            (16, as in the paper's commands)
-#   PRECISION   auto, fp32, fp16, bf16, ... (auto: fp16 on a CUDA GPU, fp32 on a CPU)
+#   PRECISION   auto, fp32, fp16 or bf16    (auto: fp16 on a CUDA GPU, fp32 on a CPU)
 #   LIMIT       questions a task            (all)
 #   RUNS_DIR    where runs are              (runs)
 #   DRY_RUN     1: print the commands and run none
@@ -22,6 +22,7 @@ TASKS="${TASKS-arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2}"
 BATCH_SIZE="${BATCH_SIZE:-16}"
 PRECISION="${PRECISION:-auto}"
 RUNS_DIR="${RUNS_DIR:-runs}"
+LIMIT="${LIMIT:-}"
 DRY_RUN="${DRY_RUN:-0}"
 
 usage() {
@@ -41,15 +42,28 @@ shots() {
 
 # score MODEL OUTPUT_DIR: one call of the harness for the tasks of equal shots, one result file a call.
 score() {
-    local model=$1 output=$2 model_args count task file
+    local model=$1 output=$2 settings model_args count task file
     model_args=$(python -m grath.harness --precision "$PRECISION" -- "$model")
+    settings="$model_args limit=$LIMIT"
+    if [[ $DRY_RUN != 1 ]]; then
+        if [[ -f $output/settings.txt && $(<"$output/settings.txt") != "$settings" ]]; then
+            echo "evaluation.sh: error: $output holds scores of $(<"$output/settings.txt"): choose another folder" >&2
+            exit 2
+        fi
+        mkdir -p -- "$output"
+        printf '%s\n' "$settings" >"$output/settings.txt"
+    fi
     for count in 25 10 5 0; do
         local group=()
         for task in "${tasks[@]}"; do
             if [[ $(shots "$task") == "$count" ]]; then group+=("$task"); fi
         done
         if ((${#group[@]} == 0)); then continue; fi
-        file=$(IFS=+ && echo "${group[*]}").json
+        file=$output/$(IFS=+ && echo "${group[*]}").json
+        if [[ -f $file ]]; then
+            echo "$file is there"
+            continue
+        fi
         local command=(
             python -m lm_eval run --model hf --model_args "$model_args" --tasks "${group[@]}"
             --num_fewshot "$count" --batch_size "$BATCH_SIZE" --include_path "$HERE/tasks"
@@ -64,28 +78,34 @@ score() {
             echo "evaluation.sh: error: the harness wrote no results for ${group[*]}" >&2
             exit 1
         fi
-        mv -- "${results[0]}" "$output/$file"
+        mv -- "${results[0]}" "$file"
         rm -rf -- "$output/.partial"
     done
-    if [[ $DRY_RUN != 1 ]]; then
-        python -m grath.report -- "$output"
-        echo "Wrote the results to $output"
-    fi
 }
 
 read -r -a tasks <<<"$TASKS"
+[[ $DRY_RUN == [01] ]] || usage "DRY_RUN must be 0 or 1, not '$DRY_RUN'"
 if ((${#tasks[@]} == 0)); then usage "TASKS names no task"; fi
 if (($# > 2)); then usage "too many arguments"; fi
 if (($# > 0)); then
     if [[ -z $1 || $1 == -* ]]; then usage "'$1' is no model"; fi
     name=${1%/}
-    score "$1" "${2:-results/${name##*/}}"
+    output=${2:-results/${name##*/}}
+    score "$1" "$output"
+    if [[ $DRY_RUN != 1 ]]; then
+        python -m grath.report -- "$output"
+        echo "Wrote the results to $output"
+    fi
     exit
 fi
 
 list=$(mktemp)
 trap 'rm -f -- "$list"' EXIT
-python -m grath.report --pending -- "$RUNS_DIR" >"$list" || usage "no model given and nothing to score"
-while IFS= read -r -d '' model && IFS= read -r -d '' output; do
-    score "$model" "$output"
-done <"$list"
+python -m grath.report --pending --tasks "${tasks[@]}" -- "$RUNS_DIR" >"$list"
+{
+    IFS= read -r -d '' run <&3
+    while IFS= read -r -d '' model <&3 && IFS= read -r -d '' output <&3; do
+        score "$model" "$output"
+    done
+} 3<"$list"
+if [[ $DRY_RUN != 1 ]]; then python -m grath.report -- "$run"; fi

@@ -62,6 +62,9 @@ done
 [[ $SEED =~ ^[0-9]+$ ]] || fail "SEED must be a whole number, not '$SEED'"
 [[ $REFERENCE == rolling || $REFERENCE == fixed ]] || fail "REFERENCE must be rolling or fixed, not '$REFERENCE'"
 [[ $RUN_NAME != */* ]] || fail "RUN_NAME must be a plain name, not '$RUN_NAME': use RUNS_DIR for the folder"
+for name in USE_FS USE_GT DRY_RUN; do
+    [[ ${!name} == [01] ]] || fail "$name must be 0 or 1, not '${!name}'"
+done
 flag() { if [[ $1 == 1 ]]; then echo True; else echo False; fi; }
 
 RUN="$RUNS_DIR/${RUN_NAME}_seed_$SEED"
@@ -85,10 +88,9 @@ if [[ $DRY_RUN != 1 ]]; then
         fail "$RUN holds a run with other settings ($(diff <(echo "$settings") "$RUN/settings.txt" | sed -n 's/^> //p' |
             head -n 1)): set another RUN_NAME"
     fi
-    printf '%s\n' "$settings" >"$RUN/settings.txt"
 fi
 
-# stage TITLE OUTPUT COMMAND...: run the command unless its output is there.
+# stage TITLE OUTPUT COMMAND...: run the command unless its output is there; an empty OUTPUT never is.
 stage() {
     local title=$1 output=$2 status=0
     shift 2
@@ -96,7 +98,7 @@ stage() {
         printf '%q ' "$@" && echo
         return
     fi
-    if [[ -e $output ]]; then
+    if [[ -n $output && -e $output ]]; then
         echo "== $title: $output is there"
         return
     fi
@@ -108,15 +110,15 @@ stage() {
         if [[ -s $status_file ]]; then status=$(<"$status_file"); fi
         fail "$title failed; start the same command again to go on from here" "$status"
     fi
+    printf '%s\n' "$settings" >"$RUN/settings.txt"
 }
 
 evaluate() { # ROUND MODEL
     local output="$RUN/results/iter_$1"
     if [[ -z $TASKS ]]; then return; fi
-    # The last result file is there only when all of them are.
-    stage "scores of M_$1" "$output/done" env TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
+    # evaluation.sh itself runs only what has no result yet.
+    stage "scores of M_$1" "" env TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
         LIMIT="$LIMIT" "$HERE/evaluation.sh" "$2" "$output"
-    if [[ $DRY_RUN != 1 ]]; then touch -- "$output/done"; fi
 }
 
 pairs_args=(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GRATH on Llama2-Chat-7B, against the pretrained model in every round (fixed reference).
 #
-#   ./run_llama2_fix_ref.sh                 needs one GPU of 24 GB, the model and the data sets (hub names or local folders)
+#   ./run_llama2_fix_ref.sh                 needs a CUDA GPU, the model and the data sets (hub names or local folders)
 #   DRY_RUN=1 ./run_llama2_fix_ref.sh       prints the commands and runs none
 #   SEED=1 ROUNDS=1 ./run_llama2_fix_ref.sh any setting of run_grath.sh can be set; the values below are the paper's
 set -euo pipefail

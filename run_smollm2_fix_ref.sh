@@ -22,7 +22,7 @@ export TASKS="${TASKS-grath_mc1 grath_mc2}"
 export EVAL_PRECISION="${EVAL_PRECISION:-bf16}"
 
 if [[ -z ${MODEL_NAME_OR_PATH:-} ]]; then
-    export MODEL_NAME_OR_PATH="$HERE/models/smollm2" MODEL_TYPE=smollm2
+    export MODEL_NAME_OR_PATH="$HERE/models/smollm2" MODEL_TYPE="${MODEL_TYPE:-smollm2}"
     if [[ ${DRY_RUN:-0} != 1 && ! -f $MODEL_NAME_OR_PATH/config.json ]]; then
         if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
         PYTHONPATH="$HERE" python -m grath.smollm2

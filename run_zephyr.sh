@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GRATH on Zephyr-7B-beta, against the last round's model (rolling reference).
 #
-#   ./run_zephyr.sh                 needs one GPU of 24 GB, the model and the data sets (hub names or local folders)
+#   ./run_zephyr.sh                 needs a CUDA GPU, the model and the data sets (hub names or local folders)
 #   DRY_RUN=1 ./run_zephyr.sh       prints the commands and runs none
 #   SEED=1 ROUNDS=1 ./run_zephyr.sh any setting of run_grath.sh can be set; the values below are the paper's
 set -euo pipefail

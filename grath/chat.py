@@ -8,7 +8,9 @@ from grath.cli import UserError
 TEMPLATES = {
     # Every user turn of Llama-2-chat opens with a BOS of its own, every assistant turn closes with an EOS.
     "llama2": (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content | trim }} [/INST]"
+        "{% set said = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set said.system = '<<SYS>>\n' + m.content | trim + '\n<</SYS>>\n\n' %}{% elif m.role == 'user' %}"
+        "{{ bos_token }}[INST] {{ said.system }}{{ m.content | trim }} [/INST]{% set said.system = '' %}"
         "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
     ),
     "zephyr": (
@@ -16,7 +18,8 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     ),
     "smollm2": (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n{% endif %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),

@@ -15,7 +15,7 @@ def resolve_precision(precision, stage):
     """What `--precision` means on this machine for a `stage` of `AUTO`.
 
     Raises:
-        UserError: 8 or 4 bit is asked for without a CUDA GPU, or without bitsandbytes.
+        UserError: 8 or 4 bit is asked for, and bitsandbytes is not there.
     """
     import torch
 
@@ -24,8 +24,6 @@ def resolve_precision(precision, stage):
     if precision not in DTYPES:
         from transformers.utils import is_bitsandbytes_available
 
-        if not torch.cuda.is_available():
-            raise UserError(f"--precision {precision} needs a CUDA GPU: use bf16 or fp32 here")
         if not is_bitsandbytes_available():
             raise UserError(f"--precision {precision} needs the package bitsandbytes: pip install bitsandbytes")
     return precision
@@ -47,10 +45,12 @@ def split_adapter(name):
     try:
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{config} names no base model: it is no LoRA adapter's configuration") from None
+        base = None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{config} names no base model: it is no LoRA adapter's configuration")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has no adapter_model.safetensors: the adapter is not complete")
-    return str(base), str(folder.resolve())
+    return base, str(folder.resolve())
 
 
 def load_tokenizer(name, tokenizer_name=None):
@@ -86,7 +86,7 @@ def load_model(name, precision, trainable=False):
     options = {"use_safetensors": True, "dtype": getattr(torch, DTYPES.get(precision, "float16"))}
     if precision not in DTYPES:
         options["quantization_config"] = _quantization(precision)
-        options["device_map"] = {"": PartialState().local_process_index}
+        options["device_map"] = {"": PartialState().device}
     model = _load(AutoModelForCausalLM, base, "model", **options)
     if precision in DTYPES:
         model = model.to(PartialState().device)
@@ -120,7 +120,8 @@ def _quantization(precision):
 
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+    compute = torch.bfloat16 if bf16 else torch.float16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=compute)
 
 

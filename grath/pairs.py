@@ -74,8 +74,3 @@ def splice(new_rows, ori_rows):
         first.setdefault(row["question"], row["correct"])
     rows = [{**row, "correct": first.get(row["question"], row["correct"])} for row in ori_rows]
     return rows, sum(row["question"] not in first for row in ori_rows)
-
-
-def drop_identical(rows):
-    """The rows whose two answers differ: equal ones carry no gradient."""
-    return [row for row in rows if row["correct"].strip() != row["incorrect"].strip()]

@@ -32,7 +32,7 @@ def read_scores(folder):
     """The scores that the result files of `folder` hold.
 
     Returns:
-        dict: task -> {"score", "stderr" (both in percent; stderr None where unknown), "version", "n"}.
+        dict: task -> {"score", "stderr" (both in percent; stderr None where unknown), "version", "harness"}.
     """
     scores = {}
     for file in sorted(Path(folder).glob("*.json")):
@@ -78,13 +78,13 @@ def newest_run(runs_dir):
     return max(models, key=lambda folder: folder.stat().st_mtime).parent if models else None
 
 
-def pending(runs_dir):
-    """(run, [(model, results folder), ...]): the newest run's rounds that have no scores yet."""
+def pending(runs_dir, tasks):
+    """The newest run, and its rounds that lack a score of `tasks`: (run, [(model, results folder), ...])."""
     run_dir = newest_run(runs_dir)
     if run_dir is None:
-        raise UserError(f"no run with a model below {runs_dir}: name a model or an adapter to score")
-    rows = rounds(run_dir).values()
-    return run_dir, [(row["model"], row["results"]) for row in rows if row["model"] and not read_scores(row["results"])]
+        raise UserError(f"nothing to score below {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
+    rows = [row for row in rounds(run_dir).values() if row["model"] and set(tasks) - set(read_scores(row["results"]))]
+    return run_dir, [(row["model"], row["results"]) for row in rows]
 
 
 def table(rows):
@@ -127,12 +127,14 @@ def main():
     parser.add_argument(
         "--pending",
         action="store_true",
-        help="print model and results folder of the newest run's rounds without scores, each ended by a NUL",
+        help="print the newest run, then model and results folder of its rounds without scores, each ended by a NUL",
     )
+    parser.add_argument("--tasks", nargs="+", default=[], help="the scores that --pending asks for")
     args = parser.parse_args()
     if args.pending:
-        run_dir, models = pending(args.folder)
+        run_dir, models = pending(args.folder, args.tasks)
         print(f"newest run: {run_dir}, {len(models)} round(s) without scores", file=sys.stderr)
+        print(run_dir, end="\0")
         for model, results in models:
             print(model, results, sep="\0", end="\0")
     elif (args.folder / "models").is_dir():

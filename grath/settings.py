@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from grath.cli import UserError
-from grath.models import PRECISIONS, resolve_precision
+from grath.models import DTYPES, PRECISIONS, resolve_precision
 
 
 @dataclass
@@ -36,6 +36,7 @@ class GrathDPOConfig(DPOConfig):
     precompute_ref_log_probs: bool = field(
         default=True, metadata={"help": "compute the reference's log-probabilities once, before training"}
     )
+    precompute_ref_batch_size: int | None = field(default=16, metadata={"help": "pairs a forward pass of that"})
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step, whose margin tells most"})
     save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
     report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none"})
@@ -48,10 +49,14 @@ class GrathDPOConfig(DPOConfig):
         self.precision = resolve_precision(self.precision, "dpo")
         if self.optim == "auto":
             self.optim = "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch"
-        # bf16 and fp32 weights are trained as they are; the adapter's own weights are float32. TRL would turn
-        # bf16 autocast on wherever nothing is said.
+        # bf16 and fp32 weights are trained as they are, without autocast; TRL would turn bf16 autocast on wherever
+        # nothing is said.
         if self.bf16 is None:
-            quantised = self.precision in ("int8", "nf4", "fp4")
-            self.bf16 = quantised and torch.cuda.is_bf16_supported()
+            quantised = self.precision not in DTYPES
+            self.bf16 = (
+                quantised and not self.fp16 and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+            )
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantised and not self.bf16)
         super().__post_init__()
+        # One process trains on one GPU, also where several are in sight: `DPOTrainer` refuses `nn.DataParallel`.
+        self._n_gpu = min(self.n_gpu, 1)

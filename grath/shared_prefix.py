@@ -7,11 +7,14 @@ partial softmaxes are merged with their log-sum-exp, in float32. `transformers` 
 """
 
 from collections import deque
+from contextlib import contextmanager
 
 import torch
 from transformers import AttentionInterface
 
 NAME = "grath_shared_prefix"
+# Families whose attention is softmax(q k^T * scaling) v under a causal mask, and nothing more.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class SharedPrefix:
@@ -34,16 +37,17 @@ class SharedPrefix:
             self.prefix_length = prefix.capacity
             self.prefix = {layer: (keys[:1], values[:1]) for layer, (keys, values) in prefix.own.items()}
 
-    def forward(self, model, input_ids, first, starts):
+    def forward(self, model, input_ids, first, starts, keep=1):
         """Run new tokens of neighbouring rows through the model and keep their keys and values.
 
         Args:
             input_ids: (n, L), padded at the right. Padding is written, but never read: own attention is causal.
             first: index of the first of the n rows.
             starts: (n,) int, how many own tokens each row has already.
+            keep: of how many positions, from the last, logits are computed.
 
         Returns:
-            (n, V) logits of the last of the L positions.
+            (n, keep, V) logits.
         """
         n, length = input_ids.shape
         device = input_ids.device
@@ -57,10 +61,10 @@ class SharedPrefix:
             input_ids=input_ids,
             position_ids=columns + self.prefix_length,
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=keep,
             shared_prefix=self,
         )
-        return output.logits[:, -1]
+        return output.logits
 
     def attend(self, layer, query, key, value, scaling):
         """Attention of the new tokens to the prefix and to their own row: (n, H, L, D) -> (n, L, H, D)."""
@@ -139,6 +143,75 @@ def common_prefix(prompts):
     return next((i for i in range(limit) if shortest[i] != longest[i]), limit)
 
 
+def unsupported(model, length):
+    """Why the engine cannot serve a model exactly for sequences of `length` tokens; None if it can."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"its family {config.model_type} is none of {', '.join(FAMILIES)}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < length:
+        return f"its sliding window of {window} tokens is shorter than a sequence of {length}"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        return f"its {rope} position embedding changes with the sequence's length"
+    return None
+
+
+@contextmanager
+def engine_attention(model):
+    """Let `model` (`PreTrainedModel` or `PeftModel`), in evaluation mode, attend through a `SharedPrefix`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    usual = base.config._attn_implementation
+    model.eval()
+    base.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(usual)
+
+
+def start_rows(model, prefix_ids, rows, capacity):
+    """A `SharedPrefix` of `rows` empty rows of `capacity` tokens behind the tokens `prefix_ids`, which may be none."""
+    if not prefix_ids:
+        return SharedPrefix(rows, capacity)
+    prefix = SharedPrefix(1, len(prefix_ids))
+    device = model.device
+    prefix.forward(model, torch.tensor([prefix_ids], device=device), 0, torch.zeros(1, dtype=torch.long, device=device))
+    return SharedPrefix(rows, capacity, prefix)
+
+
+@torch.inference_mode()
+def score(model, context, answers, batch_size):
+    """Log-probabilities of several answers to one context, which is computed once.
+
+    Args:
+        context: list of token ids, not empty.
+        answers: lists of token ids, none empty.
+        batch_size: answers in work at once.
+
+    Returns:
+        list of (log-probabilities, one a token of the answer, float32 on the CPU; whether greedy decoding gives the
+        answer), one an answer.
+    """
+    rows = min(batch_size, len(answers))
+    order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
+    scores = [None] * len(answers)
+    with engine_attention(model):
+        state = start_rows(model, context[:-1], rows, max(map(len, answers)))
+        for start in range(0, len(order), rows):
+            batch = order[start : start + rows]
+            longest = max(len(answers[i]) for i in batch)
+            read = [[context[-1], *answers[i][:-1]] + [0] * (longest - len(answers[i])) for i in batch]
+            starts = torch.zeros(len(batch), dtype=torch.long, device=model.device)
+            logits = state.forward(model, torch.tensor(read, device=model.device), 0, starts, keep=longest)
+            for i, row in zip(batch, logits, strict=True):
+                answer = torch.tensor(answers[i], device=row.device)
+                log_probs = row[: len(answer)].float().log_softmax(-1)
+                greedy = bool((log_probs.argmax(-1) == answer).all())
+                scores[i] = (log_probs.gather(1, answer[:, None])[:, 0].cpu(), greedy)
+    return scores
+
+
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, batch_size, stop_ids, on_done, finished=None):
     """Greedy completions of tokenised prompts. A row that is done leaves at once and the next prompt takes its place.
@@ -154,21 +227,33 @@ def generate(model, prompts, max_new_tokens, batch_size, stop_ids, on_done, fini
     """
     length = common_prefix(prompts)
     capacity = max(map(len, prompts)) - length + max_new_tokens
-    rows = min(batch_size, len(prompts))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    usual = base.config._attn_implementation
-    model.eval()
-    base.set_attn_implementation(NAME)
-    try:
-        prefix = None
-        if length:
-            prefix = SharedPrefix(1, length)
-            tokens = torch.tensor([prompts[0][:length]], device=model.device)
-            prefix.forward(model, tokens, 0, torch.zeros(1, dtype=torch.long, device=model.device))
-        state = SharedPrefix(rows, capacity, prefix)
+    with engine_attention(model):
+        state = start_rows(model, prompts[0][:length], min(batch_size, len(prompts)), capacity)
         _decode(model, state, [prompt[length:] for prompt in prompts], max_new_tokens, stop_ids, on_done, finished)
-    finally:
-        base.set_attn_implementation(usual)
+
+
+@torch.inference_mode()
+def generate_plainly(model, prompts, max_new_tokens, batch_size, stop_ids, on_done):
+    """What `generate` does, by `model.generate` on padded batches of whole prompts: for every other model."""
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in batch)
+        pads = [longest - len(prompts[i]) for i in batch]
+        output = model.generate(
+            torch.tensor([[0] * pad + prompts[i] for i, pad in zip(batch, pads, strict=True)], device=model.device),
+            attention_mask=torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            eos_token_id=list(stop_ids),
+            pad_token_id=next(iter(stop_ids)),
+        )
+        for i, completion in zip(batch, output[:, longest:].tolist(), strict=True):
+            end = next((at for at, token in enumerate(completion) if token in stop_ids), len(completion))
+            on_done(i, completion[:end])
 
 
 def _decode(model, state, prompts, max_new_tokens, stop_ids, on_done, finished):
@@ -193,7 +278,7 @@ def _decode(model, state, prompts, max_new_tokens, stop_ids, on_done, finished):
             completions += [[] for _ in new]
 
         step = torch.tensor([tokens, lengths], device=device)
-        tokens = state.forward(model, step[0][:, None], 0, step[1]).argmax(-1).tolist()
+        tokens = state.forward(model, step[0][:, None], 0, step[1])[:, 0].argmax(-1).tolist()
         lengths = [length + 1 for length in lengths]
         for row in reversed(range(len(at_work))):
             stopped = tokens[row] in stop_ids

@@ -11,8 +11,11 @@ from functools import wraps
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import tqdm
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -22,6 +25,15 @@ from grath.models import split_adapter
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj"]
 NOT_COMPUTED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+# Settings by which some families change the logits behind their head, or add to the loss.
+CHANGES_LOGITS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "router_aux_loss_coef",
+)
 RECORD = "training.json"
 ADAPTER = "adapter_model.safetensors"
 
@@ -30,7 +42,8 @@ class GrathDPOTrainer(DPOTrainer):
     """`DPOTrainer` that takes tokenised pairs as they are and knows which model is the reference.
 
     TRL gives a `PeftModel` that comes in a frozen copy of its adapter, `ref`, and evaluates it inside the constructor
-    if log-probabilities are computed beforehand. For a fixed reference that copy must go before that happens.
+    if log-probabilities are computed beforehand. For a fixed reference that copy must go before that happens. TRL also
+    caches them on disk, under a name that is the same for both references; here they are computed for every training.
 
     Args:
         reference: "rolling" or "fixed".
@@ -55,6 +68,9 @@ class GrathDPOTrainer(DPOTrainer):
         """
         base = self.model.get_base_model()
         if self.accelerator.device.type != "cpu" or self.use_weighting or hasattr(base, "scores_answers_only"):
+            return
+        config = base.config.get_text_config()
+        if any(getattr(config, name, None) for name in CHANGES_LOGITS):
             return
         fused_forward, base.scores_answers_only = base.forward, True
 
@@ -83,11 +99,20 @@ class GrathDPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if self.reference == "fixed":
             self._drop_ref_adapter()
-        # TRL names its cache after the model that came in, which is the same for both references.
-        self._precompute_model_hash = f"{self._precompute_model_hash}-{self.reference}"
         self._score_answers_only()
         self.model.eval()
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        # Rows of like length stand together, so that padding is small.
+        lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+        order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        loader = DataLoader(dataset.select(order), batch_size, collate_fn=self.data_collator)
+        chosen, rejected = [0.0] * len(dataset), [0.0] * len(dataset)
+        done = 0
+        for batch in tqdm(self.accelerator.prepare(loader), desc=f"Reference log-probabilities ({name})"):
+            sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch))
+            for i, *log_probs in zip(order[done:], *(side.tolist() for side in sides), strict=False):
+                chosen[i], rejected[i] = log_probs
+                done += 1
+        return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
 
 def _answer_scores(hidden, labels, lm_head):
@@ -133,10 +158,15 @@ def keep_trainable(dataset, max_length):
             lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
         )
     identical, long = len(dataset) - len(differing), len(differing) - len(fitting)
-    print(f"{len(dataset)} pairs, {identical} with identical answers and {long} over {max_length} tokens dropped")
+    print_once(f"{len(dataset)} pairs, {identical} with identical answers and {long} over {max_length} tokens dropped")
     if not len(fitting):
         raise UserError("no pair is left to train on: every one has identical answers or is too long")
     return fitting
+
+
+def print_once(text):
+    """Print from the first process only."""
+    PartialState().print(text)
 
 
 def describe_reference(name, reference):
@@ -151,17 +181,18 @@ def describe_reference(name, reference):
     }
 
 
-def clear_output(output_dir, overwrite):
-    """Make room for a training: `output_dir` must hold no adapter, or `overwrite` must allow to remove it.
-
-    Raises:
-        UserError: there is something in the way.
-    """
+def check_output(output_dir, overwrite, source):
+    """Raise `UserError` if a training from the model `source` would destroy something in `output_dir`."""
     folder = Path(output_dir)
-    if not folder.exists():
-        return
-    if any(folder.iterdir()) and not overwrite:
+    if folder.resolve() == Path(source).resolve():
+        raise UserError(f"--output_dir {folder} is the model that the training starts from: choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{folder} is not empty: pass --overwrite_output_dir or choose another --output_dir")
+
+
+def clear_output(output_dir):
+    """Remove an earlier training's adapter, record and checkpoints."""
+    folder = Path(output_dir)
     for name in (ADAPTER, "adapter_config.json", RECORD):
         (folder / name).unlink(missing_ok=True)
     for checkpoint in folder.glob("checkpoint-*"):

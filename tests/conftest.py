@@ -76,6 +76,13 @@ def make_tokenizer(bos, eos, add_bos):
 
 
 @pytest.fixture(scope="session")
+def smollm2():
+    """The model folder of SmolLM2-135M-Instruct."""
+    call(sys.executable, "-m", "grath.smollm2")
+    return PROJECT / "models" / "smollm2"
+
+
+@pytest.fixture(scope="session")
 def llama_tokenizer():
     return make_tokenizer("<s>", "</s>", add_bos=True)
 

@@ -73,13 +73,17 @@ def test_auto_takes_the_tokenizers_template(smollm_tokenizer):
         template_for(smollm_tokenizer, "auto")
 
 
-def test_smollm2_tags_are_the_models_own():
-    from conftest import PROJECT
+def test_smollm2_tags_are_the_models_own(smollm2):
     from transformers import AutoTokenizer
 
-    folder = PROJECT / "models" / "smollm2"
-    if not folder.is_dir():
-        pytest.skip("models/smollm2 has not been made: python -m grath.smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    own = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True)["input_ids"]
-    assert prompt_ids(tokenizer, TURNS, TEMPLATES["smollm2"]) == own
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for messages in (TURNS, [{"role": "system", "content": "Be brief."}, *TURN]):
+        own = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert prompt_ids(tokenizer, messages, TEMPLATES["smollm2"]) == own
+
+
+def test_a_system_turn_in_llama2_tags(llama_tokenizer):
+    ids = prompt_ids(llama_tokenizer, [{"role": "system", "content": "Be brief."}, *TURNS], TEMPLATES["llama2"])
+    assert llama_tokenizer.decode(ids) == (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is ice? [/INST] Frozen water. </s><s>[INST] And snow? [/INST]"
+    )

@@ -78,23 +78,23 @@ def files(tmp_path):
         ([*DPO, "FOLDER", "--dataset_path", "PAIRS"], "is a folder without a tokenizer (no config.json)"),
         ([*DPO, "m", "--dataset_path", "PAIRS", "--reference", "none"], "invalid choice: 'none'"),
         ([*DPO, "m", "--dataset_path", "PAIRS", "--learnin_rate", "1"], "unrecognized arguments: --learnin_rate 1"),
-        ([*DPO, "m", "--dataset_path", "PAIRS", "--precision", "int8"], "needs a CUDA GPU"),
+        ([*DPO, "m", "--dataset_path", "PAIRS", "--precision", "int4"], "invalid choice: 'int4'"),
+        (
+            [*DPO, "FOLDER", "--dataset_path", "PAIRS", "--output_dir", "FOLDER"],
+            "is the model that the training starts",
+        ),
         (["dpo.py", "--model_name_or_path", "m", "--dataset_path", "PAIRS"], "--output_dir is required"),
     ],
 )
 def test_bad_input_is_one_line_and_touches_nothing(command, line, files):
-    if "int8" in command:
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("there is a GPU here")
-    before = sorted(PROJECT.glob("*")) + sorted(files["FOLDER"].parent.rglob("*"))
+    places = (PROJECT / "data", files["FOLDER"].parent)
+    before = [sorted(PROJECT.glob("*")), *(sorted(place.rglob("*")) for place in places)]
     done = call(*(files.get(part, part) for part in command), status=2)
     assert line in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"{command[0]}: error: ")
     assert "Traceback" not in done.stderr
-    assert sorted(PROJECT.glob("*")) + sorted(files["FOLDER"].parent.rglob("*")) == before
+    assert [sorted(PROJECT.glob("*")), *(sorted(place.rglob("*")) for place in places)] == before
 
 
 @pytest.mark.parametrize("name", ["dataset", "model"])
@@ -105,6 +105,24 @@ def test_dpo_names_what_is_wrong_with_its_input(tiny_llama, files, name):
     assert not files["OUT"].exists()
 
 
-def test_evaluation_without_anything_to_score(tmp_path):
-    done = call("evaluation.sh", env={"RUNS_DIR": str(tmp_path)}, status=2)
-    assert "usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "env", "line"),
+    [
+        ([], {}, "nothing to score below"),
+        (["FOLDER"], {}, "is a folder without a model (no config.json)"),
+        (["nobody/nothing"], {}, "cannot load the model nobody/nothing"),
+        (["--nonsense"], {}, "'--nonsense' is no model"),
+        (["a", "b", "c"], {}, "too many arguments"),
+        (["FOLDER"], {"TASKS": " "}, "TASKS names no task"),
+        (["FOLDER"], {"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not 'yes'"),
+        (["FOLDER"], {"PRECISION": "int8"}, "invalid choice: 'int8'"),
+    ],
+)
+def test_evaluation_with_bad_input(arguments, env, line, files):
+    folder = files["FOLDER"].parent
+    before = sorted(folder.rglob("*"))
+    env = {**env, "RUNS_DIR": str(folder)}
+    done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=folder, env=env, status=2)
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert sorted(folder.rglob("*")) == before

@@ -96,6 +96,9 @@ def test_other_settings_do_not_mix_into_a_run(llama_run):
     _, settings, _ = llama_run
     done = call("run_llama2.sh", env={**settings, "MAX_STEPS": "3"}, status=2)
     assert "holds a run with other settings (MAX_STEPS=2): set another RUN_NAME" in done.stderr
+    done = call("run_llama2.sh", env={**settings, "LIMIT": "2"}, status=2)
+    assert "results/iter_0 holds scores of" in done.stderr
+    assert "limit=3: choose another folder" in done.stderr
 
 
 def test_evaluation_scores_what_is_left_of_the_newest_run(llama_run):
@@ -103,7 +106,7 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(llama_run):
     (run / "results" / "iter_1" / "grath_mc1+grath_mc2.json").unlink()
     done = call("evaluation.sh", env={name: settings[name] for name in ("TASKS", "LIMIT", "RUNS_DIR")})
     assert f"newest run: {run}, 1 round(s) without scores" in done.stderr
-    assert "iter_1" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
     assert (run / "results" / "iter_1" / "grath_mc1+grath_mc2.json").is_file()
 
 
@@ -112,7 +115,7 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     done = call("run_llama2.sh", env={**env, "RUNS_DIR": str(tmp_path)}, status=2)
     assert "there are only 160 questions" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: round 1: M_0 writes pairs failed")
-    env = {**env, "NUM_QUERY": "2", "LEARNING_RATE": "fast", "RUNS_DIR": str(tmp_path), "RUN_NAME": "b"}
+    env = {**env, "NUM_QUERY": "2", "LEARNING_RATE": "fast", "RUNS_DIR": str(tmp_path)}
     done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=2)
     assert "invalid float value: 'fast'" in done.stderr
     assert "Traceback" not in done.stderr
@@ -125,6 +128,7 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
         ("SEED", "x", "SEED must be a whole number, not 'x'"),
         ("REFERENCE", "base", "REFERENCE must be rolling or fixed, not 'base'"),
         ("RUN_NAME", "../x", "RUN_NAME must be a plain name"),
+        ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
     ],
 )
 def test_bad_settings(name, value, line, tmp_path):

@@ -1,4 +1,4 @@
-"""Every command in the README is one that a test runs, with the same flags."""
+"""Every command in the README has a test that runs it, on a small model, or as a dry run where it would take a GPU."""
 
 import re
 

@@ -1,0 +1,144 @@
+"""The shared-prefix engine gives, token for token, what `model.generate` gives."""
+
+import pytest
+import torch
+
+from grath.shared_prefix import common_prefix, generate, score
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def tiny(family, **changes):
+    """A tiny random model of a family, in fp32, with grouped-query attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": 60,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            "sliding_window": None,
+            **changes,
+        },
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def plain(model, prompts, max_new_tokens, stop_ids):
+    """One prompt at a time through `model.generate`."""
+    completions = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=sorted(stop_ids) or None, pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        end = next((i for i, token in enumerate(output) if token in stop_ids), len(output))
+        completions.append(output[:end])
+    return completions
+
+
+def shared(model, prompts, max_new_tokens, stop_ids, batch_size):
+    done = {}
+    generate(model, prompts, max_new_tokens, batch_size, stop_ids, done.__setitem__)
+    return [done[i] for i in range(len(prompts))]
+
+
+def make_prompts(count, prefix, seed=0):
+    """Prompts of ragged lengths behind a common prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(1, 60, (n,), generator=generator).tolist()  # noqa: E731
+    common = draw(prefix)
+    return [common + [i + 1] + draw(int(torch.randint(0, 12, (), generator=generator))) for i in range(count)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 3, 17])
+def test_ragged_prompts(family, batch_size):
+    model, prompts = tiny(family), make_prompts(20, 30)
+    expected = plain(model, prompts, 12, {5, 7})
+    assert len({len(completion) for completion in expected}) > 1
+    assert shared(model, prompts, 12, {5, 7}, batch_size) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_common_prefix(family):
+    model, prompts = tiny(family), make_prompts(6, 0)
+    assert common_prefix(prompts) == 0
+    assert shared(model, prompts, 8, set(), 4) == plain(model, prompts, 8, set())
+
+
+def test_prompts_of_the_prefix_and_one_token_more():
+    model = tiny("llama")
+    prompts = [[*range(1, 20), i] for i in range(20, 25)]
+    assert common_prefix(prompts) == 19
+    assert shared(model, prompts, 8, {3}, 3) == plain(model, prompts, 8, {3})
+
+
+def test_equal_prompts_and_a_single_one():
+    model = tiny("llama")
+    prompts = [[4, 5, 6, 7]] * 3
+    assert common_prefix(prompts) == 3
+    assert shared(model, prompts, 6, set(), 2) == plain(model, prompts, 6, set())
+    assert shared(model, [[9]], 6, set(), 2) == plain(model, [[9]], 6, set())
+
+
+def test_stop_on_the_first_step_and_at_the_limit():
+    model, prompts = tiny("llama"), make_prompts(5, 10)
+    first = {completion[0] for completion in plain(model, prompts, 1, set())}
+    assert shared(model, prompts, 5, first, 2) == [[]] * 5
+    assert [len(completion) for completion in shared(model, prompts, 7, set(), 2)] == [7] * 5
+
+
+def test_finished_ends_a_completion():
+    model, prompts = tiny("llama"), make_prompts(5, 10)
+    done = {}
+    generate(model, prompts, 9, 2, set(), done.__setitem__, finished=lambda completion: len(completion) == 4)
+    assert [done[i] for i in range(5)] == [completion[:4] for completion in plain(model, prompts, 9, set())]
+
+
+def test_the_models_own_attention_is_back_afterwards():
+    model, prompts = tiny("llama"), make_prompts(3, 4)
+    usual = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(model, prompts, 3, 2, set(), lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert model.config._attn_implementation == usual
+    assert plain(model, prompts, 3, set())
+
+
+def test_an_adapter_on_its_base():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny("llama"), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    prompts = make_prompts(7, 12)
+    adapted = plain(model, prompts, 8, set())
+    with model.disable_adapter():
+        assert plain(model, prompts, 8, set()) != adapted
+    assert shared(model, prompts, 8, set(), 3) == adapted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 3, 17])
+def test_scores_of_answers_on_one_context(family, batch_size):
+    model = tiny(family)
+    context = make_prompts(1, 25)[0]
+    answers = [prompt[1:] for prompt in make_prompts(6, 3, seed=1)] + [[7]]
+    scores = score(model, context, answers, batch_size)
+    for answer, (log_probs, greedy) in zip(answers, scores, strict=True):
+        logits = model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
+        assert greedy == (logits.argmax(-1).tolist() == answer)
