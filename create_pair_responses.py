@@ -3,20 +3,30 @@
 
     python create_pair_responses.py --model_name_or_path MODEL --save_prefix iter0_arcc --useFS
     python create_pair_responses.py --model_name_or_path MODEL --save_prefix iter0_arcc --useGT --useFS
+    accelerate launch --num_processes 4 create_pair_responses.py ...     splits the questions over four GPUs
 
 Writes {save_dir}/{save_prefix}_num_{N}_useGT_{True|False}_useFS_{True|False}.json, JSON lines with question, correct
 and incorrect, where N is the number of questions asked. Replies that do not parse are dropped and counted. Decoding is
-greedy, so the same arguments give the same file.
+greedy, so the same arguments give the same file. Replies are kept as they come: after an interruption the same command
+asks only what is left.
 """
 
+import time
 from collections import Counter
 from pathlib import Path
 from statistics import mean
 
 from grath.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.cli import Parser, UserError, check_writable, positive_int, run
-from grath.models import PRECISIONS, load_model, load_tokenizer, resolve_precision
-from grath.pairs import is_complete, pair_file_name, parse_reply, write_pairs
+from grath.models import PRECISIONS, fingerprint, load_model, load_tokenizer, resolve_precision, stop_ids
+from grath.pairs import (
+    keep_replies,
+    open_replies,
+    pair_file_name,
+    parse_reply,
+    remove_replies,
+    write_pairs,
+)
 from grath.questions import build_messages, load_demos, load_questions
 
 
@@ -38,7 +48,8 @@ def parse_args():
     add("--seed", type=int, default=0, help="draws the incorrect candidate for --useGT")
     add("--save_dir", type=Path, default=Path("data/truthfulness"), help="folder of the pair file")
     add("--max_new_tokens", type=positive_int, default=100, help="length limit of a reply")
-    add("--batch_size", type=positive_int, default=32, help="questions generated at once")
+    add("--batch_size", type=positive_int, default=64, help="questions generated at once, in each process")
+    add("--engine", choices=("shared_prefix", "generate"), default="shared_prefix", help="generate: the library's own")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU")
     return parser.parse_args()
 
@@ -53,6 +64,7 @@ def main():
     if args.num_query and args.num_query > len(questions):
         raise UserError(f"--num_query {args.num_query}: there are only {len(questions)} questions")
     questions = questions[: args.num_query]
+    path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
 
     precision = resolve_precision(args.precision, "pairs")
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
@@ -62,57 +74,92 @@ def main():
         for question in questions
     ]
     model = load_model(args.model_name_or_path, precision)
-    replies = ask(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, precision)
+
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    settings = fingerprint(args.model_name_or_path, prompts, precision, args.max_new_tokens)
+    with state.main_process_first():
+        replies = open_replies(path, settings, state.is_main_process)
+    state.wait_for_everyone()
+    if replies:
+        state.print(f"{len(replies)} of {len(questions)} questions were answered before the interruption")
+    start, asked = time.monotonic(), len(questions) - len(replies)
+    left = [i for i in range(len(questions)) if i not in replies]
+    with state.split_between_processes(left) as mine:
+        new = ask(model, tokenizer, prompts, mine, args, path, settings, len(replies)) if mine else {}
+    replies.update(gather_object(list(new.items())))
+    seconds = time.monotonic() - start
+    if not state.is_main_process:
+        return
 
     rows, dropped = [], Counter()
-    for question, reply in zip(questions, replies, strict=True):
-        answers, reason = parse_reply(reply)
+    for i, question in enumerate(questions):
+        answers, reason = parse_reply(replies[i])
         if answers:
             rows.append({"question": question["question"], "correct": answers[0], "incorrect": answers[1]})
         else:
             dropped[reason] += 1
-    report(rows, dropped, len(questions))
-    path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
+    report(rows, dropped, asked, seconds)
     if not rows:
+        remove_replies(path)
         raise UserError(f"not one of {len(questions)} replies could be parsed, so {path} was not written: try --useFS")
     write_pairs(path, rows)
+    remove_replies(path)
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(model, tokenizer, prompts, max_new_tokens, batch_size, precision):
-    """The model's replies, with a progress bar that shows the share that parses."""
+def ask(model, tokenizer, prompts, indices, args, path, settings, done_before):
+    """Ask this process's share of the prompts (`indices`), with a progress bar; keep each reply as it comes.
+
+    Returns:
+        dict: index -> reply.
+    """
+    from accelerate import PartialState
     from tqdm import tqdm
 
-    from grath.models import stop_ids
-    from grath.shared_prefix import generate
+    from grath.shared_prefix import generate, generate_plainly, unsupported
 
-    print(f"Asking {len(prompts)} questions ({precision}, {model.device}, batches of {batch_size})")
-    replies, parsed = [None] * len(prompts), 0
-    with tqdm(total=len(prompts), unit="question") as bar:
+    state = PartialState()
+    own = [prompts[i] for i in indices]
+    engine = args.engine
+    reason = unsupported(model, max(map(len, own)) + args.max_new_tokens) if engine == "shared_prefix" else None
+    if reason:
+        engine = "generate"
+        state.print(f"This model goes through plain batched generation: {reason}")
+    state.print(f"Asking {len(own)} questions ({engine}, {model.device}, batches of {args.batch_size})")
+    replies, parsed, tokens = {}, 0, 0
+    bar = tqdm(total=len(own) + done_before, initial=done_before, unit="question", disable=not state.is_main_process)
+    with bar, keep_replies(path, settings, state.process_index) as keep:
 
-        def keep(index, ids):
-            nonlocal parsed
-            replies[index] = tokenizer.decode(ids, skip_special_tokens=True)
-            parsed += parse_reply(replies[index])[0] is not None
+        def done(position, ids):
+            nonlocal parsed, tokens
+            reply = tokenizer.decode(ids, skip_special_tokens=True)
+            replies[indices[position]] = reply
+            keep(indices[position], reply)
+            parsed += parse_reply(reply)[0] is not None
+            tokens += len(ids)
+            rate = tokens / (time.monotonic() - start)
+            bar.set_postfix({"tokens/s": f"{rate:.0f}", "parsed": f"{parsed / len(replies):.0%}"}, refresh=False)
             bar.update()
-            bar.set_postfix(parsed=f"{parsed / bar.n:.0%}", refresh=False)
 
-        def complete(ids):
-            return "\n" in tokenizer.decode(ids[-1:]) and is_complete(tokenizer.decode(ids, skip_special_tokens=True))
-
-        generate(model, prompts, max_new_tokens, batch_size, stop_ids(model, tokenizer), keep, complete)
+        start = time.monotonic()
+        run_engine = generate if engine == "shared_prefix" else generate_plainly
+        run_engine(model, own, args.max_new_tokens, args.batch_size, stop_ids(model, tokenizer), done)
     return replies
 
 
-def report(rows, dropped, asked):
+def report(rows, dropped, asked, seconds):
     """Print what became of the questions."""
-    identical = sum(row["correct"] == row["incorrect"] for row in rows)
-    print(f"asked {asked}, written {len(rows)}, dropped {sum(dropped.values())}, identical answers {identical}")
-    for reason, count in dropped.most_common():
-        print(f"  dropped, {reason}: {count}")
-    if rows:
-        lengths = (mean(len(row[field].split()) for row in rows) for field in ("correct", "incorrect"))
-        print("mean words: correct {:.1f}, incorrect {:.1f}".format(*lengths))
+    lines = [("asked now", asked), ("written", len(rows))]
+    lines += [(f"dropped, {reason}", count) for reason, count in dropped.most_common()]
+    lines.append(("identical answers", sum(row["correct"] == row["incorrect"] for row in rows)))
+    for field in ("correct", "incorrect") if rows else ():
+        lines.append((f"mean words of the {field} answers", f"{mean(len(row[field].split()) for row in rows):.1f}"))
+    lines += [("seconds", f"{seconds:.0f}"), ("questions/s", f"{asked / seconds:.2f}" if seconds else "-")]
+    for name, value in lines:
+        print(f"  {name:45}{value:>8}")
 
 
 if __name__ == "__main__":

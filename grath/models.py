@@ -1,5 +1,6 @@
 """Loading models and tokenizers: hub names, model folders and LoRA adapters' folders, in every precision."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def check_model(name):
     from transformers import AutoConfig
 
     _load(AutoConfig, split_adapter(name)[0], "model")
+
+
+def fingerprint(name, prompts, precision, max_new_tokens):
+    """A hash of all that greedy completions depend on: the weights, the prompts' tokens, precision and length."""
+    base, adapter = split_adapter(name)
+    parts = [base, precision, str(max_new_tokens), json.dumps(prompts)]
+    if adapter:
+        parts.append(hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest())
+    parts += [
+        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
+        for file in sorted(Path(base).glob("*.safetensors"))
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def stop_ids(model, tokenizer):

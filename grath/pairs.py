@@ -2,11 +2,13 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 from grath.cli import UserError, read_json_lines, write_whole
 
 FIELDS = ("question", "correct", "incorrect")
 CORRECT, INCORRECT = "Correct answer:", "Incorrect answer:"
+LINE_END = re.compile(r"[\r\n]")
 
 
 def pair_file_name(save_prefix, num_query, use_gt, use_fs):
@@ -36,30 +38,22 @@ def write_pairs(path, rows):
 def parse_reply(reply):
     """Take the two answers out of a model's reply.
 
-    The correct answer is what stands between the two labels, the incorrect one what stands behind the second on its
-    line.
+    The correct answer is what stands between the two labels, the incorrect one what stands behind the second: one line
+    each.
 
     Returns:
         ((correct, incorrect), None), or (None, reason) if the reply does not parse.
     """
-    if CORRECT not in reply:
+    _, label, rest = reply.partition(CORRECT)
+    if not label:
         return None, "no correct answer"
-    rest = reply.split(CORRECT, 1)[1]
-    if INCORRECT not in rest:
-        return None, "no incorrect answer"
-    correct, incorrect = rest.split(INCORRECT, 1)
-    correct, incorrect = correct.strip(), re.split(r"[\r\n]", incorrect.strip(" \t"), maxsplit=1)[0].strip()
+    correct, label, incorrect = rest.partition(INCORRECT)
+    correct, incorrect = correct.strip(), LINE_END.split(incorrect.strip(" \t"), maxsplit=1)[0].strip()
+    if LINE_END.search(correct) or (correct and not label):
+        return None, "no incorrect answer behind the correct one"
     if not correct or not incorrect:
         return None, "empty answer"
-    if re.search(r"[\r\n]", correct):
-        return None, "correct answer of several lines"
     return (correct, incorrect), None
-
-
-def is_complete(reply):
-    """Whether the line of the incorrect answer has ended: nothing that follows can change what `parse_reply` takes."""
-    _, label, rest = reply.partition(CORRECT)[2].partition(INCORRECT)
-    return bool(label) and "\n" in rest.strip(" \t")
 
 
 def splice(new_rows, ori_rows):
@@ -74,3 +68,62 @@ def splice(new_rows, ori_rows):
         first.setdefault(row["question"], row["correct"])
     rows = [{**row, "correct": first.get(row["question"], row["correct"])} for row in ori_rows]
     return rows, sum(row["question"] not in first for row in ori_rows)
+
+
+def _kept(path):
+    """The files of replies kept for the pair file `path`: a merged one, and what each process has added.
+
+    They are `.{pair file}.replies` and `.{pair file}.replies.{process}`. The first line of each holds the settings that
+    the replies belong to, every further one `[index, reply]`.
+    """
+    return [file for file in path.parent.iterdir() if file.name.startswith(f".{path.name}.replies")]
+
+
+def open_replies(path, settings, merge):
+    """The replies that an interrupted run of these settings has left behind.
+
+    Args:
+        path: the pair file.
+        settings: str that names all that the replies depend on.
+        merge: whether to write what is found as one file (in the first process, before the others look).
+
+    Returns:
+        dict: index -> reply.
+    """
+    replies, strange = {}, False
+    for file in _kept(path) if path.parent.is_dir() else []:
+        # A line without its end was cut short by the interruption.
+        first, *lines = file.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+        if first != settings:
+            strange = True
+            continue
+        replies.update(json.loads(line) for line in lines)
+    if merge:
+        if strange:
+            print("Replies of an interrupted run with other settings are dropped: starting afresh")
+        lines = [settings, *(json.dumps(item) for item in sorted(replies.items()))]
+        merged = path.with_name(f".{path.name}.replies")
+        write_whole(merged, "".join(f"{line}\n" for line in lines))
+        for file in _kept(path):
+            if file != merged:
+                file.unlink()
+    return replies
+
+
+@contextmanager
+def keep_replies(path, settings, process):
+    """A function (index, reply) that keeps a reply on disk at once."""
+    with path.with_name(f".{path.name}.replies.{process}").open("w", encoding="utf-8") as file:
+        file.write(f"{settings}\n")
+
+        def keep(index, reply):
+            file.write(json.dumps([index, reply]) + "\n")
+            file.flush()
+
+        yield keep
+
+
+def remove_replies(path):
+    """Remove what was kept: the pair file is written."""
+    for file in _kept(path):
+        file.unlink()

@@ -17,7 +17,7 @@ REPLY = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INC
 
 
 def call(*command, cwd=PROJECT, env=None, status=0):
-    """Run a command, offline; return it finished. A script's name is looked up in the project."""
+    """Run a command, offline; return it finished. A script's name is looked up in the project; status None is any."""
     command = [str(part) for part in command]
     if command[0].endswith(".py"):
         command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
@@ -33,7 +33,9 @@ def call(*command, cwd=PROJECT, env=None, status=0):
         **(env or {}),
     }
     done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=900)
-    assert done.returncode == status, f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert status is None or done.returncode == status, (
+        f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
     return done
 
 
@@ -118,17 +120,27 @@ def tiny_llama(tmp_path_factory, llama_tokenizer):
     model = LlamaForCausalLM(config)
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     questions = load_questions(data_path=BUNDLED)
-    for step in range(240):
-        demos = load_demos("truthfulqa") if step % 3 == 0 else []
-        messages = build_messages(questions[step % 20], 0, step % 2 == 1, demos)
-        prompt, answer = answer_ids(tokenizer, messages, REPLY, tokenizer.chat_template)
-        ids = torch.tensor([prompt + answer])
-        labels = torch.tensor([[-100] * len(prompt) + answer])
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
+    kinds = [(demos, use_gt) for demos in (load_demos("truthfulqa"), []) for use_gt in (True, False)]
+
+    def likelihoods(question, demos, use_gt):
+        """The probabilities of the reply's tokens."""
+        prompt, answer = answer_ids(
+            tokenizer, build_messages(question, 0, use_gt, demos), REPLY, tokenizer.chat_template
+        )
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        return logits.softmax(-1).gather(1, torch.tensor(answer)[:, None])
+
+    for step in range(1000):
+        (-likelihoods(questions[step % 60], *kinds[step % 4]).log().mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
+        if step % 40 == 39:
+            with torch.no_grad():
+                if min(likelihoods(questions[i], *kind).min() for i in (0, 70, 80) for kind in kinds) > 0.8:
+                    break
+    else:
+        pytest.fail("the tiny model did not learn its reply")
     folder = tmp_path_factory.mktemp("models") / "tiny llama"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

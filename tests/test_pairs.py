@@ -1,11 +1,15 @@
 """Stage 1 and 2 at the command line: pair files and their splice; then the functions they stand on."""
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import BUNDLED, CORRECT, HUB, INCORRECT, call, needs_hub, pair, rows, write_rows
+from conftest import BUNDLED, CORRECT, HUB, INCORRECT, PROJECT, call, needs_hub, pair, rows, write_rows
 
-from grath.pairs import is_complete, parse_reply
+from grath.pairs import parse_reply
 from grath.questions import draw_candidates, load_questions
 
 
@@ -55,6 +59,83 @@ def test_the_same_bytes_at_every_batch_size(tiny_llama, tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
+def test_two_processes_write_the_file_of_one(tiny_llama, tmp_path):
+    flags = ("--data_path", BUNDLED, "--num_query", "7", "--batch_size", "2")
+    expected = ask(tiny_llama, tmp_path / "one", *flags)
+    call(
+        "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", PROJECT / "create_pair_responses.py",
+        "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir", tmp_path / "two",
+        "--precision", "fp32", *flags,
+    )  # fmt: skip
+    (path,) = (tmp_path / "two").iterdir()
+    assert path.name == expected.name
+    assert path.read_bytes() == expected.read_bytes()
+
+
+def test_a_kill_costs_no_finished_question(tiny_llama, tmp_path):
+    flags = ["--data_path", BUNDLED, "--num_query", "60", "--batch_size", "1", "--useFS"]
+    expected = ask(tiny_llama, tmp_path / "whole", *flags)
+    command = [
+        sys.executable, PROJECT / "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix",
+        "iter0_arcc", "--save_dir", tmp_path / "killed", "--precision", "fp32",
+    ]  # fmt: skip
+    kept = tmp_path / "killed" / f".{expected.name}.replies.0"
+    with subprocess.Popen([*map(str, command), *map(str, flags)], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (kept.exists() and kept.read_text().count("\n") > 5) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+    finished = kept.read_text().count("\n") - 1
+    assert 5 <= finished < 60
+    assert [file.name for file in kept.parent.iterdir() if not file.name.startswith(".")] == []
+    with kept.open("a") as file:
+        file.write('[59, "cut sho')  # as a kill in the middle of a line leaves it
+
+    done = call(*command, *flags)
+    assert f"{finished} of 60 questions were answered before the interruption" in done.stdout
+    assert ["asked", "now", str(60 - finished)] in [line.split() for line in done.stdout.splitlines()]
+    assert [file.name for file in kept.parent.iterdir()] == [expected.name]
+    assert (kept.parent / expected.name).read_bytes() == expected.read_bytes()
+
+
+def test_replies_of_other_settings_are_not_used(tiny_llama, tmp_path):
+    flags = ("--data_path", BUNDLED, "--num_query", "3")
+    expected = ask(tiny_llama, tmp_path / "a", *flags)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / f".{expected.name}.replies").write_text('other settings\n[0, "Correct answer: x"]\n')
+    done = call(
+        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
+        tmp_path / "b", "--precision", "fp32", *flags,
+    )  # fmt: skip
+    assert "other settings are dropped: starting afresh" in done.stdout
+    assert (tmp_path / "b" / expected.name).read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
+def test_quantised_weights(tiny_llama, tmp_path, precision):
+    flags = ("--data_path", BUNDLED, "--num_query", "4", "--precision", precision)
+    assert len(rows(ask(tiny_llama, tmp_path / "out", *flags))) == 4
+
+
+def test_what_the_engine_cannot_serve_goes_through_generate(tiny_llama, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(tiny_llama, narrow)
+    config = json.loads((narrow / "config.json").read_text())
+    config = {**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    (narrow / "config.json").write_text(json.dumps(config))
+    done = call(
+        "create_pair_responses.py", "--model_name_or_path", narrow, "--save_prefix", "x", "--save_dir",
+        tmp_path / "out", "--data_path", BUNDLED, "--num_query", "2", "--precision", "fp32", "--max_new_tokens", "60",
+        status=None,
+    )  # fmt: skip
+    line = next(line for line in done.stdout.splitlines() if "plain batched generation" in line)
+    assert "its sliding window of 64 tokens is shorter than a sequence of" in line
+    plain = ask(tiny_llama, tmp_path / "a", "--data_path", BUNDLED, "--num_query", "3", "--engine", "generate")
+    engine = ask(tiny_llama, tmp_path / "b", "--data_path", BUNDLED, "--num_query", "3")
+    assert plain.read_bytes() == engine.read_bytes()
+
+
 def test_candidates_depend_on_seed_and_question_only():
     questions = load_questions(data_path=BUNDLED)
     drawn = [draw_candidates(question, 0) for question in questions]
@@ -73,23 +154,21 @@ def test_candidates_depend_on_seed_and_question_only():
         ("Correct answer: yes\r\n\r\nIncorrect answer: no", (("yes", "no"), None)),
         ("Correct answer: yes\nIncorrect answer: no\nCorrect answer: other", (("yes", "no"), None)),
         ("Incorrect answer: no", (None, "no correct answer")),
-        ("Correct answer: yes\nWrong answer: no", (None, "no incorrect answer")),
+        ("Correct answer: yes\nWrong answer: no", (None, "no incorrect answer behind the correct one")),
+        ("Correct answer: yes", (None, "no incorrect answer behind the correct one")),
+        ("Correct answer: yes Incorrect answer: no", (("yes", "no"), None)),
+        ("Correct answer: yes\n\n Incorrect answer: no\n", (("yes", "no"), None)),
+        (
+            "Correct answer: yes\nIncorrect\nIncorrect answer: no\n",
+            (None, "no incorrect answer behind the correct one"),
+        ),
         ("Correct answer:\nIncorrect answer: no", (None, "empty answer")),
         ("Correct answer: yes\nIncorrect answer: \nno", (None, "empty answer")),
-        ("Correct answer: one\ntwo\nIncorrect answer: no", (None, "correct answer of several lines")),
+        ("Correct answer: one\ntwo\nIncorrect answer: no", (None, "no incorrect answer behind the correct one")),
     ],
 )
 def test_parsing(reply, expected):
     assert parse_reply(reply) == expected
-    cuts = [reply[:end] for end in range(len(reply)) if is_complete(reply[:end])]
-    assert all(parse_reply(cut) == expected for cut in cuts)
-
-
-def test_a_reply_is_complete_when_its_second_answer_has_ended():
-    reply = "Question: q\nCorrect answer: yes\nIncorrect answer: no\nmore"
-    assert is_complete(reply)
-    assert is_complete(reply[: -len("more")])
-    assert not is_complete(reply[: -len("\nmore")])
 
 
 def combine(new, ori, status=0):
@@ -124,5 +203,5 @@ def test_unparsed_replies_are_dropped_and_counted(tmp_path, tiny_llama):
     )  # fmt: skip
     assert "dropped, no " in done.stdout
     assert "not one of 3 replies could be parsed" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     assert json.dumps(done.stderr).count("error") == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grath.shared_prefix import common_prefix, generate, score
+from grath.shared_prefix import common_prefix, generate, generate_plainly, score, unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -101,13 +101,6 @@ def test_stop_on_the_first_step_and_at_the_limit():
     assert [len(completion) for completion in shared(model, prompts, 7, set(), 2)] == [7] * 5
 
 
-def test_finished_ends_a_completion():
-    model, prompts = tiny("llama"), make_prompts(5, 10)
-    done = {}
-    generate(model, prompts, 9, 2, set(), done.__setitem__, finished=lambda completion: len(completion) == 4)
-    assert [done[i] for i in range(5)] == [completion[:4] for completion in plain(model, prompts, 9, set())]
-
-
 def test_the_models_own_attention_is_back_afterwards():
     model, prompts = tiny("llama"), make_prompts(3, 4)
     usual = model.config._attn_implementation
@@ -142,3 +135,28 @@ def test_scores_of_answers_on_one_context(family, batch_size):
         expected = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
         assert greedy == (logits.argmax(-1).tolist() == answer)
+
+
+def test_plain_generation_gives_the_same():
+    model, prompts, done = tiny("llama"), make_prompts(9, 12), {}
+    generate_plainly(model, prompts, 10, 4, [5, 7], done.__setitem__)
+    assert [done[i] for i in range(9)] == plain(model, prompts, 10, {5, 7})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {}, None),
+        ("mistral", {"sliding_window": 100}, None),
+        ("mistral", {"sliding_window": 99}, "its sliding window of 99 tokens is shorter than a sequence of 100"),
+        ("gemma2", {}, "its family gemma2 is none of"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "its dynamic position embedding",
+        ),
+    ],
+)
+def test_what_the_engine_cannot_serve(family, changes, reason):
+    found = unsupported(tiny(family, **changes), 100)
+    assert found is None if reason is None else found.startswith(reason)
