@@ -57,7 +57,7 @@ def parse_reply(reply):
 
 
 def splice(new_rows, ori_rows):
-    """New correct answers onto the original incorrect ones (paper, section 3.3).
+    """New correct answers onto the original incorrect ones: the paper's gradual refinement of its data.
 
     Returns:
         (rows, missing): one row for each original row, in its order, with the first new correct answer to its

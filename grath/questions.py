@@ -102,7 +102,7 @@ def load_demos(name):
 
 
 def request(question, candidates=None):
-    """The user turn that asks for a pair (paper, section 3.1); `candidates` is (correct, incorrect) or None."""
+    """The user turn that asks for a pair of answers; `candidates` is (correct, incorrect) or None."""
     text = REQUEST.format(question=question)
     if candidates:
         text += CANDIDATES.format(correct=candidates[0], incorrect=candidates[1])

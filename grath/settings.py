@@ -58,5 +58,6 @@ class GrathDPOConfig(DPOConfig):
             )
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantised and not self.bf16)
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         # One process trains on one GPU, also where several are in sight: `DPOTrainer` refuses `nn.DataParallel`.
         self._n_gpu = min(self.n_gpu, 1)

@@ -1,6 +1,6 @@
 """Greedy generation for many prompts that begin with the same tokens.
 
-Attention over a common prefix splits exactly (Hydragen, arXiv 2402.05099, section 3.2): all rows' queries meet the
+Attention over a common prefix splits exactly (Hydragen, arXiv 2402.05099): all rows' queries meet the
 prefix's keys, which exist once, in one matrix product; each row's queries meet the row's own keys in another; the two
 partial softmaxes are merged with their log-sum-exp, in float32. `transformers` takes that attention through its
 `AttentionInterface`, so the model's code stays its own.
@@ -127,7 +127,7 @@ def partial_attention(query, key, value, scaling, bias=None):
 
 
 def merge(out, lse, other, other_lse):
-    """Attention over the union of two parts of the keys (Hydragen, section 3.2), in float32; shapes as above."""
+    """Attention over the union of two parts of the keys (Hydragen), in float32; shapes as above."""
     share = torch.sigmoid(lse - other_lse)[..., None]
     return out.float() * share + other.float() * (1 - share)
 

@@ -1,7 +1,10 @@
 """The shared-prefix engine gives, token for token, what `model.generate` gives."""
 
+import sys
+
 import pytest
 import torch
+from conftest import PROJECT, call
 
 from grath.shared_prefix import common_prefix, generate, generate_plainly, score, unsupported
 
@@ -160,3 +163,14 @@ def test_plain_generation_gives_the_same():
 def test_what_the_engine_cannot_serve(family, changes, reason):
     found = unsupported(tiny(family, **changes), 100)
     assert found is None if reason is None else found.startswith(reason)
+
+
+def test_the_benchmark_compares_all_ways(tiny_llama):
+    done = call(
+        sys.executable, PROJECT / "benchmarks" / "generation.py", "--model", tiny_llama, "--num_query", "5",
+        "--batch_size", "2", "--max_new_tokens", "40",
+    )  # fmt: skip
+    table = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    for way in ("one", "padded", "copied", "engine"):
+        assert table[way].endswith("5 of 5")
+    assert "engine over copied:" in done.stdout
