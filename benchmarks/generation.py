@@ -140,7 +140,7 @@ def main():
     add("--model", default=str(PROJECT / "models" / "smollm2"), help="hub name, model folder or adapter's folder")
     add("--dtype", choices=PRECISIONS, default="fp32", help="precision of the model")
     add("--num_query", type=positive_int, default=32, help="questions")
-    add("--batch_size", type=positive_int, default=32, help="rows at once")
+    add("--batch_size", type=positive_int, nargs="+", default=[32], help="rows at once; several are compared")
     add("--max_new_tokens", type=positive_int, default=100, help="length limit of a completion")
     add("--data_name", help="hub data set in ARC's schema; if left out, the bundled questions")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat tags")
@@ -156,34 +156,34 @@ def main():
     prompts = [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
     precision = resolve_precision(args.dtype, "pairs")
     model = load_model(args.model, precision).eval()
-    settings = {
-        "batch_size": args.batch_size,
-        "max_new_tokens": args.max_new_tokens,
-        "stop_ids": stop_ids(model, tokenizer),
-    }
-    print(f"{len(prompts)} questions, {precision}, {model.device}, batches of {args.batch_size}")
-    print(f"{'way':10}{'seconds':>9}{'questions/s':>13}{'tokens/s':>10}{'extra MB':>10}{'ratio':>8}{'identical':>11}")
-    outputs, speed = {}, {}
-    ways = [(way, lambda way=way: globals()[way](model, prompts, settings)) for way in args.ways]
-    if args.gguf:
-        ways.append(("llama_cpp", lambda: llama_cpp(args.gguf, prompts, settings)))
-    for way, call in ways:
+    settings = {"max_new_tokens": args.max_new_tokens, "stop_ids": stop_ids(model, tokenizer)}
+    print(f"{len(prompts)} questions, {precision}, {model.device}")
+    print(
+        f"{'way':10}{'batch':>6}{'seconds':>9}{'questions/s':>13}{'tokens/s':>10}{'extra MB':>10}{'ratio':>8}"
+        f"{'identical':>11}"
+    )
+    streams = [way for way in args.ways if way == "one"] + (["llama_cpp"] if args.gguf else [])
+    batched = [way for way in args.ways if way != "one"]
+    first, speed = None, {}
+    for way, size in [(way, 1) for way in streams] + [(way, size) for size in args.batch_size for way in batched]:
+        model_or_file = args.gguf if way == "llama_cpp" else model
         reset_peak()
         before = peak_bytes()
         start = time.perf_counter()
-        outputs[way] = call()
+        output = globals()[way](model_or_file, prompts, {**settings, "batch_size": size})
         seconds = time.perf_counter() - start
-        speed[way] = len(prompts) / seconds
-        first = ways[0][0]
-        same = sum(a == b for a, b in zip(outputs[way], outputs[first], strict=True))
-        tokens = sum(map(len, outputs[way])) / seconds
+        speed[way, size] = len(prompts) / seconds
+        first = first or (output, speed[way, size])
+        same = sum(a == b for a, b in zip(output, first[0], strict=True))
+        tokens = sum(map(len, output)) / seconds
         print(
-            f"{way:10}{seconds:9.1f}{speed[way]:13.2f}{tokens:10.1f}{(peak_bytes() - before) / 1e6:10.0f}"
-            f"{speed[way] / speed[first]:8.2f}{same:7} of {len(prompts)}",
+            f"{way:10}{size:6}{seconds:9.1f}{speed[way, size]:13.2f}{tokens:10.1f}"
+            f"{(peak_bytes() - before) / 1e6:10.0f}{speed[way, size] / first[1]:8.2f}{same:7} of {len(prompts)}",
             flush=True,
         )
-    if "copied" in speed and "engine" in speed:
-        print(f"engine over copied: {speed['engine'] / speed['copied']:.2f}")
+    for size in args.batch_size:
+        if {"copied", "engine"} <= set(batched):
+            print(f"engine over copied, batches of {size}: {speed['engine', size] / speed['copied', size]:.2f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 from grath.cli import UserError
@@ -119,6 +120,73 @@ def fingerprint(name, prompts, precision, max_new_tokens):
         for file in sorted(Path(base).glob("*.safetensors"))
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@contextmanager
+def float32_products(model):
+    """Let the frozen 16-bit linear layers of `model` multiply in float32 on an x86 CPU without 16-bit matrix units.
+
+    There, a float32 product is up to 1.8 times as fast as a bfloat16 one from 64 rows on, the conversion of the weights
+    included. Products of 16-bit numbers are exact in float32, so only the order of the sums differs; what comes out is
+    rounded to 16 bit as before. No second copy of the weights is kept.
+    """
+    import torch
+
+    slow = torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
+    layers = [
+        layer
+        for layer in model.modules()
+        if slow
+        and type(layer) is torch.nn.Linear
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype in (torch.bfloat16, torch.float16)
+    ]
+    product = _float32_product() if layers else None
+
+    def forward_of(layer):
+        usual = layer.forward
+
+        def forward(x):
+            learns = layer.weight.requires_grad and torch.is_grad_enabled()
+            few = x.numel() < 64 * x.shape[-1]
+            return usual(x) if few or learns else product(x, layer.weight, layer.bias)
+
+        return forward
+
+    for layer in layers:
+        layer.forward = forward_of(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _float32_product():
+    """x (..., d) times weight (m, d) transposed, plus bias (m) -> (..., m): weights are converted 1,024 rows at a time."""
+    import torch
+    from torch.nn.functional import linear
+
+    def slices(weight):
+        return ((at, weight[at : at + 1024].float()) for at in range(0, len(weight), 1024))
+
+    class Float32Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            ctx.save_for_backward(weight)
+            wide = x.float()
+            out = x.new_empty((*x.shape[:-1], len(weight)))
+            for at, part in slices(weight):
+                out[..., at : at + 1024] = linear(wide, part, None if bias is None else bias[at : at + 1024].float())
+            return out
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (weight,) = ctx.saved_tensors
+            total = sum(gradient[..., at : at + 1024].float() @ part for at, part in slices(weight))
+            return total.to(gradient.dtype), None, None
+
+    return Float32Product.apply
 
 
 def stop_ids(model, tokenizer):

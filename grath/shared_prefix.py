@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from transformers import AttentionInterface
 
+from grath.models import float32_products
+
 NAME = "grath_shared_prefix"
 READ_AT_ONCE = 16
 # Families whose attention is softmax(q k^T * scaling) v under a causal mask, and nothing more.
@@ -178,7 +180,8 @@ def engine_attention(model):
     model.eval()
     base.set_attn_implementation(NAME)
     try:
-        yield
+        with float32_products(model):
+            yield
     finally:
         base.set_attn_implementation(usual)
 

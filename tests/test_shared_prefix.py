@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import PROJECT, call
 
+from grath.models import float32_products
 from grath.shared_prefix import common_prefix, generate, generate_plainly, score, unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -165,6 +166,26 @@ def test_what_the_engine_cannot_serve(family, changes, reason):
     assert found is None if reason is None else found.startswith(reason)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_products_are_the_usual_ones_rounded_once(dtype):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 2500).to(dtype).requires_grad_(False)
+    x = torch.randn(70, 2, 96, dtype=dtype, requires_grad=True)
+    weights = torch.randn(70, 2, 2500, dtype=dtype)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with float32_products(torch.nn.Sequential(layer)):
+        patched = "forward" in vars(layer)
+        out = layer(x)
+        (gradient,) = torch.autograd.grad(out, x, weights)
+        few = layer(x[:1])
+    assert patched or torch.cpu._is_amx_tile_supported() or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    assert "forward" not in vars(layer)
+    assert out.dtype == few.dtype == gradient.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, atol=step, rtol=step)
+    torch.testing.assert_close(gradient.double(), weights.double() @ layer.weight.double(), atol=4 * step, rtol=step)
+
+
 def test_the_benchmark_compares_all_ways(tiny_llama):
     done = call(
         sys.executable, PROJECT / "benchmarks" / "generation.py", "--model", tiny_llama, "--num_query", "5",
@@ -172,4 +193,4 @@ def test_the_benchmark_compares_all_ways(tiny_llama):
     )  # fmt: skip
     table = [line.split() for line in done.stdout.splitlines() if line.endswith("5 of 5")]
     assert [line[0] for line in table] == ["one", "padded", "copied", "engine"]
-    assert "engine over copied:" in done.stdout
+    assert "engine over copied, batches of 2:" in done.stdout
