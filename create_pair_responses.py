@@ -18,7 +18,15 @@ from statistics import mean
 
 from grath.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.cli import Parser, UserError, check_writable, positive_int, run
-from grath.models import PRECISIONS, fingerprint, load_model, load_tokenizer, resolve_precision, stop_ids
+from grath.models import (
+    PRECISIONS,
+    fingerprint,
+    join_processes,
+    load_model,
+    load_tokenizer,
+    resolve_precision,
+    stop_ids,
+)
 from grath.pairs import (
     keep_replies,
     open_replies,
@@ -73,12 +81,11 @@ def main():
         prompt_ids(tokenizer, build_messages(question, args.seed, args.useGT, demos), template)
         for question in questions
     ]
-    model = load_model(args.model_name_or_path, precision)
 
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state = PartialState()
+    state = join_processes()
+    model = load_model(args.model_name_or_path, precision)
     settings = fingerprint(args.model_name_or_path, prompts, precision, args.max_new_tokens)
     with state.main_process_first():
         replies = open_replies(path, settings, state.is_main_process)

@@ -5,16 +5,19 @@
     accelerate launch dpo.py --dataset_name ai2_arc/ARC-Challenge --model_name_or_path MODEL --output_dir DIR --seed 0
 
 MODEL is a hub name or a model folder in the first round, the last round's adapter folder in the later ones: training
-goes on with that adapter. Saves one adapter against the pretrained base in DIR, and checkpoints in DIR/checkpoint-N.
+goes on with that adapter. Saves one adapter against the pretrained base in DIR, with its record, log and plot, and
+checkpoints in DIR/checkpoint-N, from the last of which the same command goes on after an interruption.
 Without further flags the settings are those of the paper's code; every option of TRL's DPOConfig works under its own
 name.
 """
 
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from grath.chat import MODEL_TYPES, template_for
 from grath.cli import HelpFormatter, OneLineErrors, UserError, check_writable, run
-from grath.models import load_model, load_tokenizer
+from grath.models import load_model, load_tokenizer, split_adapter
 from grath.pairs import read_pairs
 from grath.questions import KEYED_SETS, keyed_pairs, load_hub_split
 
@@ -75,7 +78,7 @@ def parse_args():
 
 
 def load_preferences(args, config, tokenizer, template):
-    """The training set: tokenised by `grath.chat`, or as it is for TRL to tokenise."""
+    """The training set and its counts: tokenised by `grath.chat`, or (counts None) as it is for TRL to tokenise."""
     from grath.trainer import keep_trainable, tokenise
 
     limit = min(args.num_sample or 10**9, 1000 if args.sanity_check else 10**9)
@@ -84,43 +87,69 @@ def load_preferences(args, config, tokenizer, template):
         if not {"chosen", "rejected"} <= set(dataset.column_names):
             raise UserError(f"{args.dataset_name} is not in TRL's preference format: no columns chosen and rejected")
         tokenizer.chat_template = template
-        return dataset.select(range(min(limit, len(dataset))))
+        return dataset.select(range(min(limit, len(dataset)))), None
     rows = read_pairs(args.dataset_path) if args.dataset_path else keyed_pairs(args.dataset_name, config.seed)
     return keep_trainable(tokenise(rows[:limit], tokenizer, template), config.max_length)
+
+
+def describe(args, config):
+    """What this training is: the first part of its record, and all by which a later start recognises it."""
+    from accelerate import PartialState
+
+    from grath.checkpoints import ADAPTER, sha256, versions
+    from grath.trainer import describe_reference
+
+    processes = PartialState().num_processes
+    adapter = split_adapter(args.model_name_or_path)[1]
+    return {
+        **describe_reference(args.model_name_or_path, args.reference),
+        "incoming_adapter": adapter,
+        "incoming_adapter_sha256": adapter and sha256(Path(adapter) / ADAPTER),
+        "pair_file": args.dataset_path,
+        "pair_file_sha256": args.dataset_path and sha256(args.dataset_path),
+        "effective_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * processes,
+        "processes": processes,
+        "settings": {**vars(args), **config.to_dict()},
+        "versions": versions(),
+    }
 
 
 def main():
     args, config = parse_args()
     check_writable(config.output_dir)
+    if args.dataset_path:
+        read_pairs(args.dataset_path)
 
-    from grath.trainer import (
-        LORA_TARGETS,
-        GrathDPOTrainer,
-        check_output,
-        clear_output,
-        describe_reference,
-        print_once,
-        save_adapter,
-    )
+    from peft import LoraConfig, PeftModel
+    from transformers import ProgressCallback
 
-    resume = config.resume_from_checkpoint
-    check_output(config.output_dir, args.overwrite_output_dir or resume, args.model_name_or_path)
+    from grath.checkpoints import PLOT, Bar, TrainingLog, clear, find_earlier, save_adapter, write_record
+    from grath.models import float32_products
+    from grath.report import plot_training
+    from grath.settings import PAPERS_BATCH
+    from grath.trainer import LORA_TARGETS, GrathDPOTrainer, print_once
+
+    start = time.monotonic()
+    record = describe(args, config)
+    earlier, checkpoint = find_earlier(config.output_dir, record, args.overwrite_output_dir)
+    if earlier == "finished":
+        print_once(f"{config.output_dir} holds this training, finished; --overwrite_output_dir would train again")
+        return
+    checkpoint = config.resume_from_checkpoint or checkpoint
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
-    dataset = load_preferences(args, config, tokenizer, template)
+    dataset, counts = load_preferences(args, config, tokenizer, template)
     model = load_model(args.model_name_or_path, config.precision, trainable=True)
 
-    from accelerate import PartialState
-    from peft import LoraConfig, PeftModel
-
-    record = describe_reference(args.model_name_or_path, args.reference)
-    processes = PartialState().num_processes
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    batch = record["effective_batch"]
     print_once(f"policy starts from {record['policy_starts_from']}")
     print_once(f"reference ({args.reference}): {record['reference_model']}")
     print_once(
-        f"{config.precision}, {config.optim.value}, {config.max_steps} steps of {batch} pairs, {processes} process(es)"
+        f"{config.precision}, {config.optim.value}, {config.max_steps} steps of {batch} pairs, "
+        f"{record['processes']} process(es)"
     )
+    if batch != PAPERS_BATCH:
+        print_once(f"The paper trains with {PAPERS_BATCH} pairs a step, not {batch}")
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -137,23 +166,36 @@ def main():
                 raise UserError(
                     f"the adapter that comes in has {name} {getattr(incoming, name)}, not {getattr(lora, name)}"
                 )
-    try:
-        trainer = GrathDPOTrainer(
-            model=model,
-            args=config,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            peft_config=None if continued else lora,
-            reference=args.reference,
-        )
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(str(error)) from None
-    if trainer.accelerator.is_main_process and not resume:
-        clear_output(config.output_dir)
-    trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=resume)
-    settings = {"pairs": len(dataset), "effective_batch": batch, **vars(args), **config.to_dict()}
-    save_adapter(trainer, {**record, "log": trainer.state.log_history, "settings": settings})
+    with float32_products(model):
+        try:
+            trainer = GrathDPOTrainer(
+                model=model,
+                args=config,
+                train_dataset=dataset,
+                processing_class=tokenizer,
+                peft_config=None if continued else lora,
+                reference=args.reference,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(str(error)) from None
+        record["base_revision"] = getattr(model.config, "_commit_hash", None)
+        record["pairs"] = counts or trainer.counts
+        if trainer.accelerator.is_main_process and earlier == "nothing":
+            clear(config.output_dir)
+            write_record(config.output_dir, record)
+        trainer.accelerator.wait_for_everyone()
+        log = TrainingLog()
+        trainer.add_callback(log)
+        if not config.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(Bar)
+        if checkpoint:
+            print_once(f"Going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.accelerator.is_main_process:
+        plot_training(trainer.state.log_history, Path(config.output_dir) / PLOT)
+    record.update(warnings=log.said, went_on_from=checkpoint, seconds=round(time.monotonic() - start, 1))
+    save_adapter(trainer, record)
     print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 
 

@@ -46,7 +46,7 @@ WARMUP_STEPS="${WARMUP_STEPS:-100}"
 LEARNING_RATE="${LEARNING_RATE:-5e-4}"
 BETA="${BETA:-0.1}"
 DPO_BATCH_SIZE="${DPO_BATCH_SIZE:-4}"
-GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-4}"
+GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}" # as many as make 16 pairs a step
 MAX_LENGTH="${MAX_LENGTH:-1024}"
 SAVE_STEPS="${SAVE_STEPS:-100}"
 DPO_PRECISION="${DPO_PRECISION:-auto}"
@@ -134,23 +134,27 @@ if [[ $USE_FS == 1 ]]; then pairs_args+=(--useFS); fi
 if [[ $USE_GT == 1 ]]; then pairs_args+=(--useGT); fi
 
 threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_PROCESSES))
+several=() ask=(python)
+if ((NUM_PROCESSES > 1)); then several=(--multi_gpu); fi
 launch=(
-    accelerate launch --quiet --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no
+    accelerate launch --quiet "${several[@]}" --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no
     --dynamo_backend no --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))"
 )
+if ((NUM_PROCESSES > 1)); then ask=("${launch[@]}"); fi
 dpo_args=(
     --model_type "$MODEL_TYPE" --reference "$REFERENCE" --seed "$SEED" --max_steps "$MAX_STEPS"
     --warmup_steps "$WARMUP_STEPS" --learning_rate "$LEARNING_RATE" --beta "$BETA"
-    --per_device_train_batch_size "$DPO_BATCH_SIZE" --gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"
-    --max_length "$MAX_LENGTH" --save_steps "$SAVE_STEPS" --precision "$DPO_PRECISION" --overwrite_output_dir
+    --per_device_train_batch_size "$DPO_BATCH_SIZE"
+    --max_length "$MAX_LENGTH" --save_steps "$SAVE_STEPS" --precision "$DPO_PRECISION"
 )
+if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"); fi
 
 model=$MODEL_NAME_OR_PATH
 evaluate 0 "$model"
 for ((i = 0; i < ROUNDS; i++)); do
     pairs="$RUN/data/iter${i}_$TAIL.json"
     stage "round $((i + 1)): M_$i writes pairs" "$pairs" \
-        python "$HERE/create_pair_responses.py" --model_name_or_path "$model" --save_prefix "iter${i}_arcc" "${pairs_args[@]}"
+        "${ask[@]}" "$HERE/create_pair_responses.py" --model_name_or_path "$model" --save_prefix "iter${i}_arcc" "${pairs_args[@]}"
     if ((i > 0)); then
         stage "round $((i + 1)): splice onto the incorrect answers of round 1" "${pairs%.json}_combined.json" \
             python "$HERE/combine_new_correct_ori_wrong.py" --new_data_path "$pairs" --ori_data_path "$RUN/data/iter0_$TAIL.json"

@@ -1,14 +1,22 @@
-"""What lm-evaluation-harness is given: which model, on which base, in which precision.
+"""lm-evaluation-harness with a model class that computes every context once.
 
-    python -m grath.harness MODEL_OR_ADAPTER [--precision auto]
+    python -m grath.harness run --model hf-shared --model_args pretrained=MODEL --tasks truthfulqa_mc1 ...
+    python -m grath.harness model-args [--precision auto] MODEL_OR_ADAPTER
 
-Prints the harness's `--model_args` as JSON, which holds any folder's name.
+The first is the harness's own command line; `--model hf` next to it is its own way. The second prints the harness's
+`--model_args` as JSON, which holds any folder's name: which model, on which base, in which precision.
 """
 
 import json
+import sys
 
 from grath.cli import Parser, run
 from grath.models import DTYPES, check_model, resolve_precision, split_adapter
+
+NAME = "hf-shared"
+# Tokens from which on a common beginning of contexts, or a lone context, is worth a forward pass of its own.
+SHORTEST_PREFIX = 32
+LONG_CONTEXT = 256
 
 
 def model_args(name, precision):
@@ -19,8 +27,102 @@ def model_args(name, precision):
     return {**args, "peft": adapter} if adapter else args
 
 
-def main():
+def register():
+    """Make `--model hf-shared` known to the harness, and return its class."""
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+
+    @register_model(NAME)
+    class SharedContextLM(HFLM):
+        """`HFLM` that computes what requests have in common once: equal requests, contexts, and their beginnings."""
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            from tqdm import tqdm
+
+            windows = [_window(context, answer, self.max_length) for _, context, answer in requests]
+            reason = self._cannot_share(max((len(c) + len(a) for c, a in windows), default=0))
+            if reason or not requests:
+                if reason and self.rank == 0 and not disable_tqdm:
+                    print(f"{NAME} scores like hf: {reason}", file=sys.stderr)
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            batch_size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
+            bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring requests")
+            results = [None] * len(requests)
+            with bar:
+                for places, result in score_windows(self.model, windows, batch_size):
+                    for place in places:
+                        results[place] = result
+                        if requests[place][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[place][0], result)
+                    bar.update(len(places))
+            return results
+
+        def _cannot_share(self, length):
+            from grath.shared_prefix import unsupported
+
+            if self.backend != "causal":
+                return "it is no decoder-only model"
+            if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
+                return "it is spread over several devices"
+            if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
+                return "its adapter adds virtual tokens"
+            return unsupported(self.model, length)
+
+    return SharedContextLM
+
+
+def _window(context, answer, max_length):
+    """What of a request fits the model, cut from the left as in `HFLM`: (context, answer), tuples of ids."""
+    kept = (context + answer)[-(max_length + 1) :]
+    return tuple(kept[: -len(answer)]), tuple(answer)
+
+
+def score_windows(model, windows, batch_size):
+    """Scores of (context, answer) requests, tuples of token ids.
+
+    Yields:
+        (the places of equal requests in `windows`, (log-probability, whether greedy decoding gives the answer)).
+    """
+    from grath.shared_prefix import score
+
+    contexts = {}
+    for place, (context, answer) in enumerate(windows):
+        contexts.setdefault(context, {}).setdefault(answer, []).append(place)
+    for length, members in group_by_prefix(list(contexts)):
+        trees = [(context[length:], list(contexts[context])) for context in members]
+        for i, found in score(model, list(members[0][:length]), trees, batch_size):
+            yield from zip(contexts[members[i]].values(), found, strict=True)
+
+
+def group_by_prefix(contexts):
+    """Group contexts so that each group computes what all of it begins with once.
+
+    Args:
+        contexts: list of different tuples of token ids, none empty.
+
+    Returns:
+        list of (tokens that the group's contexts begin with, list of contexts); at least one token of each is left.
+    """
+    from grath.shared_prefix import common_prefix
+
+    groups = []
+    for context in sorted(contexts):
+        if groups:
+            length, members = groups[-1]
+            common = min(length, common_prefix([members[-1], context]))
+            # A shorter prefix for one context more must not cost more than it saves.
+            if common >= SHORTEST_PREFIX and common * len(members) >= length * (len(members) - 1):
+                groups[-1] = (common, [*members, context])
+                continue
+        groups.append((len(context) - 1, [context]))
+    lone = [members[0] for _, members in groups if len(members) == 1 and len(members[0]) < LONG_CONTEXT]
+    groups = [group for group in groups if len(group[1]) > 1 or len(group[1][0]) >= LONG_CONTEXT]
+    return [*groups, (0, lone)] if lone else groups
+
+
+def print_model_args():
     parser = Parser(__doc__)
+    parser.add_argument("command", choices=["model-args"], help="print the harness's --model_args")
     parser.add_argument("model", help="hub name, model folder or LoRA adapter's folder")
     parser.add_argument(
         "--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU"
@@ -28,6 +130,16 @@ def main():
     args = parser.parse_args()
     check_model(args.model)
     print(json.dumps(model_args(args.model, args.precision)))
+
+
+def main():
+    if "model-args" in sys.argv[1:2] or sys.argv[1:] in ([], ["--help"], ["-h"]):
+        print_model_args()
+        return
+    from lm_eval.__main__ import cli_evaluate
+
+    register()
+    cli_evaluate()
 
 
 if __name__ == "__main__":

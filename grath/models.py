@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from grath.cli import UserError
@@ -11,6 +13,20 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
 AUTO = {"pairs": ("int8", "bf16"), "dpo": ("fp4", "bf16"), "scores": ("fp16", "fp32")}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def without_accelerator():
+    """Whether this is one of several launched processes on a machine without a GPU: accelerate must be told."""
+    import torch
+
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def join_processes():
+    """accelerate's `PartialState`, set up so that processes wait a day for the slowest, not torch's ten minutes."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=without_accelerator(), timeout=timedelta(days=1))
 
 
 def resolve_precision(precision, stage):
@@ -163,7 +179,7 @@ def float32_products(model):
 
 
 def _float32_product():
-    """x (..., d) times weight (m, d) transposed, plus bias (m) -> (..., m): weights are converted 1,024 rows at a time."""
+    """`linear` of x (..., d), weight (m, d) and bias (m), with 1,024 rows of the weight in float32 at a time."""
     import torch
     from torch.nn.functional import linear
 

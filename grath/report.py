@@ -121,6 +121,40 @@ def run_table(run_dir):
     return table(rows)
 
 
+def plot_training(log, path):
+    """Draw a training's loss, reward margin, reward accuracy and log-probabilities against its steps.
+
+    Args:
+        log: entries of TRL's log.
+        path: the PNG file, which appears whole.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss": {"loss": "loss"},
+        "reward margin": {"margin": "rewards/margins"},
+        "reward accuracy": {"accuracy": "rewards/accuracies"},
+        "log-probability of an answer": {"chosen": "logps/chosen", "rejected": "logps/rejected"},
+    }
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for label, key in lines.items():
+            points = [(entry["step"], entry[key]) for entry in log if key in entry]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=label)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """Save a matplotlib figure under a name that never shows a part of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format=path.suffix[1:], dpi=120)
+    partial.replace(path)
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="a run's folder, or a folder of result files")

@@ -1,11 +1,14 @@
 """The settings of the paper's DPO, as defaults of TRL's `DPOConfig`."""
 
+import os
 from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
 from grath.cli import UserError
-from grath.models import DTYPES, PRECISIONS, resolve_precision
+from grath.models import DTYPES, PRECISIONS, resolve_precision, without_accelerator
+
+PAPERS_BATCH = 16
 
 
 @dataclass
@@ -27,9 +30,19 @@ class GrathDPOConfig(DPOConfig):
         metadata={"help": "optimiser; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU"},
     )
     per_device_train_batch_size: int = field(default=4, metadata={"help": "pairs a device and forward pass"})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "forward passes an optimiser step"})
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "forward passes an optimiser step; by default as many as make 16 pairs over all devices"},
+    )
     max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
     max_length: int | None = field(default=1024, metadata={"help": "pairs with more tokens are dropped"})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "order of the pairs; group_by_length: those of one step are about equally long",
+            "choices": ("random", "sequential", "group_by_length"),
+        },
+    )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "recompute activations to save memory; off: these sequences are short"}
     )
@@ -47,6 +60,10 @@ class GrathDPOConfig(DPOConfig):
         if not self.output_dir:
             raise UserError("--output_dir is required: where is the adapter to be saved?")
         self.precision = resolve_precision(self.precision, "dpo")
+        if self.gradient_accumulation_steps is None:
+            a_pass = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+            self.gradient_accumulation_steps = max(1, PAPERS_BATCH // a_pass)
+        self.use_cpu = self.use_cpu or without_accelerator()
         if self.optim == "auto":
             self.optim = "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch"
         # bf16 and fp32 weights are trained as they are, without autocast; TRL would turn bf16 autocast on wherever

@@ -1,4 +1,4 @@
-"""Greedy generation for many prompts that begin with the same tokens.
+"""Greedy generation for many prompts, and scores of many answers, that begin with the same tokens.
 
 Attention over a common prefix splits exactly (Hydragen, arXiv 2402.05099): all rows' queries meet the
 prefix's keys, which exist once, in one matrix product; each row's queries meet the row's own keys in another; the two
@@ -8,8 +8,10 @@ partial softmaxes are merged with their log-sum-exp, in float32. `transformers` 
 
 from collections import deque
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from grath.models import float32_products
@@ -25,7 +27,7 @@ class SharedPrefix:
 
     Args:
         rows: rows that may be in work at once.
-        capacity: own tokens that a row may have.
+        capacity: own tokens that a row may have, between calls of `forward`.
         prefix: the `SharedPrefix` whose first row's own tokens are the prefix, or None for no prefix.
 
     Shapes: n rows at work, L new tokens a row, P prefix tokens, T own tokens; H query heads, K key heads, D head size.
@@ -62,8 +64,30 @@ class SharedPrefix:
         self.end = int(columns.max()) + 1
         # (n, 1, L, T): a token sees its row's own tokens up to itself.
         visible = torch.arange(self.end, device=device) <= columns[:, None, :, None]
-        self.bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, float("-inf"))
-        self.grouped_bias = None
+        return self._run(model, input_ids, columns, None if length > 1 and not self.prefix else visible)
+
+    def forward_trees(self, model, input_ids, depths, branches):
+        """Run rows that are trees, a context and behind it any number of answers, and keep nothing.
+
+        Args:
+            input_ids: (n, L): the context's tokens, then those of one answer after the other; padded at the right.
+            depths: (n, L) int, how many own tokens stand between the prefix and each token on its way to the root.
+            branches: (n, L) int, 0 for the context's tokens, and for an answer's a number that is its own.
+
+        Returns:
+            (n, L, d) last hidden states, for `project`.
+        """
+        order = torch.arange(input_ids.shape[1], device=input_ids.device)
+        seen, seeing = branches[:, None, None, :], branches[:, None, :, None]
+        visible = (order <= order[:, None]) & ((seen == 0) | (seen == seeing))
+        self.at = None
+        return self._run(model, input_ids, depths, visible)
+
+    def _run(self, model, input_ids, columns, visible):
+        """`visible` (n, 1, L, T) says which own tokens a token sees; None: all up to itself, and there is no prefix."""
+        self.bias = self.grouped_bias = None
+        if visible is not None:
+            self.bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
         output = _base(model).base_model(
             input_ids=input_ids, position_ids=columns + self.prefix_length, use_cache=False, shared_prefix=self
         )
@@ -74,23 +98,16 @@ class SharedPrefix:
         n, heads, length, size = query.shape
         key_heads = key.shape[1]
         groups = heads // key_heads
-        if layer not in self.own:
-            shape = (self.rows, key_heads, self.capacity, size)
-            self.own[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-        keys, values = self.own[layer]
-        if length == 1:
-            keys[self.rows_at, :, self.starts] = key[:, :, 0]
-            values[self.rows_at, :, self.starts] = value[:, :, 0]
-        else:
-            keys[self.at, :, :length] = key
-            values[self.at, :, :length] = value
+        keys, values = self._keep(layer, key, value) if self.at else (key, value)
+        if self.bias is None:
+            every = (part.repeat_interleave(groups, 1) for part in (key, value))
+            return scaled_dot_product_attention(query, *every, is_causal=True, scale=scaling).transpose(1, 2)
         if self.grouped_bias is None:
             self.grouped_bias = self.bias.repeat(1, 1, groups, 1).to(query.dtype)
 
         # Query heads that share a key head stand together, so they become more queries of that one head.
         grouped = query.reshape(n, key_heads, -1, size)
-        own = (store[self.at, :, : self.end] for store in (keys, values))
-        out, lse = partial_attention(grouped, *own, scaling, self.grouped_bias)
+        out, lse = partial_attention(grouped, keys, values, scaling, self.grouped_bias)
         if self.prefix:
             everyone = grouped.transpose(0, 1).reshape(1, key_heads, -1, size).float()
             shared, shared_lse = partial_attention(everyone, *self.prefix[layer], scaling)
@@ -98,6 +115,19 @@ class SharedPrefix:
             shared_lse = shared_lse.view(key_heads, n, -1).transpose(0, 1)
             out = merge(out, lse, shared, shared_lse)
         return out.to(query.dtype).reshape(n, heads, length, size).transpose(1, 2)
+
+    def _keep(self, layer, key, value):
+        """Write the new tokens' keys and values behind their rows' own; those of all own tokens: (n, K, T, D)."""
+        length = key.shape[2]
+        if layer not in self.own:
+            shape = (self.rows, key.shape[1], self.capacity, key.shape[3])
+            self.own[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        for store, new in zip(self.own[layer], (key, value), strict=True):
+            if length == 1:
+                store[self.rows_at, :, self.starts] = new[:, :, 0]
+            else:
+                store[self.at, :, :length] = new
+        return (store[self.at, :, : self.end] for store in self.own[layer])
 
     def move(self, source, target):
         """Give row `target` the own tokens of row `source`."""
@@ -197,35 +227,69 @@ def start_rows(model, prefix_ids, rows, capacity):
 
 
 @torch.inference_mode()
-def score(model, context, answers, batch_size):
-    """Log-probabilities of several answers to one context, which is computed once.
+def score(model, prefix_ids, trees, batch_size):
+    """Log-probabilities of answers to contexts that begin with the same tokens. Every token is computed once.
 
     Args:
-        context: list of token ids, not empty.
-        answers: lists of token ids, none empty.
-        batch_size: answers in work at once.
+        prefix_ids: token ids that stand before every context; may be empty.
+        trees: list of (context, answers): token ids, and a list of lists of token ids; none of the lists empty.
+        batch_size: contexts in work at once.
 
-    Returns:
-        list of (log-probabilities, one a token of the answer, float32 on the CPU; whether greedy decoding gives the
-        answer), one an answer.
+    Yields:
+        (index of the tree, list of (log-probability, whether greedy decoding gives the answer), one an answer).
     """
-    rows = min(batch_size, len(answers))
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i]))
-    scores = [None] * len(answers)
+    # A row holds the context and each answer but for its last token, which nothing follows.
+    order = sorted(range(len(trees)), key=lambda i: len(trees[i][0]) + sum(len(answer) - 1 for answer in trees[i][1]))
     with engine_attention(model):
-        state = start_rows(model, context[:-1], rows, max(map(len, answers)))
-        for start in range(0, len(order), rows):
-            batch = order[start : start + rows]
-            longest = max(len(answers[i]) for i in batch)
-            read = [[context[-1], *answers[i][:-1]] + [0] * (longest - len(answers[i])) for i in batch]
-            starts = torch.zeros(len(batch), dtype=torch.long, device=model.device)
-            hidden = state.forward(model, torch.tensor(read, device=model.device), 0, starts)
-            for i, row in zip(batch, hidden, strict=True):
-                log_probs = project(model, row[: len(answers[i])]).float().log_softmax(-1)
-                answer = torch.tensor(answers[i], device=row.device)
-                greedy = bool((log_probs.argmax(-1) == answer).all())
-                scores[i] = (log_probs.gather(1, answer[:, None])[:, 0].cpu(), greedy)
-    return scores
+        state = start_rows(model, prefix_ids, 0, 0)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            rows = [_tree_row(*trees[i]) for i in batch]
+            longest = max(len(ids) for ids, *_ in rows)
+            ids, depths, branches = (
+                torch.tensor([row[column] + [0] * (longest - len(row[column])) for row in rows], device=model.device)
+                for column in range(3)
+            )
+            hidden = state.forward_trees(model, ids, depths, branches)
+            scores = _token_scores(
+                model, hidden, [(n, at, token) for n, row in enumerate(rows) for at, token in row[3]]
+            )
+            for i in batch:
+                found = [[next(scores) for _ in answer] for answer in trees[i][1]]
+                yield i, [(sum(score for score, _ in tokens), all(top for _, top in tokens)) for tokens in found]
+
+
+def _tree_row(context, answers):
+    """Lists of a tree's ids, depths and branches, and (column that predicts it, id) of every token of the answers."""
+    ids, depths, branches = list(context), list(range(len(context))), [0] * len(context)
+    predicted = []
+    for branch, answer in enumerate(answers, start=1):
+        columns = [len(context) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
+        predicted += zip(columns, answer, strict=True)
+        ids += answer[:-1]
+        depths += range(len(context), len(context) + len(answer) - 1)
+        branches += [branch] * (len(answer) - 1)
+    return ids, depths, branches, predicted
+
+
+def _token_scores(model, hidden, predicted, chunk=512):
+    """Iterator over (log-probability, whether it is the greedy one) of (row, column that predicts it, id) tokens."""
+    # Answers to one context have their first token predicted by one state, which is projected once.
+    states = list(dict.fromkeys((row, column) for row, column, _ in predicted))
+    ends = [min(end, len(states)) for end in accumulate([chunk] * -(-len(states) // chunk))]
+    number = {state: i for i, state in enumerate(states)}
+    device = hidden.device
+    which = torch.tensor([number[row, column] for row, column, _ in predicted], device=device)
+    tokens = torch.tensor([token for *_, token in predicted], device=device)
+    scores, greedy = torch.empty(len(predicted), device=device), torch.empty_like(tokens)
+    rows, columns = torch.tensor(states, device=device).T
+    for start, end in zip([0, *ends], ends, strict=False):
+        logits = project(model, hidden[rows[start:end], columns[start:end]]).float()
+        here = (which >= start) & (which < end)
+        at = which[here] - start
+        scores[here] = logits[at, tokens[here]] - logits.logsumexp(-1)[at]
+        greedy[here] = logits.argmax(-1)[at]
+    return zip(scores.tolist(), (greedy == tokens).tolist(), strict=True)
 
 
 @torch.inference_mode()

@@ -1,27 +1,26 @@
 """TRL's DPO with the paper's settings, tokens from `grath.chat`, and a reference that is exactly the one asked for.
 
 Round i starts from model M_i, an adapter on the pretrained base M_0, and gives M_{i+1}. The reference is M_i itself
-(`rolling`) or M_0 (`fixed`); the policy starts from M_i in both.
+(`rolling`) or M_0 (`fixed`); the policy starts from M_i in both. One copy of the base's weights serves policy and
+reference.
 """
 
-import json
-import os
-import shutil
 from functools import wraps
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from grath.chat import answer_ids
-from grath.cli import UserError, write_whole
+from grath.cli import UserError
 from grath.models import split_adapter
+from grath.shared_prefix import unsupported
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj"]
 NOT_COMPUTED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
@@ -34,8 +33,6 @@ CHANGES_LOGITS = (
     "logits_scaling",
     "router_aux_loss_coef",
 )
-RECORD = "training.json"
-ADAPTER = "adapter_model.safetensors"
 
 
 class GrathDPOTrainer(DPOTrainer):
@@ -52,7 +49,7 @@ class GrathDPOTrainer(DPOTrainer):
     def __init__(self, *args, reference, **kwargs):
         self.reference = reference
         super().__init__(*args, **kwargs)
-        self._score_answers_only()
+        self._compute_less()
         if self.reference == "fixed" or self.precompute_ref_logps:
             self._drop_ref_adapter()
 
@@ -60,31 +57,33 @@ class GrathDPOTrainer(DPOTrainer):
         if "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
 
-    def _score_answers_only(self):
-        """Let TRL's fused head compute the answers' log-probabilities and nothing else on a CPU.
+    def _compute_less(self):
+        """Compute a pair's shared prompt once and, on a CPU, the answers' log-probabilities and nothing else.
 
         There, TRL 1.16 projects every position, the prompt's and the padding included, and takes three statistics of
         each for its log. The loss is the same.
         """
         base = self.model.get_base_model()
-        if self.accelerator.device.type != "cpu" or self.use_weighting or hasattr(base, "scores_answers_only"):
+        if hasattr(base, "computes_less"):
             return
+        base.computes_less = set()
+        if not unsupported(base, self.args.max_length or 0) and base.config._attn_implementation == "sdpa":
+            base.computes_less.add("prompts")
+            base.base_model.forward = _share_prompts(base.base_model.forward)
         config = base.config.get_text_config()
-        if any(getattr(config, name, None) for name in CHANGES_LOGITS):
-            return
-        fused_forward, base.scores_answers_only = base.forward, True
+        changed = any(getattr(config, name, None) for name in CHANGES_LOGITS)
+        if self.accelerator.device.type == "cpu" and not self.use_weighting and not changed:
+            base.computes_less.add("scores")
+            base.forward = _score_answers(base, base.forward)
 
-        @wraps(fused_forward)
-        def forward(*args, fused_lm_head=False, labels=None, **kwargs):
-            if not fused_lm_head:
-                return fused_forward(*args, labels=labels, **kwargs)
-            hidden = base.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-            return _answer_scores(hidden, labels[:, 1:], base.get_output_embeddings())
-
-        base.forward = forward
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return LengthGrouped(_lengths(train_dataset or self.train_dataset), batch, self.args.seed)
 
     def log(self, logs, start_time=None):
-        if hasattr(self.model.get_base_model(), "scores_answers_only"):
+        if "scores" in self.model.get_base_model().computes_less:
             for metrics in self._metrics.values():
                 for name in NOT_COMPUTED:
                     metrics.pop(name, None)
@@ -94,16 +93,16 @@ class GrathDPOTrainer(DPOTrainer):
         if "prompt_ids" in dataset.column_names:
             return dataset
         tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        return keep_trainable(tokenised, args.max_length)
+        tokenised, self.counts = keep_trainable(tokenised, args.max_length)
+        return tokenised
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if self.reference == "fixed":
             self._drop_ref_adapter()
-        self._score_answers_only()
+        self._compute_less()
         self.model.eval()
         # Rows of like length stand together, so that padding is small.
-        lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
-        order = sorted(range(len(dataset)), key=lengths.__getitem__)
+        order = sorted(range(len(dataset)), key=_lengths(dataset).__getitem__)
         loader = DataLoader(dataset.select(order), batch_size, collate_fn=self.data_collator)
         chosen, rejected = [0.0] * len(dataset), [0.0] * len(dataset)
         done = 0
@@ -113,6 +112,82 @@ class GrathDPOTrainer(DPOTrainer):
                 chosen[i], rejected[i] = log_probs
                 done += 1
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+
+class LengthGrouped(Sampler):
+    """Pairs of like length stand in one optimiser step, the steps in random order: the same in every start of an epoch.
+
+    Args:
+        lengths: tokens of each pair.
+        batch: pairs an optimiser step, over all processes.
+        seed: with the epoch, all that the order depends on. (transformers' sampler draws from the global state, which
+            a training that goes on in the middle of an epoch cannot draw again.)
+    """
+
+    def __init__(self, lengths, batch, seed):
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+
+
+def _lengths(dataset):
+    """Tokens of each pair: the prompt and the longer answer."""
+    return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+
+
+def _share_prompts(forward):
+    """Wrap a backbone's `forward` so that what the two sequences of a pair begin with is computed once.
+
+    A batch holds B chosen sequences and behind them B rejected ones, (2B, L), padded at the right. Each pair becomes
+    one row: the chosen sequence, then those tokens of the rejected one that stand behind the common beginning, at
+    their own positions and blind to the chosen sequence's own tokens.
+    """
+
+    @wraps(forward)
+    def shared(input_ids, attention_mask, **kwargs):
+        device = input_ids.device
+        chosen, rejected = input_ids.chunk(2)
+        chosen_end, rejected_end = (mask.sum(1, keepdim=True) for mask in attention_mask.chunk(2))
+        at = torch.arange(input_ids.shape[1], device=device)
+        same = (chosen == rejected) & (at < torch.minimum(chosen_end, rejected_end))
+        common = same.cumprod(1).sum(1, keepdim=True)
+
+        column = torch.arange(int((chosen_end + rejected_end - common).max()), device=device)
+        second = column >= chosen_end  # (B, W): a token of the rejected sequence
+        position = torch.where(second, column - chosen_end + common, column).clamp(max=len(at) - 1)
+        packed = torch.where(second, rejected.gather(1, position), chosen.gather(1, position))
+        chosen_only = (column >= common) & ~second
+        visible = (column <= column[:, None]) & ~(second[:, :, None] & chosen_only[:, None])
+        output = forward(input_ids=packed, attention_mask=visible[:, None], position_ids=position, **kwargs)
+
+        theirs = torch.where(at < common, at, at - common + chosen_end).clamp(max=len(column) - 1)
+        columns = torch.stack((at.clamp(max=len(column) - 1).expand_as(theirs), theirs))  # (2, B, L)
+        rows = torch.arange(len(chosen), device=device)[:, None]
+        output.last_hidden_state = output.last_hidden_state[rows, columns].flatten(0, 1)
+        return output
+
+    return shared
+
+
+def _score_answers(base, fused_forward):
+    """Wrap the `forward` of TRL's fused head so that it projects the answers only, and takes no statistics of them."""
+
+    @wraps(fused_forward)
+    def forward(*args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return fused_forward(*args, labels=labels, **kwargs)
+        hidden = base.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        return _answer_scores(hidden, labels[:, 1:], base.get_output_embeddings())
+
+    return forward
 
 
 def _answer_scores(hidden, labels, lm_head):
@@ -148,20 +223,28 @@ def tokenise(rows, tokenizer, template):
 def keep_trainable(dataset, max_length):
     """Drop the rows that carry no gradient or do not fit, and say how many.
 
+    Returns:
+        (dataset, counts): the rows left, and how many were "read", "identical", "too_long" and "kept".
+
     Raises:
         UserError: no row is left.
     """
     differing = dataset.filter(lambda row: row["chosen_ids"] != row["rejected_ids"])
-    fitting = differing
-    if max_length is not None:
-        fitting = differing.filter(
-            lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
-        )
-    identical, long = len(dataset) - len(differing), len(differing) - len(fitting)
-    print_once(f"{len(dataset)} pairs, {identical} with identical answers and {long} over {max_length} tokens dropped")
-    if not len(fitting):
+    lengths = _lengths(differing)
+    fitting = differing.select([i for i, length in enumerate(lengths) if max_length is None or length <= max_length])
+    counts = {
+        "read": len(dataset),
+        "identical": len(dataset) - len(differing),
+        "too_long": len(differing) - len(fitting),
+        "kept": len(fitting),
+    }
+    print_once(
+        f"{counts['read']} pairs, {counts['identical']} with identical answers and {counts['too_long']} over "
+        f"{max_length} tokens dropped"
+    )
+    if not counts["kept"]:
         raise UserError("no pair is left to train on: every one has identical answers or is too long")
-    return fitting
+    return fitting, counts
 
 
 def print_once(text):
@@ -179,36 +262,3 @@ def describe_reference(name, reference):
         "reference_model": start if reference == "rolling" else base,
         "base_model": base,
     }
-
-
-def check_output(output_dir, overwrite, source):
-    """Raise `UserError` if a training from the model `source` would destroy something in `output_dir`."""
-    folder = Path(output_dir)
-    if folder.resolve() == Path(source).resolve():
-        raise UserError(f"--output_dir {folder} is the model that the training starts from: choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"{folder} is not empty: pass --overwrite_output_dir or choose another --output_dir")
-
-
-def clear_output(output_dir):
-    """Remove an earlier training's adapter, record and checkpoints."""
-    folder = Path(output_dir)
-    for name in (ADAPTER, "adapter_config.json", RECORD):
-        (folder / name).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
-def save_adapter(trainer, record):
-    """Save the adapter and `record` (a dict) in the trainer's output folder; the weights appear last, and whole."""
-    folder = Path(trainer.args.output_dir)
-    partial = folder / ".partial"
-    if "ref" in trainer.model.peft_config:
-        trainer.model.delete_adapter("ref")
-    trainer.save_model(str(partial))
-    if trainer.accelerator.is_main_process:
-        write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
-        for name in ("adapter_config.json", ADAPTER):
-            os.replace(partial / name, folder / name)
-        shutil.rmtree(partial)
-    trainer.accelerator.wait_for_everyone()

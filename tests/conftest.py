@@ -1,13 +1,17 @@
 """Tiny models made here, the real data where it is at hand, and a way to run the scripts as a user does."""
 
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 PROJECT = Path(__file__).resolve().parent.parent
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"
@@ -36,6 +40,24 @@ def call(*command, cwd=PROJECT, env=None, status=0):
     assert status is None or done.returncode == status, (
         f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )
+    return done
+
+
+def call_here(script, *command, cwd=PROJECT, status=0):
+    """What `call` does with a script, in this process: for scripts whose imports take longer than their work."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = importlib.import_module(Path(script).stem)
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [script, *map(str, command)]
+    try:
+        with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            module.run(module.main)
+    finally:
+        sys.argv = argv
+    done = subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), err.getvalue())
+    assert done.returncode == status, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 

@@ -62,12 +62,13 @@ def test_the_same_bytes_at_every_batch_size(tiny_llama, tmp_path):
 def test_two_processes_write_the_file_of_one(tiny_llama, tmp_path):
     flags = ("--data_path", BUNDLED, "--num_query", "7", "--batch_size", "2")
     expected = ask(tiny_llama, tmp_path / "one", *flags)
-    call(
+    done = call(
         "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", PROJECT / "create_pair_responses.py",
         "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir", tmp_path / "two",
         "--precision", "fp32", *flags,
     )  # fmt: skip
+    assert done.stdout.count("Asking 4 questions") == 1
     (path,) = (tmp_path / "two").iterdir()
     assert path.name == expected.name
     assert path.read_bytes() == expected.read_bytes()

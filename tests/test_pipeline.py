@@ -76,7 +76,7 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
     for i in (0, 1, 2):
         results = json.loads((run / "results" / f"iter_{i}" / "grath_mc1+grath_mc2.json").read_text())
         assert set(results["results"]) == {"grath_mc1", "grath_mc2"}
-    second = json.loads((run / "models" / f"iter_2_{tail}" / "training.json").read_text())
+    second = json.loads((run / "models" / f"iter_2_{tail}" / "grath.json").read_text())
     assert f"models/iter_1_{tail}" in second["policy_starts_from"]
     lines = done.stdout.splitlines()
     assert lines[-1] == f"The run's folder: {run}"
@@ -163,7 +163,7 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
     }
     done = call("run_smollm2.sh", env=env)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
-    record = json.loads(next((tmp_path / "smollm2_seed_0" / "models").glob("iter_2*/training.json")).read_text())
+    record = json.loads(next((tmp_path / "smollm2_seed_0" / "models").glob("iter_2*/grath.json")).read_text())
     assert record["settings"]["precision"] in ("bf16", "fp4")
 
 

@@ -1,0 +1,197 @@
+"""What a training keeps in its folder: record, log, plot, checkpoints, and the adapter that appears last."""
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from zipfile import is_zipfile
+
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from transformers import ProgressCallback, TrainerCallback
+
+from grath.cli import UserError, write_whole
+
+RECORD = "grath.json"
+LOG = "training_log.jsonl"
+PLOT = "training.png"
+ADAPTER = "adapter_model.safetensors"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+# Parts of the record that may differ between two starts of one training. Data and weights are compared by their hashes;
+# of steps, batch and processes only the effective batch counts.
+MAY_DIFFER = {
+    "output_dir", "model_name_or_path", "dataset_path", "overwrite_output_dir", "resume_from_checkpoint", "run_name",
+    "gradient_accumulation_steps", "logging_dir", "logging_steps", "logging_first_step", "report_to", "project",
+    "trackio_space_id", "save_steps", "save_total_limit", "disable_tqdm", "log_level", "dataloader_num_workers",
+    "precompute_ref_batch_size", "per_device_eval_batch_size",
+}  # fmt: skip
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions():
+    """The versions of the libraries that a training's result depends on."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def read_record(output_dir):
+    """The record of the training in `output_dir`, or None."""
+    try:
+        record = json.loads((Path(output_dir) / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
+
+
+def find_earlier(output_dir, record, overwrite):
+    """What an earlier start of the same training left in `output_dir`.
+
+    Args:
+        record: dict of this training, as it goes into grath.json.
+        overwrite: whether whatever is there may be replaced.
+
+    Returns:
+        ("finished", None), ("interrupted", the last complete checkpoint's folder, or None if there is none yet), or
+        ("nothing", None).
+
+    Raises:
+        UserError: the folder holds something else, or is the model that the training starts from.
+    """
+    folder = Path(output_dir)
+    incoming = record["incoming_adapter"]
+    if incoming and folder.resolve() == Path(incoming).resolve() or (folder / "config.json").is_file():
+        raise UserError(f"--output_dir {folder} is a model that a training starts from: choose another folder")
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return "nothing", None
+    way_out = "choose another --output_dir, or pass --overwrite_output_dir to replace it"
+    earlier = read_record(folder)
+    if earlier is None:
+        raise UserError(f"{folder} is not empty and holds no training of this program: {way_out}")
+    differing = [name for name in _compared(record) if _compared(record)[name] != _compared(earlier).get(name)]
+    if differing:
+        name = differing[0]
+        was, now = _compared(earlier).get(name), _compared(record)[name]
+        raise UserError(f"{folder} holds a training with another {name} ({was}, not {now}): {way_out}")
+    if earlier.get("adapter_sha256") and (folder / ADAPTER).is_file():
+        if sha256(folder / ADAPTER) != earlier["adapter_sha256"]:
+            raise UserError(f"{folder / ADAPTER} is not the file that was saved: {way_out}")
+        return "finished", None
+    return "interrupted", last_checkpoint(folder)
+
+
+def _compared(record):
+    """What must agree between two starts of one training: a flat dict without the parts that may differ."""
+    settings = {name: value for name, value in record["settings"].items() if name not in MAY_DIFFER}
+    names = ("base_model", "incoming_adapter_sha256", "pair_file_sha256", "effective_batch")
+    return json.loads(json.dumps({**{name: record[name] for name in names}, **settings}))
+
+
+def last_checkpoint(output_dir):
+    """The complete checkpoint with the most steps below `output_dir`, or None; half-written ones are passed over."""
+    found = [(int(path.name.partition("-")[2]), path) for path in Path(output_dir).glob("checkpoint-*[0-9]")]
+    return next((str(path) for step, path in sorted(found, reverse=True) if _is_complete(path, step)), None)
+
+
+def _is_complete(checkpoint, step):
+    """Whether every file of a checkpoint can be read to its end. `trainer_state.json` is the last to be written."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        with safe_open(checkpoint / ADAPTER, "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return state.get("global_step") == step and bool(archives) and all(map(is_zipfile, archives))
+
+
+def clear(output_dir):
+    """Remove an earlier training's adapter, record, log and checkpoints; the adapter first."""
+    folder = Path(output_dir)
+    for name in (ADAPTER, "adapter_config.json", RECORD, LOG, PLOT):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def write_record(output_dir, record):
+    write_whole(Path(output_dir) / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def save_adapter(trainer, record):
+    """Save the adapter and its `record` in the trainer's output folder; the weights appear last, and whole."""
+    folder = Path(trainer.args.output_dir)
+    partial = folder / ".partial"
+    if "ref" in trainer.model.peft_config:
+        trainer.model.delete_adapter("ref")
+    trainer.save_model(str(partial))
+    if trainer.accelerator.is_main_process:
+        write_record(folder, {**record, "adapter_sha256": sha256(partial / ADAPTER)})
+        for name in ("adapter_config.json", ADAPTER):
+            (partial / name).replace(folder / name)
+        shutil.rmtree(partial)
+    trainer.accelerator.wait_for_everyone()
+
+
+class Bar(ProgressCallback):
+    """A progress bar with the newest loss, margin and reward accuracy, instead of a line a log entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            self.training_bar.set_postfix({name: f"{logs.get(key, 0):.3f}" for name, key in shown.items()})
+
+
+class TrainingLog(TrainerCallback):
+    """Keeps the log as JSON lines in the output folder, and says in words when the training goes wrong."""
+
+    def __init__(self):
+        self.said = []
+
+    def on_log(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+        write_whole(Path(args.output_dir) / LOG, "".join(lines))
+        for warning in warnings_of(state.log_history, args.beta, args.get_warmup_steps(state.max_steps)):
+            if warning not in self.said:
+                self.said.append(warning)
+                PartialState().print(f"\nWarning: {warning}")
+
+
+def warnings_of(log, beta, warmup_steps=0):
+    """What a user should know about a training so far.
+
+    Args:
+        log: entries of TRL's log, each a dict with `step`, `rewards/chosen`, `rewards/margins`, ...
+        beta: DPO's beta. A reward is beta times the log-ratio of policy to reference (DPO, section 4).
+        warmup_steps: steps before the learning rate is at its peak.
+
+    Returns:
+        list of sentences.
+    """
+    entries = [entry for entry in log if "rewards/margins" in entry]
+    if not entries:
+        return []
+    found, last = [], entries[-1]
+    chosen, rejected = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta
+    if chosen < -1 and rejected < -1:
+        found.append(
+            f"chosen answers lose probability together with the rejected ones (log-ratios {chosen:.1f} and "
+            f"{rejected:.1f} at step {last['step']}): fewer steps, a smaller learning rate or a larger beta keep the "
+            "policy nearer to its reference"
+        )
+    if last["rewards/accuracies"] == 1 and last["step"] > 1:
+        found.append(
+            f"every chosen answer is preferred already (reward accuracy 1.0 at step {last['step']}): from here on the "
+            "policy only moves away from its reference"
+        )
+    if last["step"] >= max(10, warmup_steps) and all(abs(entry["rewards/margins"]) < 1e-3 for entry in entries):
+        found.append(
+            f"the margin is still 0 at step {last['step']}: nothing is learnt; is the learning rate too small?"
+        )
+    return found
