@@ -67,7 +67,8 @@ def train(way, args, folder):
             trainer = GrathDPOTrainer(args=config, reference="rolling", **common)
             trainer.train()
     else:
-        config = DPOConfig(**settings, dataloader_pin_memory=False, **({"bf16": False} if args.dtype == "fp32" else {}))
+        cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
+        config = DPOConfig(**settings, **cpu, **({"bf16": False} if args.dtype == "fp32" else {}))
         second = load_model(args.model, args.dtype) if way == "second_model" else None
         start = time.perf_counter()
         trainer = Plain(args=config, ref_model=second, **common)

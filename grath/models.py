@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,18 +14,12 @@ AUTO = {"pairs": ("int8", "bf16"), "dpo": ("fp4", "bf16"), "scores": ("fp16", "f
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def without_accelerator():
-    """Whether this is one of several launched processes on a machine without a GPU: accelerate must be told."""
-    import torch
-
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
-
-
 def join_processes():
-    """accelerate's `PartialState`, set up so that processes wait a day for the slowest, not torch's ten minutes."""
+    """accelerate's `PartialState`. Processes wait a day for the slowest of them, not torch's ten minutes."""
+    import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=without_accelerator(), timeout=timedelta(days=1))
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 def resolve_precision(precision, stage):
@@ -101,8 +94,12 @@ def load_model(name, precision, trainable=False):
     from transformers import AutoModelForCausalLM
 
     base, adapter = split_adapter(name)
-    options = {"use_safetensors": True, "dtype": getattr(torch, DTYPES.get(precision, "float16"))}
-    if precision not in DTYPES:
+    options = {"use_safetensors": True}
+    if precision in DTYPES:
+        options["dtype"] = getattr(torch, DTYPES[precision])
+    else:
+        # Training runs under autocast, which takes 16-bit weights of its own kind only.
+        options["dtype"] = torch.float16 if precision == "int8" and not trainable else _compute_dtype()
         options["quantization_config"] = _quantization(precision)
         options["device_map"] = {"": PartialState().device}
     model = _load(AutoModelForCausalLM, base, "model", **options)
@@ -212,15 +209,19 @@ def stop_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
-def _quantization(precision):
+def _compute_dtype():
     import torch
+
+    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def _quantization(precision):
     from transformers import BitsAndBytesConfig
 
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-    compute = torch.bfloat16 if bf16 else torch.float16
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=compute)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=_compute_dtype())
 
 
 def _load(auto_class, source, what, **options):

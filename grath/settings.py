@@ -6,9 +6,14 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from grath.cli import UserError
-from grath.models import DTYPES, PRECISIONS, resolve_precision, without_accelerator
+from grath.models import DTYPES, PRECISIONS, resolve_precision
 
 PAPERS_BATCH = 16
+
+
+def papers_accumulation(batch, processes):
+    """Forward passes of `batch` pairs on each of the processes that make the paper's 16 pairs, or the next below it."""
+    return max(1, PAPERS_BATCH // (batch * processes))
 
 
 @dataclass
@@ -61,9 +66,9 @@ class GrathDPOConfig(DPOConfig):
             raise UserError("--output_dir is required: where is the adapter to be saved?")
         self.precision = resolve_precision(self.precision, "dpo")
         if self.gradient_accumulation_steps is None:
-            a_pass = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-            self.gradient_accumulation_steps = max(1, PAPERS_BATCH // a_pass)
-        self.use_cpu = self.use_cpu or without_accelerator()
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            self.gradient_accumulation_steps = papers_accumulation(self.per_device_train_batch_size, processes)
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.optim == "auto":
             self.optim = "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch"
         # bf16 and fp32 weights are trained as they are, without autocast; TRL would turn bf16 autocast on wherever

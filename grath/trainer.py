@@ -101,6 +101,10 @@ class GrathDPOTrainer(DPOTrainer):
             self._drop_ref_adapter()
         self._compute_less()
         self.model.eval()
+        for layer in self.model.modules():
+            # In evaluation mode on a CPU, bitsandbytes packs 4-bit weights in a form that passes on no gradients.
+            if type(layer).__name__ == "Linear4bit":
+                layer.train()
         # Rows of like length stand together, so that padding is small.
         order = sorted(range(len(dataset)), key=_lengths(dataset).__getitem__)
         loader = DataLoader(dataset.select(order), batch_size, collate_fn=self.data_collator)

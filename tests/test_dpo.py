@@ -289,7 +289,7 @@ def test_answer_scores_are_trls(tiny_llama, llama_tokenizer):
 
 def test_two_processes_train_the_same(first_round, tiny_llama, pair_file, tmp_path):
     two = [*LAUNCH[:3], "2", *LAUNCH[4:], "--multi_gpu", "--num_cpu_threads_per_process", "1"]
-    flags = SMALL[:2] + SMALL[4:]  # the accumulation that makes the same step is found by dpo.py
+    flags = SMALL[:2] + SMALL[4:]
     done = call(
         *two, PROJECT / "dpo.py", "--dataset_path", pair_file, "--model_name_or_path", tiny_llama,
         "--output_dir", tmp_path / "m", "--seed", "0", *STEPS, *flags, "--gradient_accumulation_steps", "1",
@@ -304,13 +304,10 @@ def test_two_processes_train_the_same(first_round, tiny_llama, pair_file, tmp_pa
 
 
 @pytest.mark.parametrize(("batch", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (8, 2, 1), (4, 8, 1), (16, 1, 1)])
-def test_accumulation_keeps_the_papers_batch(monkeypatch, batch, processes, expected):
-    from grath.settings import GrathDPOConfig
+def test_accumulation_keeps_the_papers_batch(batch, processes, expected):
+    from grath.settings import papers_accumulation
 
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(GrathDPOConfig, "world_size", processes)
-    config = GrathDPOConfig(output_dir="unused", per_device_train_batch_size=batch)
-    assert config.gradient_accumulation_steps == expected
+    assert papers_accumulation(batch, processes) == expected
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
@@ -320,8 +317,10 @@ def test_margins_with_a_quantised_base(tiny_llama, pair_file, tmp_path, precisio
     _, first = train(tiny_llama, tmp_path / "1", *flags, "rolling", source=source)
     _, rolling = train(tmp_path / "1", tmp_path / "2", *flags, "rolling", source=source)
     _, fixed = train(tmp_path / "1", tmp_path / "3", *flags, "fixed", source=source)
-    assert abs(margin(first)) < 2e-3 and abs(margin(rolling)) < 2e-3
-    assert margin(fixed) > 0.5 * margin(first, 2) > 0.005
+    # In int8, activations are rounded by the largest of their batch, so the margin is 0 to that rounding.
+    rounding = {"nf4": 1e-3, "int8": 2e-2}[precision]
+    assert abs(margin(first)) < rounding and abs(margin(rolling)) < rounding
+    assert margin(fixed) > 0.5 * margin(first, 2) > 0.05
 
 
 def test_other_losses_go_through_trl(tiny_llama, pair_file, tmp_path):

@@ -128,17 +128,20 @@ def test_an_adapter_on_its_base():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [1, 3, 17])
-def test_scores_of_answers_on_one_context(family, batch_size):
+@pytest.mark.parametrize(("batch_size", "prefix"), [(1, 25), (3, 0), (17, 25)])
+def test_scores_of_answers(family, batch_size, prefix):
     model = tiny(family)
-    context = make_prompts(1, 25)[0]
+    common = make_prompts(1, 25)[0][:prefix]
     answers = [prompt[1:] for prompt in make_prompts(6, 3, seed=1)] + [[7]]
-    scores = score(model, context, answers, batch_size)
-    for answer, (log_probs, greedy) in zip(answers, scores, strict=True):
-        logits = model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].log_softmax(-1)
-        expected = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
-        assert greedy == (logits.argmax(-1).tolist() == answer)
+    trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
+    scores = dict(score(model, common, trees, batch_size))
+    assert sorted(scores) == list(range(5))
+    for i, (context, answers) in enumerate(trees):
+        for answer, (log_prob, greedy) in zip(answers, scores[i], strict=True):
+            logits = model(torch.tensor([common + context + answer])).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+            expected = logits.gather(1, torch.tensor(answer)[:, None]).sum().item()
+            assert log_prob == pytest.approx(expected, abs=1e-4)
+            assert greedy == (logits.argmax(-1).tolist() == answer)
 
 
 def test_plain_generation_gives_the_same():
