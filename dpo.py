@@ -17,7 +17,7 @@ from pathlib import Path
 
 from grath.chat import MODEL_TYPES, template_for
 from grath.cli import HelpFormatter, OneLineErrors, UserError, check_writable, run
-from grath.models import load_model, load_tokenizer, split_adapter
+from grath.models import ADAPTER, load_model, load_tokenizer, sha256, split_adapter
 from grath.pairs import read_pairs
 from grath.questions import KEYED_SETS, keyed_pairs, load_hub_split
 
@@ -96,7 +96,7 @@ def describe(args, config):
     """What this training is: the first part of its record, and all by which a later start recognises it."""
     from accelerate import PartialState
 
-    from grath.checkpoints import ADAPTER, sha256, versions
+    from grath.checkpoints import versions
     from grath.trainer import describe_reference
 
     processes = PartialState().num_processes

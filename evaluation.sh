@@ -5,12 +5,16 @@
 #   ./evaluation.sh                                 score the newest run's rounds that have no scores yet
 #
 # Environment:
-#   TASKS       tasks, separated by blanks  (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
-#   BATCH_SIZE  requests at once            (16, as in the paper's commands)
-#   PRECISION   auto, fp32, fp16 or bf16    (auto: fp16 on a CUDA GPU, fp32 on a CPU)
-#   LIMIT       questions a task            (all)
-#   RUNS_DIR    where runs are              (runs)
-#   DRY_RUN     1: print the commands and run none
+#   TASKS          tasks, separated by blanks    (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
+#   BATCH_SIZE     requests at once              (16, as in the paper's commands)
+#   PRECISION      auto, fp32, fp16 or bf16      (auto: fp16 on a CUDA GPU, fp32 on a CPU)
+#   LIMIT          questions a task              (all)
+#   BACKEND        hf-shared: every context is computed once; hf: the harness's own way   (hf-shared)
+#   CHAT_TEMPLATE  1: ask inside the chat tags, which the leaderboard does not           (0)
+#   DATASETS_ROOT  a folder that ./prefetch.sh has filled: nothing is asked of the hub    (none)
+#   NUM_PROCESSES  processes, one a GPU          (1)
+#   RUNS_DIR       where runs are                (runs)
+#   DRY_RUN        1: print the commands and run none
 set -euo pipefail
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -23,6 +27,9 @@ BATCH_SIZE="${BATCH_SIZE:-16}"
 PRECISION="${PRECISION:-auto}"
 RUNS_DIR="${RUNS_DIR:-runs}"
 LIMIT="${LIMIT:-}"
+BACKEND="${BACKEND:-hf-shared}"
+CHAT_TEMPLATE="${CHAT_TEMPLATE:-0}"
+NUM_PROCESSES="${NUM_PROCESSES:-1}"
 DRY_RUN="${DRY_RUN:-0}"
 
 usage() {
@@ -40,51 +47,67 @@ shots() {
     esac
 }
 
-# score MODEL OUTPUT_DIR: one call of the harness for the tasks of equal shots, one result file a call.
+# score MODEL OUTPUT_DIR: one call of the harness for tasks that ask the same (MC1 and MC2), one result file a task.
 score() {
-    local model=$1 output=$2 settings model_args count task file
-    model_args=$(python -m grath.harness --precision "$PRECISION" -- "$model")
-    settings="$model_args limit=$LIMIT"
+    local model=$1 output=$2 described settings task key started=" " launch=(python)
+    mapfile -t described < <(python -m grath.harness describe --precision "$PRECISION" -- "$model")
+    ((${#described[@]} == 2)) || exit 2
+    settings="${described[0]} ${described[1]} limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
     if [[ $DRY_RUN != 1 ]]; then
         if [[ -f $output/settings.txt && $(<"$output/settings.txt") != "$settings" ]]; then
             echo "evaluation.sh: error: $output holds scores of $(<"$output/settings.txt"): choose another folder" >&2
             exit 2
         fi
         mkdir -p -- "$output"
+        output=$(cd -- "$output" && pwd)
         printf '%s\n' "$settings" >"$output/settings.txt"
     fi
-    for count in 25 10 5 0; do
-        local group=()
-        for task in "${tasks[@]}"; do
-            if [[ $(shots "$task") == "$count" ]]; then group+=("$task"); fi
+    if ((NUM_PROCESSES > 1)); then
+        launch=(
+            accelerate launch --quiet --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1
+            --mixed_precision no --dynamo_backend no
+        )
+    fi
+    for task in "${tasks[@]}"; do
+        key=${task%_mc[12]}
+        if [[ $started == *" $key "* ]]; then continue; fi
+        started+="$key "
+        local group=() other
+        for other in "${tasks[@]}"; do
+            if [[ ${other%_mc[12]} != "$key" ]]; then continue; fi
+            if [[ -f $output/$other.json ]]; then echo "$output/$other.json is there"; else group+=("$other"); fi
         done
         if ((${#group[@]} == 0)); then continue; fi
-        file=$output/$(IFS=+ && echo "${group[*]}").json
-        if [[ -f $file ]]; then
-            echo "$file is there"
-            continue
-        fi
         local command=(
-            python -m lm_eval run --model hf --model_args "$model_args" --tasks "${group[@]}"
-            --num_fewshot "$count" --batch_size "$BATCH_SIZE" --include_path "$HERE/tasks"
-            --output_path "$output/.partial/results.json" ${LIMIT:+--limit "$LIMIT"}
+            "${launch[@]}" -m grath.harness run --model "$BACKEND" --model_args "${described[0]}"
+            --tasks "${group[@]}" --num_fewshot "$(shots "$task")" --batch_size "$BATCH_SIZE"
+            --include_path "$HERE/tasks" --output_path "$output/.partial/results.json" ${LIMIT:+--limit "$LIMIT"}
         )
+        if [[ $CHAT_TEMPLATE == 1 ]]; then command+=(--apply_chat_template --fewshot_as_multiturn true); fi
         printf '%q ' "${command[@]}" && echo
         if [[ $DRY_RUN == 1 ]]; then continue; fi
         rm -rf -- "$output/.partial"
-        "${command[@]}"
+        (cd -- "${DATASETS_ROOT:-.}" && "${command[@]}")
         local results=("$output"/.partial/results_*.json)
         if [[ ! -f ${results[0]} ]]; then
             echo "evaluation.sh: error: the harness wrote no results for ${group[*]}" >&2
             exit 1
         fi
-        mv -- "${results[0]}" "$file"
+        python -m grath.harness split "${results[0]}" "$output"
         rm -rf -- "$output/.partial"
     done
 }
 
 read -r -a tasks <<<"$TASKS"
-[[ $DRY_RUN == [01] ]] || usage "DRY_RUN must be 0 or 1, not '$DRY_RUN'"
+for name in DRY_RUN CHAT_TEMPLATE; do
+    [[ ${!name} == [01] ]] || usage "$name must be 0 or 1, not '${!name}'"
+done
+[[ $BACKEND == hf || $BACKEND == hf-shared ]] || usage "BACKEND must be hf or hf-shared, not '$BACKEND'"
+[[ $NUM_PROCESSES =~ ^[1-9][0-9]*$ ]] || usage "NUM_PROCESSES must be a whole number of at least 1, not '$NUM_PROCESSES'"
+if [[ -n ${DATASETS_ROOT:-} ]]; then
+    [[ -d $DATASETS_ROOT ]] || usage "DATASETS_ROOT: there is no folder '$DATASETS_ROOT'"
+    export DATASETS_ROOT HF_HUB_OFFLINE=1
+fi
 if ((${#tasks[@]} == 0)); then usage "TASKS names no task"; fi
 if (($# > 2)); then usage "too many arguments"; fi
 if (($# > 0)); then

@@ -104,6 +104,7 @@ stage() {
     fi
     echo "== $title"
     : >"$status_file"
+    local start=$SECONDS
     "$@" || status=$?
     if ((status)); then
         # accelerate turns every status into 1; the stage has left its own.
@@ -111,14 +112,17 @@ stage() {
         fail "$title failed; start the same command again to go on from here" "$status"
     fi
     printf '%s\n' "$settings" >"$RUN/settings.txt"
+    printf '%s\t%s\n' "$title" "$((SECONDS - start))" >>"$RUN/stages.tsv"
 }
 
 evaluate() { # ROUND MODEL
     local output="$RUN/results/iter_$1"
     if [[ -z $TASKS ]]; then return; fi
     # evaluation.sh itself runs only what has no result yet.
-    stage "scores of M_$1" "" env TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
+    stage "scores of M_$1" "" env NUM_PROCESSES="$NUM_PROCESSES" TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
         LIMIT="$LIMIT" "$HERE/evaluation.sh" "$2" "$output"
+    stage "answers of M_$1 to five questions" "$output/samples.jsonl" \
+        python -m grath.samples --model_type "$MODEL_TYPE" --precision "$PAIRS_PRECISION" -- "$2" "$output/samples.jsonl"
 }
 
 pairs_args=(
@@ -165,6 +169,5 @@ for ((i = 0; i < ROUNDS; i++)); do
         "${launch[@]}" "$HERE/dpo.py" --dataset_path "$pairs" --model_name_or_path "$model" --output_dir "$next" "${dpo_args[@]}"
     model=$next
     evaluate "$((i + 1))" "$model"
+    if [[ $DRY_RUN != 1 ]]; then python -m grath.report -- "$RUN"; fi
 done
-
-if [[ $DRY_RUN != 1 ]]; then python -m grath.report -- "$RUN"; fi

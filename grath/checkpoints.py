@@ -1,6 +1,5 @@
 """What a training keeps in its folder: record, log, plot, checkpoints, and the adapter that appears last."""
 
-import hashlib
 import json
 import shutil
 from importlib.metadata import version
@@ -12,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import ProgressCallback, TrainerCallback
 
 from grath.cli import UserError, write_whole
+from grath.models import ADAPTER, sha256
 
 RECORD = "grath.json"
 LOG = "training_log.jsonl"
 PLOT = "training.png"
-ADAPTER = "adapter_model.safetensors"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 # Parts of the record that may differ between two starts of one training. Data and weights are compared by their hashes;
 # of steps, batch and processes only the effective batch counts.
@@ -26,12 +25,6 @@ MAY_DIFFER = {
     "trackio_space_id", "save_steps", "save_total_limit", "disable_tqdm", "log_level", "dataloader_num_workers",
     "precompute_ref_batch_size", "per_device_eval_batch_size",
 }  # fmt: skip
-
-
-def sha256(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions():

@@ -10,6 +10,10 @@ import warnings
 from pathlib import Path
 
 BAD_INPUT = 2
+# A folder in the hub's layout that holds every model and data set by its hub name; then nothing is asked of the hub.
+ROOT = os.environ.get("DATASETS_ROOT")
+if ROOT:
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 class UserError(Exception):
@@ -66,6 +70,14 @@ def run(main):
     if status and os.environ.get("GRATH_STATUS_FILE"):
         Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
     sys.exit(status)
+
+
+def in_root(name):
+    """The folder of a hub name below `DATASETS_ROOT`, or the name itself where there is none."""
+    if not ROOT or Path(name).expanduser().exists():
+        return name
+    folder = Path(ROOT).resolve() / name
+    return str(folder) if folder.is_dir() else name
 
 
 def write_whole(path, text):

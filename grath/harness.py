@@ -1,17 +1,21 @@
 """lm-evaluation-harness with a model class that computes every context once.
 
     python -m grath.harness run --model hf-shared --model_args pretrained=MODEL --tasks truthfulqa_mc1 ...
-    python -m grath.harness model-args [--precision auto] MODEL_OR_ADAPTER
+    python -m grath.harness describe [--precision auto] MODEL_OR_ADAPTER
+    python -m grath.harness split RESULTS FOLDER
 
-The first is the harness's own command line; `--model hf` next to it is its own way. The second prints the harness's
-`--model_args` as JSON, which holds any folder's name: which model, on which base, in which precision.
+The first is the harness's own command line; `--model hf` next to it is its own way. The second prints, a line each, the
+harness's `--model_args` as JSON, which holds any folder's name, and what else a score depends on. The third makes one
+result file a task in FOLDER out of a file of several tasks.
 """
 
 import json
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
-from grath.cli import Parser, run
-from grath.models import DTYPES, check_model, resolve_precision, split_adapter
+from grath.cli import Parser, run, write_whole
+from grath.models import ADAPTER, DTYPES, check_model, resolve_precision, sha256, split_adapter
 
 NAME = "hf-shared"
 # Tokens from which on a common beginning of contexts, or a lone context, is worth a forward pass of its own.
@@ -120,21 +124,52 @@ def group_by_prefix(contexts):
     return [*groups, (0, lone)] if lone else groups
 
 
-def print_model_args():
+def describe(arguments):
+    """Print the model's arguments, and the harness's version and the adapter's hash."""
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=["model-args"], help="print the harness's --model_args")
     parser.add_argument("model", help="hub name, model folder or LoRA adapter's folder")
     parser.add_argument(
         "--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     check_model(args.model)
     print(json.dumps(model_args(args.model, args.precision)))
+    adapter = split_adapter(args.model)[1]
+    weights = f" adapter={sha256(Path(adapter) / ADAPTER)[:16]}" if adapter else ""
+    print(f"lm_eval={version('lm-eval')}{weights}")
+
+
+def split(arguments):
+    """Write the results of each task, or group of tasks, of a result file to a file of its own."""
+    parser = Parser(__doc__)
+    parser.add_argument("results", type=Path, help="a result file of the harness")
+    parser.add_argument("folder", type=Path, help="where the files go")
+    args = parser.parse_args(arguments)
+    content = json.loads(args.results.read_text(encoding="utf-8"))
+    members = {task for tasks in content.get("group_subtasks", {}).values() for task in tasks}
+    for task in content["results"]:
+        if task in members:
+            continue
+        own = {task, *_members(task, content.get("group_subtasks", {}))}
+        alone = {
+            key: {name: entry for name, entry in value.items() if name in own} if _by_task(value, content) else value
+            for key, value in content.items()
+        }
+        write_whole(args.folder / f"{task}.json", json.dumps(alone, indent=2) + "\n")
+
+
+def _members(task, groups):
+    return [name for member in groups.get(task, ()) for name in (member, *_members(member, groups))]
+
+
+def _by_task(value, content):
+    return isinstance(value, dict) and bool(value) and set(value) <= set(content["results"]) | set(content["versions"])
 
 
 def main():
-    if "model-args" in sys.argv[1:2] or sys.argv[1:] in ([], ["--help"], ["-h"]):
-        print_model_args()
+    own = {"describe": describe, "split": split}
+    if sys.argv[1:] and sys.argv[1] in own:
+        own[sys.argv[1]](sys.argv[2:])
         return
     from lm_eval.__main__ import cli_evaluate
 

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from grath.cli import UserError
+from grath.cli import UserError, in_root
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
 AUTO = {"pairs": ("int8", "bf16"), "dpo": ("fp4", "bf16"), "scores": ("fp16", "fp32")}
+ADAPTER = "adapter_model.safetensors"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -40,6 +41,12 @@ def resolve_precision(precision, stage):
     return precision
 
 
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def split_adapter(name):
     """Tell an adapter's folder from a model.
 
@@ -47,9 +54,10 @@ def split_adapter(name):
         (base, adapter): the base model's name and the adapter's folder, or (name, None) for a model. A local folder
         is given as an absolute path, so that what is recorded beside an adapter holds from every working directory.
     """
+    name = in_root(str(name))
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return str(name), None
+        return name, None
     config = folder / "adapter_config.json"
     if not config.is_file():
         return str(folder.resolve()), None
@@ -59,9 +67,9 @@ def split_adapter(name):
         base = None
     if not isinstance(base, str) or not base:
         raise UserError(f"{config} names no base model: it is no LoRA adapter's configuration")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has no adapter_model.safetensors: the adapter is not complete")
-    return base, str(folder.resolve())
+    if not (folder / ADAPTER).is_file():
+        raise UserError(f"{folder} has no {ADAPTER}: the adapter is not complete")
+    return in_root(base), str(folder.resolve())
 
 
 def load_tokenizer(name, tokenizer_name=None):
@@ -127,7 +135,7 @@ def fingerprint(name, prompts, precision, max_new_tokens):
     base, adapter = split_adapter(name)
     parts = [base, precision, str(max_new_tokens), json.dumps(prompts)]
     if adapter:
-        parts.append(hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest())
+        parts.append(sha256(Path(adapter) / ADAPTER))
     parts += [
         f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
         for file in sorted(Path(base).glob("*.safetensors"))

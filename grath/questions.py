@@ -8,7 +8,7 @@ import random
 import sys
 from pathlib import Path
 
-from grath.cli import UserError, read_json_lines
+from grath.cli import UserError, in_root, read_json_lines
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEMO_FIELDS = ("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect")
@@ -47,12 +47,12 @@ def load_hub_split(data_name, subdata_name, split):
     from datasets import load_dataset
 
     try:
-        return load_dataset(data_name, subdata_name or None, split=split)
+        return load_dataset(in_root(data_name), subdata_name or None, split=split)
     except Exception as error:  # the hub client, the file readers and the builders each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load the split {split} of {data_name} {subdata_name or ''}: {reason} "
-            "(give a hub name, or run where a local folder has that name)"
+            "(give a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"
         ) from None
 
 

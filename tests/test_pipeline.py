@@ -74,13 +74,14 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
         config = json.loads((run / "models" / f"iter_{i}_{tail}" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tiny_llama)
     for i in (0, 1, 2):
-        results = json.loads((run / "results" / f"iter_{i}" / "grath_mc1+grath_mc2.json").read_text())
-        assert set(results["results"]) == {"grath_mc1", "grath_mc2"}
+        for task in ("grath_mc1", "grath_mc2"):
+            assert set(json.loads((run / "results" / f"iter_{i}" / f"{task}.json").read_text())["results"]) == {task}
+        assert len(rows(run / "results" / f"iter_{i}" / "samples.jsonl")) == 5
     second = json.loads((run / "models" / f"iter_2_{tail}" / "grath.json").read_text())
     assert f"models/iter_1_{tail}" in second["policy_starts_from"]
     lines = done.stdout.splitlines()
     assert lines[-1] == f"The run's folder: {run}"
-    assert [line.split()[0] for line in lines if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
+    assert [line.split()[0] for line in lines if line.startswith("M_")] == ["M_0", "M_1", "M_0", "M_1", "M_2"]
     assert "were not passed to `accelerate launch`" not in done.stderr
 
 
@@ -89,7 +90,7 @@ def test_the_same_command_does_nothing_twice(llama_run):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     done = call("run_llama2.sh", env=settings)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
-    assert done.stdout.count("is there") == 8
+    assert done.stdout.count("is there") == 5 + 3 * 3
 
 
 def test_other_settings_do_not_mix_into_a_run(llama_run):
@@ -98,16 +99,18 @@ def test_other_settings_do_not_mix_into_a_run(llama_run):
     assert "holds a run with other settings (MAX_STEPS=2): set another RUN_NAME" in done.stderr
     done = call("run_llama2.sh", env={**settings, "LIMIT": "2"}, status=2)
     assert "results/iter_0 holds scores of" in done.stderr
-    assert "limit=3: choose another folder" in done.stderr
+    assert "limit=3 backend=hf-shared chat_template=0: choose another folder" in done.stderr
 
 
 def test_evaluation_scores_what_is_left_of_the_newest_run(llama_run):
     run, settings, _ = llama_run
-    (run / "results" / "iter_1" / "grath_mc1+grath_mc2.json").unlink()
+    (run / "results" / "iter_1" / "grath_mc2.json").unlink()
+    kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
     done = call("evaluation.sh", env={name: settings[name] for name in ("TASKS", "LIMIT", "RUNS_DIR")})
     assert f"newest run: {run}, 1 round(s) without scores" in done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
-    assert (run / "results" / "iter_1" / "grath_mc1+grath_mc2.json").is_file()
+    assert (run / "results" / "iter_1" / "grath_mc2.json").is_file()
+    assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
 
 
 def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_path):
@@ -141,11 +144,12 @@ def test_bad_settings(name, value, line, tmp_path):
 @needs_hub
 def test_leaderboard_tasks_on_real_data(tiny_llama, tmp_path):
     env = {"TASKS": "arc_challenge truthfulqa_mc1 truthfulqa_mc2", "LIMIT": "3"}
-    done = call("evaluation.sh", tiny_llama, tmp_path / "scores", cwd=HUB, env=env)
+    env["DATASETS_ROOT"] = str(HUB)
+    done = call("evaluation.sh", tiny_llama, tmp_path / "scores", cwd=tmp_path, env=env)
     arc = json.loads((tmp_path / "scores" / "arc_challenge.json").read_text())
     assert arc["n-shot"]["arc_challenge"] == 25
-    truthful = json.loads((tmp_path / "scores" / "truthfulqa_mc1+truthfulqa_mc2.json").read_text())
-    assert set(truthful["results"]) == {"truthfulqa_mc1", "truthfulqa_mc2"}
+    for task in ("truthfulqa_mc1", "truthfulqa_mc2"):
+        assert set(json.loads((tmp_path / "scores" / f"{task}.json").read_text())["results"]) == {task}
     assert "truthfulqa_mc2 3.0" in done.stdout
     header = next(line for line in done.stdout.splitlines() if line.startswith("model"))
     assert header.split() == ["model", "MC1", "MC2", "ARC"]
@@ -162,7 +166,8 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
         "RUNS_DIR": str(tmp_path),
     }
     done = call("run_smollm2.sh", env=env)
-    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
+    table = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")]
+    assert table == ["M_0", "M_1", "M_0", "M_1", "M_2"]
     record = json.loads(next((tmp_path / "smollm2_seed_0" / "models").glob("iter_2*/grath.json")).read_text())
     assert record["settings"]["precision"] in ("bf16", "fp4")
 
@@ -171,7 +176,7 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
 def test_smollm2_on_arc_by_its_hub_name(tmp_path):
     """With DATA_NAME set, the SmolLM2 preset asks that set's questions, and the scripts are found from any folder."""
     env = {"DATA_NAME": "allenai/ai2_arc", "NUM_QUERY": "200", "RUNS_DIR": str(tmp_path), "DRY_RUN": "1"}
-    done = call("run_smollm2.sh", env=env, cwd=HUB)
+    done = call("run_smollm2.sh", env={**env, "DATASETS_ROOT": str(HUB)}, cwd=tmp_path)
     ask = next(line for line in done.stdout.splitlines() if "create_pair_responses.py" in line)
     assert f"{PROJECT}/create_pair_responses.py" in ask
     assert "--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in ask

@@ -29,9 +29,14 @@ RUN_BY = {
     "./run_zephyr_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
     "./run_smollm2.sh": "test_pipeline.py::test_the_demo_on_smollm2_with_reduced_sizes",
     "./run_smollm2_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
-    "DATA_NAME=allenai/ai2_arc NUM_QUERY=200 RUNS_DIR=$runs_dir $project/run_smollm2.sh": (
+    "DATASETS_ROOT=$folder DATA_NAME=allenai/ai2_arc NUM_QUERY=200 ./run_smollm2.sh": (
         "test_pipeline.py::test_smollm2_on_arc_by_its_hub_name"
     ),
+    "./prefetch.sh": "test_harness.py::test_prefetch_names_what_it_fetches",
+    "python -m grath.report": "test_harness.py::test_the_report_of_a_made_run",
+    "python -m grath.export --precision bf16": "test_dpo.py::test_export_is_a_model_as_any_other",
+    "accelerate launch --config_file accelerate_configs/data_parallel.yaml --num_processes 2 dpo.py --dataset_path "
+    "--model_name_or_path --output_dir": "test_dpo.py::test_a_training_by_a_configuration_file",
 }
 
 
@@ -43,7 +48,7 @@ def quoted_commands():
 
 def shape(command):
     """A command without the values of its flags."""
-    if command.startswith(("make", "DRY_RUN", "DATA_NAME", "./run_")):
+    if command.startswith(("make", "DRY_RUN", "DATASETS_ROOT", "./run_")):
         return command
     if command.startswith("./evaluation.sh"):
         return "./evaluation.sh MODEL OUTPUT" if "$" in command else command

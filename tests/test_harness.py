@@ -1,0 +1,327 @@
+"""`hf-shared` gives what `hf` gives, and computes less."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import HUB, PROJECT, call, needs_hub, rows, write_rows
+from test_shared_prefix import FAMILIES, tiny
+
+from grath.harness import group_by_prefix, register, score_windows
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """A function that makes the harness's `hf` and our `hf-shared` of a model object."""
+    from lm_eval.models.huggingface import HFLM
+
+    kinds = {"hf": HFLM, "hf-shared": register()}
+
+    def make(kind, model, tokenizer, **options):
+        return kinds[kind](pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu", **options)
+
+    return make
+
+
+def requests(window, seed=0):
+    """(None, context, answer) requests: shared blocks, lone contexts, one token, duplicates, longer than the window."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(1, 60, (n,), generator=generator).tolist()  # noqa: E731
+    block, other = draw(40), draw(50)
+    found = [(block + draw(n), draw(m)) for n in (1, 5, 9) for m in (1, 1, 4)]
+    questions = [block + draw(6) for _ in range(4)] + [other + draw(7) for _ in range(3)]
+    found += [(question, draw(m)) for question in questions for m in (1, 2, 5)]
+    found += [(draw(1), draw(3)), (draw(1), draw(1)), (draw(20), draw(2))]
+    found += [
+        (draw(window - 3), draw(8)),
+        (draw(window + 9), draw(5)),
+        (draw(window), draw(1)),
+        (draw(3), draw(window)),
+    ]
+    found += found[3:6] + found[:1]
+    return [(None, context, answer) for context, answer in found]
+
+
+def same(ours, theirs):
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_hf(harness, llama_tokenizer, family):
+    model = tiny(family, max_position_embeddings=300)
+    asked = requests(300)
+    ours, theirs = (
+        harness(kind, model, llama_tokenizer, max_length=300)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind in ("hf-shared", "hf")
+    )
+    same(ours, theirs)
+
+
+def test_scores_with_an_adapter_and_in_4_bit(harness, tiny_llama, llama_tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from grath.models import load_model
+
+    adapted = get_peft_model(
+        tiny("llama"), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    asked = requests(200)
+    ours, theirs, base = (
+        harness(kind, model, llama_tokenizer, max_length=200)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind, model in (("hf-shared", adapted), ("hf", adapted), ("hf", tiny("llama")))
+    )
+    same(ours, theirs)
+    assert max(abs(a - b) for (a, _), (b, _) in zip(ours, base, strict=True)) > 0.1
+    quantised = load_model(str(tiny_llama), "nf4").eval()
+    ours, theirs = (
+        harness(kind, quantised, llama_tokenizer, max_length=200)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind in ("hf-shared", "hf")
+    )
+    # 4-bit weights are multiplied in bfloat16, whose rounding depends on the shapes.
+    for (score, _), (other, _), (_, _, answer) in zip(ours, theirs, asked, strict=True):
+        assert score == pytest.approx(other, abs=0.1 * len(answer) ** 0.5 + 0.02 * abs(other))
+
+
+def test_every_token_is_computed_once(monkeypatch):
+    model, seen = tiny("llama", max_position_embeddings=2000), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    block = torch.arange(500).remainder(50).tolist()
+    windows = [(tuple(block + [55, i]), (i, 3, j)) for i in range(10) for j in range(4)]
+    done = dict(place_and_score for places, score in score_windows(model, windows, 16) for place_and_score in
+                ((place, score) for place in places))  # fmt: skip
+    assert sorted(done) == list(range(40))
+    # The block once; of every context two tokens, and of every answer all but the last.
+    assert sum(seen) == 501 + 10 * (1 + 4 * 2)
+
+
+def test_contexts_are_grouped_where_that_saves():
+    block, long = tuple(range(100)), tuple(range(200, 600))
+    contexts = [(*block, 7, i) for i in range(5)] + [(*block, 8, 1)] + [(*long, 1)] + [(1, 2), (3,)]
+    groups = {length: sorted(members) for length, members in group_by_prefix(contexts)}
+    assert groups == {100: sorted(contexts[:6]), 400: [contexts[6]], 0: sorted(contexts[7:])}
+
+
+def test_what_cannot_be_shared_is_scored_like_hf(harness, llama_tokenizer, capsys):
+    model = tiny("gemma2", max_position_embeddings=300)
+    asked = requests(100)
+    shared, plain = (harness(kind, model, llama_tokenizer, max_length=100) for kind in ("hf-shared", "hf"))
+    ours = shared._loglikelihood_tokens(asked)
+    assert "hf-shared scores like hf: its family gemma2" in capsys.readouterr().err
+    same(ours, plain._loglikelihood_tokens(asked, disable_tqdm=True))
+
+
+def scores(folder, task):
+    values = json.loads((folder / f"{task}.json").read_text())["results"][task]
+    return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
+def test_two_processes_and_both_backends_give_the_same_scores(tiny_llama, tmp_path):
+    env = {"TASKS": "grath_mc1 grath_mc2", "LIMIT": "9"}
+    call("evaluation.sh", tiny_llama, tmp_path / "one", env=env)
+    done = call("evaluation.sh", tiny_llama, tmp_path / "two", env={**env, "NUM_PROCESSES": "2"})
+    assert "--num_processes 2" in done.stdout
+    call("evaluation.sh", tiny_llama, tmp_path / "hf", env={**env, "BACKEND": "hf"})
+    for task in ("grath_mc1", "grath_mc2"):
+        expected = scores(tmp_path / "one", task)
+        assert scores(tmp_path / "two", task) == pytest.approx(expected, abs=1e-5)
+        assert scores(tmp_path / "hf", task) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A folder in the hub's layout with tiny made sets for HellaSwag and MMLU, and ARC's and TruthfulQA's schema."""
+    import pandas
+    from lm_eval.tasks.mmlu._generate_configs import SUBJECTS
+
+    root = tmp_path_factory.mktemp("hub")
+
+    def put(name, config, split, content, read_me):
+        folder = root / name / config
+        folder.mkdir(parents=True, exist_ok=True)
+        pandas.DataFrame(content).to_parquet(folder / f"{split}-0.parquet")
+        (root / name / "README.md").write_text("---\nconfigs:\n" + read_me + "---\n")
+
+    def configs(names, splits):
+        return "".join(
+            f"- config_name: {name}\n  data_files:\n"
+            + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits)
+            for name in names
+        )
+
+    choices = {"text": ["ice", "fire", "sand", "iron"], "label": ["A", "B", "C", "D"]}
+    arc = [{"id": str(i), "question": f"What is cold? {i}", "choices": choices, "answerKey": "A"} for i in range(30)]
+    for split in ("train", "validation", "test"):
+        put("allenai/ai2_arc", "ARC-Challenge", split, arc, configs(["ARC-Challenge"], ("train", "validation", "test")))
+    swag = [
+        {"ind": i, "activity_label": "Cooking", "ctx_a": "A man cooks.", "ctx_b": "he", "ctx": "A man cooks. he",
+         "endings": ["eats.", "flies.", "sings.", "melts."], "source_id": "1", "split": "val", "split_type": "x",
+         "label": "0"} for i in range(12)
+    ]  # fmt: skip
+    for split in ("train", "validation"):
+        put("Rowan/hellaswag", "default", split, swag, configs(["default"], ("train", "validation")))
+    mmlu = [
+        {"question": f"Is it {i}?", "subject": "x", "choices": ["yes", "no", "both", "none"], "answer": i % 4}
+        for i in range(6)
+    ]
+    for subject in SUBJECTS:
+        for split in ("test", "dev"):
+            put("cais/mmlu", subject, split, mmlu, configs(SUBJECTS, ("test", "dev")))
+    targets = {"choices": ["Yes.", "No."], "labels": [1, 0]}
+    truthful = [{"question": f"Is ice cold? {i}", "mc1_targets": targets, "mc2_targets": targets} for i in range(4)]
+    name = "multiple_choice"
+    put("truthfulqa/truthful_qa", name, "validation", truthful, configs([name], ["validation"]))
+    return root
+
+
+def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
+    env = {"LIMIT": "1", "DATASETS_ROOT": str(hub), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "scores", env=env, cwd=tmp_path)
+    for task, shots in {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0}.items():
+        content = json.loads((tmp_path / "scores" / f"{task}.json").read_text())
+        assert content["n-shot"][task] == shots and list(content["results"]) == [task]
+    mmlu = json.loads((tmp_path / "scores" / "mmlu.json").read_text())
+    assert len(mmlu["results"]) > 57 and mmlu["n-shot"]["mmlu_anatomy"] == 5
+    header = next(line for line in done.stdout.splitlines() if line.startswith("model"))
+    assert header.split() == ["model", "MC1", "MC2", "ARC", "HellaSwag", "MMLU"]
+    assert "chat template off" in done.stdout
+
+
+def test_a_killed_evaluation_goes_on_with_the_next_task(hub, tiny_llama, tmp_path):
+    env = {
+        **os.environ, "TASKS": "truthfulqa_mc1 truthfulqa_mc2 hellaswag", "LIMIT": "4", "DATASETS_ROOT": str(hub),
+        "PATH": f"{PROJECT}/.venv/bin:{os.environ['PATH']}", "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+    command = [PROJECT / "evaluation.sh", tiny_llama, tmp_path / "scores"]
+    with subprocess.Popen(command, env=env, start_new_session=True, stdout=-3, stderr=-3) as process:
+        while not (tmp_path / "scores" / "truthfulqa_mc2.json").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "scores" / "hellaswag.json").exists()
+    done = call(*command, env=env)
+    assert done.stdout.count("is there") == 2
+    assert scores(tmp_path / "scores", "hellaswag")
+
+
+def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
+    env = {"TASKS": "grath_mc1", "LIMIT": "2"}
+    call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "CHAT_TEMPLATE": "1"}, status=2)
+    assert "chat_template=0: choose another folder" in done.stderr
+    done = call("evaluation.sh", tiny_llama, tmp_path / "t", env={**env, "CHAT_TEMPLATE": "1"})
+    assert "chat template ON" in done.stdout
+
+
+def test_prefetch_names_what_it_fetches(tmp_path):
+    log = tmp_path / "log"
+    (tmp_path / "hf").write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
+    (tmp_path / "hf").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
+    folder = tmp_path / "the hub"
+    subprocess.run([PROJECT / "prefetch.sh", folder, "me/model"], env={**os.environ, **env}, check=True)
+    fetched = log.read_text().splitlines()
+    assert len(fetched) == 5
+    assert fetched[0] == f"download allenai/ai2_arc --repo-type dataset --local-dir {folder}/allenai/ai2_arc"
+    assert fetched[4].startswith(f"download me/model --repo-type model --local-dir {folder}/me/model --include")
+    done = call("prefetch.sh", status=2)
+    assert done.stderr.startswith("prefetch.sh: error: name a folder")
+
+
+@needs_hub
+def test_the_hubs_folder_serves_every_stage(tiny_llama, tmp_path):
+    """Hub names of data sets, and of a model, are found below DATASETS_ROOT."""
+    root = tmp_path / "root"
+    (root / "me").mkdir(parents=True)
+    (root / "me" / "tiny").symlink_to(tiny_llama)
+    (root / "allenai").symlink_to(HUB / "allenai")
+    env = {
+        "DATASETS_ROOT": str(root), "MODEL_NAME_OR_PATH": "me/tiny", "ROUNDS": "1", "MAX_STEPS": "1", "NUM_QUERY": "3",
+        "TASKS": "arc_challenge", "LIMIT": "1", "RUNS_DIR": str(tmp_path / "runs"), "DPO_PRECISION": "fp32",
+    }  # fmt: skip
+    done = call("run_llama2.sh", env=env, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1].startswith("The run's folder")
+    assert len(rows(next((tmp_path / "runs").glob("*/data/iter0_*.json")))) == 3
+
+
+def test_the_evaluation_benchmark(tiny_llama):
+    done = call(
+        sys.executable, PROJECT / "benchmarks" / "evaluation.py", "--model", tiny_llama, "--limit", "3",
+        "--tasks", "letters",
+    )  # fmt: skip
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith("letters")]
+    assert [line[1] for line in table] == ["hf", "hf-shared"]
+    assert float(table[1][5]) > 1 and float(table[1][6]) < 2e-4
+    assert done.stdout.rstrip().endswith("scores equal")
+
+
+def result(task, score, stderr=1.0, chat=None):
+    return {
+        "results": {task: {"acc,none": score, "acc_stderr,none": stderr / 100}},
+        "versions": {task: 2.0},
+        "lm_eval_version": "0.4.13",
+        "chat_template": chat,
+    }
+
+
+@pytest.fixture
+def made_run(tmp_path):
+    """A run folder of three rounds, by hand: M_1 is best, M_3 lacks MC2."""
+    run = tmp_path / "a run"
+    values = {0: (0.30, 0.45), 1: (0.40, 0.50), 2: (0.35, 0.49), 3: (0.2, None)}
+    for number, pair in values.items():
+        folder = run / "results" / f"iter_{number}"
+        folder.mkdir(parents=True)
+        for task, value in zip(("truthfulqa_mc1", "truthfulqa_mc2"), pair, strict=True):
+            if value is not None:
+                (folder / f"{task}.json").write_text(json.dumps(result(task, value)))
+        write_rows(folder / "samples.jsonl", [{"question": "Is ice cold?", "answer": f"Answer {number}"}])
+        if number:
+            model = run / "models" / f"iter_{number}_arcc"
+            model.mkdir(parents=True)
+            (model / "adapter_model.safetensors").write_bytes(b"")
+            (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/Llama-2-7b-chat-hf"}))
+            write_rows(model / "training_log.jsonl", [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}])
+            (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}, "warnings": ["too many steps"]}))
+    (run / "data").mkdir()
+    pairs = [("q", "a", "a"), ("r", "a", "b"), ("s", "a", "b")]
+    write_rows(
+        run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json",
+        [{"question": q, "correct": c, "incorrect": i} for q, c, i in pairs],
+    )
+    return run
+
+
+def test_the_report_of_a_made_run(made_run):
+    done = call(sys.executable, "-m", "grath.report", made_run)
+    text = (made_run / "report.md").read_text()
+    assert "| M_1        | 40.00 ± 1.00 (+10.00) | 50.00 ± 1.00 (+5.00) |" in text
+    assert "| M_3        | 20.00 ± 1.00 (-10.00) | -                    |" in text
+    assert "Best by MC1 + MC2: M_1 (90.00); from M_2 on it is lower again, 84.00 at last." in text
+    assert "No score of M_3 yet: MC2." in text
+    assert "MC1 30.23 -> 54.71" in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "->" in line]
+    assert cells[1][:4] == ["M_0 -> M_1", "5", "3", "1"] and "0.125" in cells[1]
+    assert "- M_2: too many steps" in text
+    assert "- M_3: Answer 3" in text
+    assert "truthfulqa_mc1 2.0; truthfulqa_mc2 2.0; chat template off" in text
+    assert (made_run / "iterations.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (made_run / "iterations.svg").read_text()
+    assert "Best by MC1 + MC2: M_1" in done.stdout
+
+
+def test_the_report_of_a_run_with_one_round_and_no_scores(made_run):
+    import shutil
+
+    shutil.rmtree(made_run / "results")
+    for number in (2, 3):
+        shutil.rmtree(made_run / "models" / f"iter_{number}_arcc")
+    done = call(sys.executable, "-m", "grath.report", made_run)
+    assert "No score of M_0 (base) yet." in done.stdout and "No score of M_1 yet." in done.stdout
+    assert "Best by" not in done.stdout
+    assert not (made_run / "iterations.png").exists()
