@@ -87,10 +87,12 @@ def main():
     add("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS), help="what to score")
     args = parser.parse_args()
     shared = register()
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     os.environ.setdefault("TQDM_DISABLE", "1")
-    arguments = {**model_args(args.model, args.dtype), "batch_size": args.batch_size}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = {**model_args(args.model, args.dtype), "batch_size": args.batch_size, "device": device}
     os.chdir(os.environ.get("DATASETS_ROOT", "."))
     print(f"{args.dtype}, batches of {args.batch_size}")
     print(f"{'task':15}{'way':11}{'requests':>9}{'seconds':>9}{'requests/s':>12}{'ratio':>7}{'largest difference':>20}")

@@ -108,7 +108,7 @@ def test_contexts_are_grouped_where_that_saves():
 
 
 def test_what_cannot_be_shared_is_scored_like_hf(harness, llama_tokenizer, capsys):
-    model = tiny("gemma2", max_position_embeddings=300)
+    model = tiny("gemma2", max_position_embeddings=300, sliding_window=64)
     asked = requests(100)
     shared, plain = (harness(kind, model, llama_tokenizer, max_length=100) for kind in ("hf-shared", "hf"))
     ours = shared._loglikelihood_tokens(asked)
@@ -210,12 +210,11 @@ def test_a_killed_evaluation_goes_on_with_the_next_task(hub, tiny_llama, tmp_pat
 
 
 def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
-    env = {"TASKS": "grath_mc1", "LIMIT": "2"}
-    call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
-    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "CHAT_TEMPLATE": "1"}, status=2)
-    assert "chat_template=0: choose another folder" in done.stderr
-    done = call("evaluation.sh", tiny_llama, tmp_path / "t", env={**env, "CHAT_TEMPLATE": "1"})
+    env = {"TASKS": "grath_mc1", "LIMIT": "2", "CHAT_TEMPLATE": "1"}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
     assert "chat template ON" in done.stdout
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "CHAT_TEMPLATE": "0"}, status=2)
+    assert "chat_template=1: choose another folder" in done.stderr
 
 
 def test_prefetch_names_what_it_fetches(tmp_path):
