@@ -67,7 +67,7 @@ def measure(lm, name, limit):
     lm.loglikelihood = timed
     if tasks:
         results = simple_evaluate(lm, tasks=tasks, num_fewshot=shots, limit=limit, bootstrap_iters=0, log_samples=False)
-        scores = {task: round(100 * values["acc,none"], 4) for task, values in results["results"].items()}
+        scores = {task: round(100 * float(values["acc,none"]), 2) for task, values in results["results"].items()}
     else:
         requests, keys = letter_requests(limit)
         answers = [score for score, _ in timed(requests)]

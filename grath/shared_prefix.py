@@ -284,11 +284,12 @@ def _token_scores(model, hidden, predicted, chunk=512):
     scores, greedy = torch.empty(len(predicted), device=device), torch.empty_like(tokens)
     rows, columns = torch.tensor(states, device=device).T
     for start, end in zip([0, *ends], ends, strict=False):
-        logits = project(model, hidden[rows[start:end], columns[start:end]]).float()
+        # Not `logsumexp`, which is nearer to the truth: scores are compared with those of the harness's own kernel.
+        log_probs = project(model, hidden[rows[start:end], columns[start:end]]).float().log_softmax(-1)
         here = (which >= start) & (which < end)
         at = which[here] - start
-        scores[here] = logits[at, tokens[here]] - logits.logsumexp(-1)[at]
-        greedy[here] = logits.argmax(-1)[at]
+        scores[here] = log_probs[at, tokens[here]]
+        greedy[here] = log_probs.argmax(-1)[at]
     return zip(scores.tolist(), (greedy == tokens).tolist(), strict=True)
 
 
