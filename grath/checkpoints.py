@@ -56,9 +56,10 @@ def find_earlier(output_dir, record, overwrite):
         UserError: the folder holds something else, or is the model that the training starts from.
     """
     folder = Path(output_dir)
-    incoming = record["incoming_adapter"]
-    if incoming and folder.resolve() == Path(incoming).resolve() or (folder / "config.json").is_file():
-        raise UserError(f"--output_dir {folder} is a model that a training starts from: choose another folder")
+    if folder.resolve() == Path(record["settings"]["model_name_or_path"]).expanduser().resolve():
+        raise UserError(f"--output_dir {folder} is the model that the training starts from: choose another folder")
+    if (folder / "config.json").is_file():
+        raise UserError(f"--output_dir {folder} holds a whole model: choose another folder")
     if overwrite or not folder.is_dir() or not any(folder.iterdir()):
         return "nothing", None
     way_out = "choose another --output_dir, or pass --overwrite_output_dir to replace it"

@@ -134,7 +134,10 @@ def test_a_strangers_folder_is_not_touched(tiny_llama, pair_file, tmp_path):
     done, _ = train(tiny_llama, tmp_path / "m", source=source, status=2)
     assert "is not empty and holds no training of this program" in done.stderr
     done, _ = train(tiny_llama, tiny_llama, "--overwrite_output_dir", source=source, status=2)
-    assert "is a model that a training starts from" in done.stderr
+    assert "is the model that the training starts from" in done.stderr
+    shutil.copytree(tiny_llama, tmp_path / "whole")
+    done, _ = train(tiny_llama, tmp_path / "whole", "--overwrite_output_dir", source=source, status=2)
+    assert "holds a whole model" in done.stderr
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["thesis.txt"]
 
 

@@ -7,14 +7,14 @@ import sys
 import time
 
 import pytest
-from conftest import BUNDLED, CORRECT, HUB, INCORRECT, PROJECT, call, needs_hub, pair, rows, write_rows
+from conftest import BUNDLED, CORRECT, HUB, INCORRECT, PROJECT, call, call_here, needs_hub, pair, rows, write_rows
 
 from grath.pairs import parse_reply
 from grath.questions import draw_candidates, load_questions
 
 
 def ask(model, folder, *flags, cwd=None):
-    call(
+    call_here(
         "create_pair_responses.py", "--model_name_or_path", model, "--save_prefix", "iter0_arcc", "--save_dir", folder,
         "--precision", "fp32", *flags, **({"cwd": cwd} if cwd else {}),
     )  # fmt: skip
