@@ -103,8 +103,10 @@ def test_every_token_is_computed_once(monkeypatch):
 def test_contexts_are_grouped_where_that_saves():
     block, long = tuple(range(100)), tuple(range(200, 600))
     contexts = [(*block, 7, i) for i in range(5)] + [(*block, 8, 1)] + [(*long, 1)] + [(1, 2), (3,)]
+    # These share 40 tokens with the block, but to shorten its group's prefix to 40 would cost more than that saves.
+    contexts += [(*block[:40], 150, i) for i in range(2)]
     groups = {length: sorted(members) for length, members in group_by_prefix(contexts)}
-    assert groups == {100: sorted(contexts[:6]), 400: [contexts[6]], 0: sorted(contexts[7:])}
+    assert groups == {100: contexts[:6], 400: [contexts[6]], 41: contexts[9:], 0: contexts[7:9]}
 
 
 def test_what_cannot_be_shared_is_scored_like_hf(harness, llama_tokenizer, capsys):
