@@ -135,6 +135,8 @@ def main():
     if earlier == "finished":
         print_once(f"{config.output_dir} holds this training, finished; --overwrite_output_dir would train again")
         return
+    if args.overwrite_output_dir and config.resume_from_checkpoint:
+        raise UserError("--overwrite_output_dir removes the checkpoints that --resume_from_checkpoint goes on from")
     checkpoint = config.resume_from_checkpoint or checkpoint
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
@@ -194,7 +196,7 @@ def main():
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.accelerator.is_main_process:
         plot_training(trainer.state.log_history, Path(config.output_dir) / PLOT)
-    record.update(warnings=log.said, went_on_from=checkpoint, seconds=round(time.monotonic() - start, 1))
+    record.update(warnings=list(log.said.values()), went_on_from=checkpoint, seconds=round(time.monotonic() - start, 1))
     save_adapter(trainer, record)
     print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 

@@ -50,9 +50,8 @@ shots() {
 # score MODEL OUTPUT_DIR: one call of the harness for tasks that ask the same (MC1 and MC2), one result file a task.
 score() {
     local model=$1 output=$2 described settings task key started=" " launch=(python)
-    mapfile -t described < <(python -m grath.harness describe --precision "$PRECISION" -- "$model")
-    ((${#described[@]} == 2)) || exit 2
-    settings="${described[0]} ${described[1]} limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
+    described=$(python -m grath.harness describe --precision "$PRECISION" -- "$model")
+    settings="${described/$'\n'/ } limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
     if [[ $DRY_RUN != 1 ]]; then
         if [[ -f $output/settings.txt && $(<"$output/settings.txt") != "$settings" ]]; then
             echo "evaluation.sh: error: $output holds scores of $(<"$output/settings.txt"): choose another folder" >&2
@@ -79,7 +78,7 @@ score() {
         done
         if ((${#group[@]} == 0)); then continue; fi
         local command=(
-            "${launch[@]}" -m grath.harness run --model "$BACKEND" --model_args "${described[0]}"
+            "${launch[@]}" -m grath.harness run --model "$BACKEND" --model_args "${described%%$'\n'*}"
             --tasks "${group[@]}" --num_fewshot "$(shots "$task")" --batch_size "$BATCH_SIZE"
             --include_path "$HERE/tasks" --output_path "$output/.partial/results.json" ${LIMIT:+--limit "$LIMIT"}
         )
@@ -94,6 +93,12 @@ score() {
             exit 1
         fi
         python -m grath.harness split "${results[0]}" "$output"
+        for other in "${group[@]}"; do
+            if [[ ! -f $output/$other.json ]]; then
+                echo "evaluation.sh: error: $other is no task with a score of its own: name its tasks in TASKS" >&2
+                exit 2
+            fi
+        done
         rm -rf -- "$output/.partial"
     done
 }

@@ -30,6 +30,7 @@ fetch() { # KIND NAME OPTION...
 
 for name in "${DATASETS[@]}"; do fetch dataset "$name"; done
 for name in "${models[@]}"; do
-    fetch model "$name" --include "*.safetensors" --include "*.json" --include "*.model" --include "*.txt"
+    fetch model "$name" --include "*.safetensors" --include "*.json" --include "*.model" --include "*.txt" \
+        --include "*.jinja"
 done
 echo "Fetched ${#DATASETS[@]} data sets and ${#models[@]} model(s) to $folder; next: DATASETS_ROOT=$folder ./run_llama2.sh"

@@ -141,7 +141,7 @@ threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_PROCESSES))
 several=() ask=(python)
 if ((NUM_PROCESSES > 1)); then several=(--multi_gpu); fi
 launch=(
-    accelerate launch --quiet "${several[@]}" --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no
+    accelerate launch --quiet ${several[@]+"${several[@]}"} --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no
     --dynamo_backend no --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))"
 )
 if ((NUM_PROCESSES > 1)); then ask=("${launch[@]}"); fi

@@ -18,10 +18,11 @@ LOG = "training_log.jsonl"
 PLOT = "training.png"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 # Parts of the record that may differ between two starts of one training. Data and weights are compared by their hashes;
-# of steps, batch and processes only the effective batch counts.
+# of batch, accumulation and processes only the effective batch counts.
 MAY_DIFFER = {
     "output_dir", "model_name_or_path", "dataset_path", "overwrite_output_dir", "resume_from_checkpoint", "run_name",
-    "gradient_accumulation_steps", "logging_dir", "logging_steps", "logging_first_step", "report_to", "project",
+    "gradient_accumulation_steps", "per_device_train_batch_size", "processes",
+    "logging_dir", "logging_steps", "logging_first_step", "report_to", "project",
     "trackio_space_id", "save_steps", "save_total_limit", "disable_tqdm", "log_level", "dataloader_num_workers",
     "precompute_ref_batch_size", "per_device_eval_batch_size",
 }  # fmt: skip
@@ -60,7 +61,9 @@ def find_earlier(output_dir, record, overwrite):
         raise UserError(f"--output_dir {folder} is the model that the training starts from: choose another folder")
     if (folder / "config.json").is_file():
         raise UserError(f"--output_dir {folder} holds a whole model: choose another folder")
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    # A kill in the middle of a first start leaves a temporary file, or the model card that TRL writes.
+    theirs = [path for path in folder.glob("[!.]*") if path.name != "README.md"]
+    if overwrite or not theirs:
         return "nothing", None
     way_out = "choose another --output_dir, or pass --overwrite_output_dir to replace it"
     earlier = read_record(folder)
@@ -144,16 +147,24 @@ class TrainingLog(TrainerCallback):
     """Keeps the log as JSON lines in the output folder, and says in words when the training goes wrong."""
 
     def __init__(self):
-        self.said = []
+        self.said = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # What was said before an interruption belongs to the record too.
+        for end in range(1, len(state.log_history) + 1):
+            self._warn(args, state, state.log_history[:end])
 
     def on_log(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         lines = [json.dumps(entry) + "\n" for entry in state.log_history]
         write_whole(Path(args.output_dir) / LOG, "".join(lines))
-        for warning in warnings_of(state.log_history, args.beta, args.get_warmup_steps(state.max_steps)):
-            if warning not in self.said:
-                self.said.append(warning)
+        self._warn(args, state, state.log_history)
+
+    def _warn(self, args, state, log):
+        for kind, warning in warnings_of(log, args.beta, args.get_warmup_steps(state.max_steps)).items():
+            if kind not in self.said:
+                self.said[kind] = warning
                 PartialState().print(f"\nWarning: {warning}")
 
 
@@ -166,26 +177,26 @@ def warnings_of(log, beta, warmup_steps=0):
         warmup_steps: steps before the learning rate is at its peak.
 
     Returns:
-        list of sentences.
+        dict: kind of warning -> sentence.
     """
     entries = [entry for entry in log if "rewards/margins" in entry]
     if not entries:
-        return []
-    found, last = [], entries[-1]
+        return {}
+    found, last = {}, entries[-1]
     chosen, rejected = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta
     if chosen < -1 and rejected < -1:
-        found.append(
+        found["collapse"] = (
             f"chosen answers lose probability together with the rejected ones (log-ratios {chosen:.1f} and "
             f"{rejected:.1f} at step {last['step']}): fewer steps, a smaller learning rate or a larger beta keep the "
             "policy nearer to its reference"
         )
     if last["rewards/accuracies"] == 1 and last["step"] > 1:
-        found.append(
+        found["all preferred"] = (
             f"every chosen answer is preferred already (reward accuracy 1.0 at step {last['step']}): from here on the "
             "policy only moves away from its reference"
         )
     if last["step"] >= max(10, warmup_steps) and all(abs(entry["rewards/margins"]) < 1e-3 for entry in entries):
-        found.append(
+        found["no margin"] = (
             f"the margin is still 0 at step {last['step']}: nothing is learnt; is the learning rate too small?"
         )
     return found

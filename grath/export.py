@@ -6,6 +6,7 @@ The base is loaded in 16 or 32 bit, never in quantised weights, whatever the ada
 the merged model's logits are compared with those of base and adapter.
 """
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -69,11 +70,16 @@ def main():
     difference, effect = check_merge(logits(merged, tokenizer), unmerged, plain, eps)
     partial = args.out.with_name(f".{args.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    saved = logits(load_model(str(partial), args.precision).eval(), tokenizer)
-    check_merge(saved, unmerged, plain, eps)
-    partial.rename(args.out)
+    try:
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        del model, merged
+        gc.collect()
+        saved = logits(load_model(str(partial), args.precision).eval(), tokenizer)
+        check_merge(saved, unmerged, plain, eps)
+        partial.rename(args.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"Merged {adapter} into {base} in {args.precision}")
     print(f"  the adapter changes logits by {effect:.2g} in the mean, the merge by {difference:.2g} more")
     print(f"Wrote {args.out}; next: ./evaluation.sh {args.out}")

@@ -14,8 +14,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from grath.cli import Parser, run, write_whole
-from grath.models import ADAPTER, DTYPES, check_model, resolve_precision, sha256, split_adapter
+from grath.cli import ROOT, Parser, run, write_whole
+from grath.models import ADAPTER, DTYPES, check_model, hash_of, resolve_precision, sha256, split_adapter, weight_files
 
 NAME = "hf-shared"
 # Tokens from which on a common beginning of contexts, or a lone context, is worth a forward pass of its own.
@@ -45,6 +45,8 @@ def register():
 
             windows = [_window(context, answer, self.max_length) for _, context, answer in requests]
             reason = self._cannot_share(max((len(c) + len(a) for c, a in windows), default=0))
+            if not all(context and answer for context, answer in windows):
+                reason = "an answer is empty or longer than the model's window"
             if reason or not requests:
                 if reason and self.rank == 0 and not disable_tqdm:
                     print(f"{NAME} scores like hf: {reason}", file=sys.stderr)
@@ -66,6 +68,8 @@ def register():
 
             if self.backend != "causal":
                 return "it is no decoder-only model"
+            if self.softmax_dtype or self.mixed_precision_dtype:
+                return "softmax_dtype and mixed_precision_dtype are left to it"
             if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
                 return "it is spread over several devices"
             if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
@@ -134,9 +138,10 @@ def describe(arguments):
     args = parser.parse_args(arguments)
     check_model(args.model)
     print(json.dumps(model_args(args.model, args.precision)))
-    adapter = split_adapter(args.model)[1]
-    weights = f" adapter={sha256(Path(adapter) / ADAPTER)[:16]}" if adapter else ""
-    print(f"lm_eval={version('lm-eval')}{weights}")
+    base, adapter = split_adapter(args.model)
+    weights = f" weights={hash_of(weight_files(base))}" if Path(base).is_dir() else ""
+    weights += f" adapter={sha256(Path(adapter) / ADAPTER)[:16]}" if adapter else ""
+    print(f"lm_eval={version('lm-eval')}{weights} data={ROOT or 'hub'}")
 
 
 def split(arguments):

@@ -76,7 +76,7 @@ def load_tokenizer(name, tokenizer_name=None):
     """The tokenizer of a model, or of an adapter's base, with a padding token."""
     from transformers import AutoTokenizer
 
-    source = tokenizer_name or split_adapter(name)[0]
+    source = in_root(tokenizer_name) if tokenizer_name else split_adapter(name)[0]
     tokenizer = _load(AutoTokenizer, source, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -136,11 +136,18 @@ def fingerprint(name, prompts, precision, max_new_tokens):
     parts = [base, precision, str(max_new_tokens), json.dumps(prompts)]
     if adapter:
         parts.append(sha256(Path(adapter) / ADAPTER))
-    parts += [
-        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
-        for file in sorted(Path(base).glob("*.safetensors"))
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hash_of(parts + weight_files(base))
+
+
+def weight_files(folder):
+    """A line on each weight file of a model folder: name, size, time of change. Its bytes would take too long."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+
+
+def hash_of(lines):
+    """A hash, in hexadecimal, of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @contextmanager
@@ -220,7 +227,7 @@ def stop_ids(model, tokenizer):
 def _compute_dtype():
     import torch
 
-    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float16
 
 

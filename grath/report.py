@@ -49,11 +49,15 @@ def read_scores(folder):
         subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
         for task, values in content.get("results", {}).items():
             metric = METRICS.get(task, "acc")
-            if task in subtasks or f"{metric},none" not in values:
+            if f"{metric},none" not in values:
+                others = [name.partition(",")[0] for name in values if "," in name and "_stderr" not in name]
+                metric = others[0] if others else metric
+            key = next((name for name in values if name.startswith(f"{metric},")), None)
+            if task in subtasks or key is None:
                 continue
-            stderr = values.get(f"{metric}_stderr,none")
+            stderr = values.get(key.replace(",", "_stderr,"))
             scores[task] = {
-                "score": 100 * values[f"{metric},none"],
+                "score": 100 * values[key],
                 "stderr": 100 * stderr if isinstance(stderr, float) else None,
                 "version": content.get("versions", {}).get(task),
                 "harness": content.get("lm_eval_version"),
@@ -181,7 +185,8 @@ def verdict(rows):
         names = list(sums)
         best = max(sums, key=sums.get)
         after = names[names.index(best) + 1 :]
-        turn = f"; from {after[0]} on it is lower again, {sums[after[-1]]:.2f} at last" if after else ""
+        lower = after and all(sums[name] < sums[best] for name in after)
+        turn = f"; from {after[0]} on it is lower again, {sums[after[-1]]:.2f} at last" if lower else ""
         lines.append(f"Best by {' + '.join(TITLES[task] for task in pair)}: {best} ({sums[best]:.2f}){turn}.")
     for name, scores in rows:
         missing = [TITLES.get(task, task) for task in tasks if task not in scores]
@@ -218,6 +223,10 @@ def write_report(run_dir):
     parts.append("## Settings")
     if settings.is_file():
         parts.append("```text\n" + settings.read_text(encoding="utf-8").strip() + "\n```")
+    scored = {
+        file.read_text(encoding="utf-8") for row in found.values() for file in row["results"].glob("settings.txt")
+    }
+    parts += ["```text\n" + text.strip() + "\n```" for text in sorted(scored)]
     parts.append(f"Commit: {_commit()}")
     write_whole(run_dir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
     return "\n".join([table(rows), footer(rows), *verdict(rows), f"Wrote {', '.join(files)} in {run_dir}"])
@@ -226,7 +235,17 @@ def write_report(run_dir):
 def _rounds_table(found):
     from tabulate import tabulate
 
-    header = ["round", "asked", "parsed", "identical", "trained on", "steps", "last margin", "accuracy", "DPO seconds"]
+    header = [
+        "round",
+        "asked",
+        "parsed",
+        "identical",
+        "trained on",
+        "steps",
+        "last margin",
+        "accuracy",
+        "DPO seconds (last start)",
+    ]
     body = []
     for number, row in found.items():
         pairs, training = row["pairs"] or {}, found.get(number + 1, {}).get("training") or {}
@@ -243,8 +262,14 @@ def _stages(file):
 
     if not file.is_file():
         return []
-    lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
-    return ["## Seconds a stage", tabulate(lines, ["stage", "seconds"], tablefmt="github", disable_numparse=True)]
+    seconds = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        title, _, taken = line.partition("\t")
+        seconds[title] = seconds.get(title, 0) + int(taken)
+    return [
+        "## Seconds a stage, over all starts",
+        tabulate(seconds.items(), ["stage", "seconds"], tablefmt="github", disable_numparse=True),
+    ]
 
 
 def _samples(found):
@@ -263,7 +288,10 @@ def _samples(found):
 
 
 def _commit():
-    done = subprocess.run(["git", "-C", PROJECT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", PROJECT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return "not known"
     return done.stdout.strip() or "not known"
 
 

@@ -76,7 +76,9 @@ class GrathDPOConfig(DPOConfig):
         if self.bf16 is None:
             quantised = self.precision not in DTYPES
             self.bf16 = (
-                quantised and not self.fp16 and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+                quantised
+                and not self.fp16
+                and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
             )
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantised and not self.bf16)
         super().__post_init__()

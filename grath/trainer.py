@@ -38,19 +38,28 @@ CHANGES_LOGITS = (
 class GrathDPOTrainer(DPOTrainer):
     """`DPOTrainer` that takes tokenised pairs as they are and knows which model is the reference.
 
-    TRL gives a `PeftModel` that comes in a frozen copy of its adapter, `ref`, and evaluates it inside the constructor
-    if log-probabilities are computed beforehand. For a fixed reference that copy must go before that happens. TRL also
-    caches them on disk, under a name that is the same for both references; here they are computed for every training.
+    TRL gives a `PeftModel` that comes in a frozen copy of its adapter, `ref`, and if log-probabilities are computed
+    beforehand it does so inside the constructor, after hashing all weights for a cache on disk. For a fixed reference
+    that copy must go first. So here they are computed behind the constructor, without a cache.
 
     Args:
         reference: "rolling" or "fixed".
     """
 
     def __init__(self, *args, reference, **kwargs):
-        self.reference = reference
-        super().__init__(*args, **kwargs)
+        self.reference, config = reference, kwargs["args"]
+        beforehand, config.precompute_ref_log_probs = config.precompute_ref_log_probs, False
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            config.precompute_ref_log_probs = beforehand
         self._compute_less()
-        if self.reference == "fixed" or self.precompute_ref_logps:
+        if reference == "fixed":
+            self._drop_ref_adapter()
+        if beforehand:
+            batch_size = config.precompute_ref_batch_size or config.per_device_train_batch_size
+            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", batch_size)
+            self.precompute_ref_logps = True
             self._drop_ref_adapter()
 
     def _drop_ref_adapter(self):
@@ -64,8 +73,6 @@ class GrathDPOTrainer(DPOTrainer):
         each for its log. The loss is the same.
         """
         base = self.model.get_base_model()
-        if hasattr(base, "computes_less"):
-            return
         base.computes_less = set()
         if not unsupported(base, self.args.max_length or 0) and base.config._attn_implementation == "sdpa":
             base.computes_less.add("prompts")
@@ -80,7 +87,14 @@ class GrathDPOTrainer(DPOTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return LengthGrouped(_lengths(train_dataset or self.train_dataset), batch, self.args.seed)
+        self.sampler = LengthGrouped(_lengths(train_dataset or self.train_dataset), batch, self.args.seed)
+        return self.sampler
+
+    def _run_epoch(self, *args, epoch, **kwargs):
+        # With several processes, the epoch does not get through accelerate's data loader to the sampler.
+        if hasattr(self, "sampler"):
+            self.sampler.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def log(self, logs, start_time=None):
         if "scores" in self.model.get_base_model().computes_less:
@@ -97,14 +111,11 @@ class GrathDPOTrainer(DPOTrainer):
         return tokenised
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        if self.reference == "fixed":
-            self._drop_ref_adapter()
-        self._compute_less()
         self.model.eval()
         for layer in self.model.modules():
             # In evaluation mode on a CPU, bitsandbytes packs 4-bit weights in a form that passes on no gradients.
             if type(layer).__name__ == "Linear4bit":
-                layer.train()
+                layer.training = True
         # Rows of like length stand together, so that padding is small.
         order = sorted(range(len(dataset)), key=_lengths(dataset).__getitem__)
         loader = DataLoader(dataset.select(order), batch_size, collate_fn=self.data_collator)
@@ -139,7 +150,10 @@ class LengthGrouped(Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+        order = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
+        whole = len(order) // self.batch
+        steps = [order[at * self.batch : (at + 1) * self.batch] for at in torch.randperm(whole, generator=generator)]
+        return iter([*(pair for step in steps for pair in step), *order[whole * self.batch :]])
 
 
 def _lengths(dataset):

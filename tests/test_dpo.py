@@ -127,6 +127,20 @@ def test_finished_output_is_left_alone(first_round, tiny_llama, pair_file, tmp_p
     assert {path: path.stat().st_mtime_ns for path in first_round[0].rglob("*")} == before
 
 
+def test_a_kill_before_the_first_checkpoint_blocks_nothing(tiny_llama, pair_file, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / ".grath.json.x.tmp").write_text("{")
+    (tmp_path / "m" / "README.md").write_text("a model card")
+    train(tiny_llama, tmp_path / "m", source=("--dataset_path", pair_file))
+    flags = ("--overwrite_output_dir", "--resume_from_checkpoint", tmp_path / "m" / "checkpoint-3")
+    done, _ = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file), status=2)
+    assert "removes the checkpoints" in done.stderr
+    # Other batches that make the same step are the same training.
+    flags = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")
+    done, _ = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file))
+    assert "holds this training, finished" in done.stdout
+
+
 def test_a_strangers_folder_is_not_touched(tiny_llama, pair_file, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.txt").write_text("mine")
@@ -290,20 +304,21 @@ def test_answer_scores_are_trls(tiny_llama, llama_tokenizer):
     assert (ours.log_probs != 0).sum() == (labels[:, 1:] != -100).sum()
 
 
-def test_two_processes_train_the_same(first_round, tiny_llama, pair_file, tmp_path):
+def test_two_processes_train_the_same(tiny_llama, pair_file, tmp_path):
+    source, steps = ("--dataset_path", pair_file), ("--max_steps", "7")  # more than two epochs
+    _, single = train(tiny_llama, tmp_path / "1", *steps, source=source)
     two = [*LAUNCH[:3], "2", *LAUNCH[4:], "--multi_gpu", "--num_cpu_threads_per_process", "1"]
-    flags = SMALL[:2] + SMALL[4:]
     done = call(
-        *two, PROJECT / "dpo.py", "--dataset_path", pair_file, "--model_name_or_path", tiny_llama,
-        "--output_dir", tmp_path / "m", "--seed", "0", *STEPS, *flags, "--gradient_accumulation_steps", "1",
+        *two, PROJECT / "dpo.py", *source, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m",
+        "--seed", "0", *STEPS, *SMALL, *steps, "--gradient_accumulation_steps", "1",
     )  # fmt: skip
-    assert "3 steps of 4 pairs, 2 process(es)" in done.stdout
+    assert "7 steps of 4 pairs, 2 process(es)" in done.stdout
     assert "The paper trains with 16 pairs a step, not 4" in done.stdout
-    for ours, theirs in zip(read_training(tmp_path / "m")["log"][:3], first_round[2]["log"][:3], strict=True):
+    for ours, theirs in zip(read_training(tmp_path / "m")["log"][:7], single["log"][:7], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-        assert ours["rewards/margins"] == pytest.approx(theirs["rewards/margins"], abs=1e-4)
-    for ours, theirs in zip(weights(tmp_path / "m").values(), weights(first_round[0]).values(), strict=True):
-        assert (ours - theirs).abs().max() < 1e-4
+        assert ours["rewards/margins"] == pytest.approx(theirs["rewards/margins"], abs=1e-3)
+    for ours, theirs in zip(weights(tmp_path / "m").values(), weights(tmp_path / "1").values(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(("batch", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (8, 2, 1), (4, 8, 1), (16, 1, 1)])
@@ -321,9 +336,9 @@ def test_margins_with_a_quantised_base(tiny_llama, pair_file, tmp_path, precisio
     _, rolling = train(tmp_path / "1", tmp_path / "2", *flags, "rolling", source=source)
     _, fixed = train(tmp_path / "1", tmp_path / "3", *flags, "fixed", source=source)
     # In int8, activations are rounded by the largest of their batch, so the margin is 0 to that rounding.
-    rounding = {"nf4": 1e-3, "int8": 2e-2}[precision]
+    rounding = {"nf4": 1e-3, "int8": 5e-2}[precision]
     assert abs(margin(first)) < rounding and abs(margin(rolling)) < rounding
-    assert margin(fixed) > 0.5 * margin(first, 2) > 0.05
+    assert margin(fixed) > 0.5 * margin(first, 2) > 0.1
 
 
 def test_other_losses_go_through_trl(tiny_llama, pair_file, tmp_path):
@@ -332,9 +347,18 @@ def test_other_losses_go_through_trl(tiny_llama, pair_file, tmp_path):
     assert record["log"][0]["loss"] == pytest.approx(25, abs=1e-3)  # (0 - 1 / (2 beta))^2
 
 
+LIVE_BEFORE = []
+
+
 @pytest.fixture(scope="module", params=["rolling", "fixed"])
 def trainer(request, first_round, pair_file, tmp_path_factory):
     """A trainer of the second round, before its first step, and its tokenised pairs."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    LIVE_BEFORE[:] = [o.data_ptr() for o in gc.get_objects() if isinstance(o, torch.Tensor)]
     from grath.chat import template_for
     from grath.models import load_model, load_tokenizer
     from grath.pairs import read_pairs
@@ -374,16 +398,19 @@ def test_one_copy_of_the_base_is_alive(trainer):
 
     import torch
 
-    base = {p.data_ptr(): p.numel() for n, p in trainer.model.named_parameters() if "lora" not in n}
-    sizes = {p.shape for p in trainer.model.parameters() if not p.requires_grad}
-    here = {p.data_ptr() for p in trainer.model.parameters()}
+    embedding = trainer.model.get_base_model().get_input_embeddings().weight
+    bases = [p for name, p in trainer.model.named_parameters() if "lora" not in name]
+    before = set(LIVE_BEFORE)
     gc.collect()
-    alive = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and o.shape in sizes and not o.grad_fn]
-    names = {n for n, _ in trainer.model.named_parameters()}
-    assert not [n for n in names if ".ref." in n]
-    module_copies = [m for m in gc.get_objects() if type(m).__name__ == "LlamaForCausalLM" and m.training]
-    assert len({id(m) for m in module_copies}) <= 1
-    assert base and len({o.data_ptr() for o in alive} & here) == len(base)
+    alive = {
+        o.data_ptr()
+        for o in gc.get_objects()
+        if isinstance(o, torch.Tensor) and o.shape == embedding.shape and o.data_ptr() not in before
+    }
+    own = {p.data_ptr() for p in bases if p.shape == embedding.shape}
+    assert embedding.data_ptr() in own and alive == own
+    assert trainer.ref_model is None
+    assert not [name for name, _ in trainer.model.named_parameters() if ".ref." in name]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -452,7 +479,7 @@ def entry(step, chosen, rejected, accuracy=0.6):
 def test_warnings_in_words(log, words):
     from grath.checkpoints import warnings_of
 
-    found = warnings_of(log, 0.1, warmup_steps=100)
+    found = list(warnings_of(log, 0.1, warmup_steps=100).values())
     assert found == [] if words is None else len(found) == 1 and found[0].startswith(words)
 
 
@@ -466,8 +493,11 @@ def test_what_lies_beside_the_adapter(first_round, tiny_llama, pair_file):
     assert record["versions"]["trl"] and record["settings"]["beta"] == 0.1
     assert record["pairs"]["kept"] == 12
     assert "margin=" in done.stderr and "accuracy=" in done.stderr
-    again = [line for line in done.stdout.splitlines() if line.startswith("Warning: every chosen answer")]
-    assert bool(again) == any(w.startswith("every chosen answer") for w in record["warnings"])
+    # At this learning rate every pair is preferred within the three steps.
+    assert "Warning: every chosen answer is preferred already" in done.stdout
+    assert [warning.partition(" (")[0] for warning in record["warnings"]] == [
+        "every chosen answer is preferred already"
+    ]
 
 
 def test_export_is_a_model_as_any_other(first_round, tmp_path):
@@ -510,11 +540,11 @@ def test_accelerates_configurations():
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import DistributedType
 
-    kinds = {
-        path.stem: load_config_from_file(str(path)).distributed_type
-        for path in (PROJECT / "accelerate_configs").glob("*.yaml")
-    }
-    assert kinds == {
+    configs = {path.stem: load_config_from_file(str(path)) for path in (PROJECT / "accelerate_configs").glob("*.yaml")}
+    assert configs["fsdp"].fsdp_config["fsdp_version"] == 2
+    assert configs["deepspeed_zero2"].deepspeed_config["zero_stage"] == 2
+    assert configs["deepspeed_zero2"].deepspeed_config["gradient_accumulation_steps"] == "auto"
+    assert {name: config.distributed_type for name, config in configs.items()} == {
         "one_gpu": DistributedType.NO,
         "data_parallel": DistributedType.MULTI_GPU,
         "fsdp": DistributedType.FSDP,

@@ -63,6 +63,22 @@ def test_scores_are_those_of_hf(harness, llama_tokenizer, family):
     same(ours, theirs)
 
 
+def test_scores_are_those_of_hf_on_smollm2(harness, smollm2):
+    from grath.models import load_model, load_tokenizer
+
+    model, tokenizer = load_model(str(smollm2), "fp32").eval(), load_tokenizer(str(smollm2))
+    shots = "Q: Is ice cold?\nA: Yes, ice is frozen water.\n\nQ: Is fire cold?\nA: No, fire is hot.\n\nQ: "
+    asked = [
+        (None, tokenizer(shots + question + "\nA:").input_ids, tokenizer(answer).input_ids)
+        for question in ("Do plants eat?", "Is iron a metal?", "Can fish fly?")
+        for answer in (" Yes", " No, they make their own food from light.", " It is a metal, and it rusts.")
+    ]
+    ours, theirs = (
+        harness(kind, model, tokenizer)._loglikelihood_tokens(asked, disable_tqdm=True) for kind in ("hf-shared", "hf")
+    )
+    same(ours, theirs)
+
+
 def test_scores_with_an_adapter_and_in_4_bit(harness, tiny_llama, llama_tokenizer, tmp_path):
     from peft import LoraConfig, get_peft_model
 
