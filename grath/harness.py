@@ -139,7 +139,7 @@ def describe(arguments):
     check_model(args.model)
     print(json.dumps(model_args(args.model, args.precision)))
     base, adapter = split_adapter(args.model)
-    weights = f" weights={hash_of(weight_files(base))}" if Path(base).is_dir() else ""
+    weights = f" weights={hash_of(weight_files(base))[:16]}" if Path(base).is_dir() else ""
     weights += f" adapter={sha256(Path(adapter) / ADAPTER)[:16]}" if adapter else ""
     print(f"lm_eval={version('lm-eval')}{weights} data={ROOT or 'hub'}")
 

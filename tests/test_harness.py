@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import HUB, PROJECT, call, needs_hub, rows, write_rows
+from conftest import HUB, PROJECT, call, call_here, needs_hub, rows, write_rows
 from test_shared_prefix import FAMILIES, tiny
 
 from grath.harness import group_by_prefix, register, score_windows
@@ -251,19 +251,26 @@ def test_prefetch_names_what_it_fetches(tmp_path):
 
 
 @needs_hub
-def test_the_hubs_folder_serves_every_stage(tiny_llama, tmp_path):
+def test_the_hubs_folder_serves_every_stage(tiny_llama, tmp_path, monkeypatch):
     """Hub names of data sets, and of a model, are found below DATASETS_ROOT."""
     root = tmp_path / "root"
     (root / "me").mkdir(parents=True)
     (root / "me" / "tiny").symlink_to(tiny_llama)
     (root / "allenai").symlink_to(HUB / "allenai")
-    env = {
-        "DATASETS_ROOT": str(root), "MODEL_NAME_OR_PATH": "me/tiny", "ROUNDS": "1", "MAX_STEPS": "1", "NUM_QUERY": "3",
-        "TASKS": "arc_challenge", "LIMIT": "1", "RUNS_DIR": str(tmp_path / "runs"), "DPO_PRECISION": "fp32",
-    }  # fmt: skip
-    done = call("run_llama2.sh", env=env, cwd=tmp_path)
-    assert done.stdout.splitlines()[-1].startswith("The run's folder")
-    assert len(rows(next((tmp_path / "runs").glob("*/data/iter0_*.json")))) == 3
+    monkeypatch.setattr("grath.cli.ROOT", str(root))
+    model = ("--model_name_or_path", "me/tiny", "--precision", "fp32")
+    call_here(
+        "create_pair_responses.py", *model, "--num_query", "3", "--save_prefix", "x", "--save_dir", tmp_path / "data",
+        "--tokenizer_name", "me/tiny", cwd=tmp_path,
+    )  # fmt: skip
+    assert len(rows(next((tmp_path / "data").glob("x_num_3_*.json")))) == 3
+    call_here(
+        "dpo.py", *model, "--dataset_name", "ai2_arc/ARC-Challenge", "--num_sample", "4", "--max_steps", "1",
+        "--output_dir", tmp_path / "m", cwd=tmp_path,
+    )  # fmt: skip
+    env = {"DATASETS_ROOT": str(root), "TASKS": "arc_challenge", "LIMIT": "1"}
+    call("evaluation.sh", "me/tiny", tmp_path / "scores", env=env, cwd=tmp_path)
+    assert scores(tmp_path / "scores", "arc_challenge")
 
 
 def test_the_evaluation_benchmark(tiny_llama):
