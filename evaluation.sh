@@ -111,6 +111,7 @@ done
 [[ $NUM_PROCESSES =~ ^[1-9][0-9]*$ ]] || usage "NUM_PROCESSES must be a whole number of at least 1, not '$NUM_PROCESSES'"
 if [[ -n ${DATASETS_ROOT:-} ]]; then
     [[ -d $DATASETS_ROOT ]] || usage "DATASETS_ROOT: there is no folder '$DATASETS_ROOT'"
+    DATASETS_ROOT=$(cd -- "$DATASETS_ROOT" && pwd)
     export DATASETS_ROOT HF_HUB_OFFLINE=1
 fi
 if ((${#tasks[@]} == 0)); then usage "TASKS names no task"; fi
