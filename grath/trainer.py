@@ -91,7 +91,7 @@ class GrathDPOTrainer(DPOTrainer):
         return self.sampler
 
     def _run_epoch(self, *args, epoch, **kwargs):
-        # With several processes, the epoch does not get through accelerate's data loader to the sampler.
+        # Where several processes go on in the middle of an epoch, accelerate's loader does not tell the sampler.
         if hasattr(self, "sampler"):
             self.sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **kwargs)

@@ -437,6 +437,14 @@ def test_a_shared_prompt_is_computed_once_with_equal_results(family):
     assert seen[1][0] * seen[1][1] < 0.75 * seen[0][0] * seen[0][1]
 
 
+def test_every_epoch_reaches_the_sampler(trainer, monkeypatch):
+    from trl import DPOTrainer
+
+    monkeypatch.setattr(DPOTrainer, "_run_epoch", lambda self, **kwargs: kwargs["epoch"])
+    sampler = trainer._get_train_sampler()
+    assert trainer._run_epoch(epoch=3) == sampler.epoch == 3
+
+
 def test_pairs_of_a_step_are_of_like_length():
     from grath.trainer import LengthGrouped
 
