@@ -123,8 +123,7 @@ def save_adapter(trainer, record):
     """Save the adapter and its `record` in the trainer's output folder; the weights appear last, and whole."""
     folder = Path(trainer.args.output_dir)
     partial = folder / ".partial"
-    if "ref" in trainer.model.peft_config:
-        trainer.model.delete_adapter("ref")
+    trainer.drop_ref_adapter()
     trainer.save_model(str(partial))
     if trainer.accelerator.is_main_process:
         write_record(folder, {**record, "adapter_sha256": sha256(partial / ADAPTER)})

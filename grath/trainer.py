@@ -55,14 +55,14 @@ class GrathDPOTrainer(DPOTrainer):
             config.precompute_ref_log_probs = beforehand
         self._compute_less()
         if reference == "fixed":
-            self._drop_ref_adapter()
+            self.drop_ref_adapter()
         if beforehand:
             batch_size = config.precompute_ref_batch_size or config.per_device_train_batch_size
             self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", batch_size)
             self.precompute_ref_logps = True
-            self._drop_ref_adapter()
+            self.drop_ref_adapter()
 
-    def _drop_ref_adapter(self):
+    def drop_ref_adapter(self):
         if "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
 
@@ -73,14 +73,12 @@ class GrathDPOTrainer(DPOTrainer):
         each for its log. The loss is the same.
         """
         base = self.model.get_base_model()
-        base.computes_less = set()
         if not unsupported(base, self.args.max_length or 0) and base.config._attn_implementation == "sdpa":
-            base.computes_less.add("prompts")
             base.base_model.forward = _share_prompts(base.base_model.forward)
         config = base.config.get_text_config()
         changed = any(getattr(config, name, None) for name in CHANGES_LOGITS)
-        if self.accelerator.device.type == "cpu" and not self.use_weighting and not changed:
-            base.computes_less.add("scores")
+        self.scores_answers_only = self.accelerator.device.type == "cpu" and not self.use_weighting and not changed
+        if self.scores_answers_only:
             base.forward = _score_answers(base, base.forward)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -97,7 +95,7 @@ class GrathDPOTrainer(DPOTrainer):
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def log(self, logs, start_time=None):
-        if "scores" in self.model.get_base_model().computes_less:
+        if self.scores_answers_only:
             for metrics in self._metrics.values():
                 for name in NOT_COMPUTED:
                     metrics.pop(name, None)
