@@ -96,7 +96,7 @@ def describe(args, config):
     """What this training is: the first part of its record, and all by which a later start recognises it."""
     from accelerate import PartialState
 
-    from grath.checkpoints import versions
+    from grath.manifest import versions
     from grath.trainer import describe_reference
 
     processes = PartialState().num_processes

@@ -53,7 +53,7 @@ score() {
     described=$(python -m grath.harness describe --precision "$PRECISION" -- "$model")
     settings="${described/$'\n'/ } limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
     if [[ $DRY_RUN != 1 ]]; then
-        if [[ -f $output/settings.txt && $(<"$output/settings.txt") != "$settings" ]]; then
+        if compgen -G "$output/*.json" >/dev/null && [[ -f $output/settings.txt && $(<"$output/settings.txt") != "$settings" ]]; then
             echo "evaluation.sh: error: $output holds scores of $(<"$output/settings.txt"): choose another folder" >&2
             exit 2
         fi
@@ -103,7 +103,7 @@ score() {
     done
 }
 
-read -r -a tasks <<<"$TASKS"
+IFS=$' \t\n' read -r -d '' -a tasks <<<"$TASKS" || true
 for name in DRY_RUN CHAT_TEMPLATE; do
     [[ ${!name} == [01] ]] || usage "$name must be 0 or 1, not '${!name}'"
 done

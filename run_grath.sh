@@ -5,8 +5,13 @@
 #   MODEL_NAME_OR_PATH=MODEL NUM_QUERY=1119 ./run_grath.sh        (the presets run_*.sh set all this)
 #   DRY_RUN=1 ./run_llama2.sh                                     prints the commands and runs none
 #
+#   CHECK=1 ./run_llama2.sh                                       checks the machine for it in seconds and prints the plan
+#   FRESH=1 ./run_llama2.sh                                       moves an old run of that name aside and starts again
+#
 # Every setting is an environment variable; what is set wins over the preset. Needs the packages of requirements.txt.
-# A stage whose output is there is not run again, so the same command goes on where it stopped.
+# After a stop, a kill or a damage the same command goes on: by the run's manifest.json a stage is skipped if its outputs
+# were made from these settings and inputs and are as they were. SIGHUP, SIGINT, SIGTERM and SIGUSR1 end all processes
+# of the stage, with status 128 + signal; in a Slurm job SIGUSR1 puts the job into the queue again.
 set -euo pipefail
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -15,8 +20,11 @@ export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 
 fail() {
     echo "run_grath.sh: error: $1" >&2
-    exit "${2:-2}"
+    exit 2
 }
+
+# An option's value may not look like an option.
+path() { if [[ $1 == -* ]]; then printf './%s.' "$1"; else printf '%s.' "$1"; fi; }
 
 # The model and the run
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:?set it to a hub name or a model folder, or start one of the presets run_*.sh}"
@@ -28,6 +36,8 @@ ROUNDS="${ROUNDS:-2}"           # paper: 2 rolling, 10 fixed
 REFERENCE="${REFERENCE:-rolling}"
 NUM_PROCESSES="${NUM_PROCESSES:-1}"
 DRY_RUN="${DRY_RUN:-0}"
+CHECK="${CHECK:-0}"
+FRESH="${FRESH:-0}"
 # Pairs
 NUM_QUERY="${NUM_QUERY:?set it to the number of questions to ask, 1119 for all of ARC-Challenge}"
 DATA_PATH="${DATA_PATH:-}"      # a local file in the schema of ARC, instead of DATA_NAME
@@ -55,73 +65,91 @@ TASKS="${TASKS-arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2}"
 EVAL_BATCH_SIZE="${EVAL_BATCH_SIZE:-16}"
 EVAL_PRECISION="${EVAL_PRECISION:-auto}"
 LIMIT="${LIMIT:-}"
+BACKEND="${BACKEND:-hf-shared}"
+CHAT_TEMPLATE="${CHAT_TEMPLATE:-0}"
 
-for name in ROUNDS NUM_QUERY MAX_STEPS NUM_PROCESSES; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name must be a whole number of at least 1, not '${!name}'"
+for name in ROUNDS NUM_QUERY MAX_STEPS NUM_PROCESSES PAIRS_BATCH_SIZE DPO_BATCH_SIZE EVAL_BATCH_SIZE MAX_NEW_TOKENS \
+    MAX_LENGTH SAVE_STEPS; do
+    [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || fail "$name must be a whole number of at least 1, not '${!name}'"
 done
-[[ $SEED =~ ^[0-9]+$ ]] || fail "SEED must be a whole number, not '$SEED'"
+for name in SEED WARMUP_STEPS; do
+    [[ ${!name} =~ ^[0-9]{1,9}$ ]] || fail "$name must be a whole number, not '${!name}'"
+done
+for name in GRADIENT_ACCUMULATION_STEPS LIMIT; do
+    [[ ${!name} =~ ^([1-9][0-9]{0,8})?$ ]] || fail "$name must be a whole number of at least 1 or empty, not '${!name}'"
+done
 [[ $REFERENCE == rolling || $REFERENCE == fixed ]] || fail "REFERENCE must be rolling or fixed, not '$REFERENCE'"
 [[ $RUN_NAME != */* ]] || fail "RUN_NAME must be a plain name, not '$RUN_NAME': use RUNS_DIR for the folder"
-for name in USE_FS USE_GT DRY_RUN; do
+for name in USE_FS USE_GT DRY_RUN CHECK FRESH CHAT_TEMPLATE; do
     [[ ${!name} == [01] ]] || fail "$name must be 0 or 1, not '${!name}'"
 done
 flag() { if [[ $1 == 1 ]]; then echo True; else echo False; fi; }
 
+for name in MODEL_NAME_OR_PATH DATA_PATH RUNS_DIR DEMOS; do
+    value=$(path "${!name}") # with a dot behind it, since $() cuts line ends off
+    printf -v "$name" %s "${value%.}"
+done
+
 RUN="$RUNS_DIR/${RUN_NAME}_seed_$SEED"
 TAIL="arcc_num_${NUM_QUERY}_useGT_$(flag "$USE_GT")_useFS_$(flag "$USE_FS")"
-settings=$(
-    for name in MODEL_NAME_OR_PATH MODEL_TYPE SEED REFERENCE NUM_QUERY DATA_PATH DATA_NAME SUBDATA_NAME SPLIT USE_FS \
-        USE_GT DEMOS MAX_NEW_TOKENS PAIRS_PRECISION MAX_STEPS WARMUP_STEPS LEARNING_RATE BETA DPO_BATCH_SIZE \
-        GRADIENT_ACCUMULATION_STEPS MAX_LENGTH DPO_PRECISION NUM_PROCESSES; do
-        printf '%s=%s\n' "$name" "${!name}"
-    done
-)
+settings=()
+for name in MODEL_NAME_OR_PATH MODEL_TYPE SEED REFERENCE NUM_QUERY DATA_PATH DATA_NAME SUBDATA_NAME SPLIT USE_FS USE_GT DEMOS \
+    MAX_NEW_TOKENS PAIRS_PRECISION MAX_STEPS WARMUP_STEPS LEARNING_RATE BETA DPO_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS \
+    MAX_LENGTH DPO_PRECISION EVAL_PRECISION LIMIT BACKEND CHAT_TEMPLATE; do
+    settings+=("$name=${!name}")
+done
+# Without accumulation steps a step is 16 pairs on any number of GPUs, so a run can go on with another number of them.
+if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then settings+=("NUM_PROCESSES=$NUM_PROCESSES"); fi
 echo "GRATH: $ROUNDS round(s) in $RUN, reference $REFERENCE, tasks: ${TASKS:-none}"
-echo "  ${settings//$'\n'/$'\n  '}"
+printf '  %s\n' "${settings[@]}"
 
-status_file=$(mktemp)
-trap 'rm -f -- "$status_file"' EXIT
-export GRATH_STATUS_FILE="$status_file"
-if [[ $DRY_RUN != 1 ]]; then
-    mkdir -p -- "$RUN" || fail "cannot make $RUN: set RUNS_DIR to a folder that can be written"
-    if [[ -f $RUN/settings.txt && $(<"$RUN/settings.txt") != "$settings" ]]; then
-        fail "$RUN holds a run with other settings ($(diff <(echo "$settings") "$RUN/settings.txt" | sed -n 's/^> //p' |
-            head -n 1)): set another RUN_NAME"
+# Every command runs in the background, so that a signal reaches this shell at once.
+child=
+run() {
+    local status=0
+    "$@" &
+    child=$!
+    wait "$child" || status=$?
+    child=
+    if ((status)); then exit "$status"; fi
+}
+interrupted() { # SIGNAL
+    trap '' HUP INT TERM USR1
+    if [[ -n $child ]]; then
+        kill -s "$1" "$child" 2>/dev/null || true
+        wait "$child" || true
     fi
-fi
+    if [[ $1 == USR1 && -n ${SLURM_JOB_ID:-} ]]; then scontrol requeue "$SLURM_JOB_ID" || true; fi
+    echo "run_grath.sh: ended by SIG$1; start the same command again to go on from here" >&2
+    exit $((128 + $(kill -l "$1")))
+}
+for name in HUP INT TERM USR1; do
+    # shellcheck disable=SC2064 # the name of now
+    trap "interrupted $name" "$name"
+done
 
-# stage TITLE OUTPUT COMMAND...: run the command unless its output is there; an empty OUTPUT never is.
+# stage NAME ROUND TITLE --input=FILE... --output=FILE... -- COMMAND...
 stage() {
-    local title=$1 output=$2 status=0
-    shift 2
+    local name=$1 round=$2 title=$3
+    shift 3
     if [[ $DRY_RUN == 1 ]]; then
-        printf '%q ' "$@" && echo
-        return
+        while [[ $1 != -- ]]; do shift; done
+        printf '%q ' "${@:2}" && echo
+    elif [[ $CHECK == 1 ]]; then
+        plan+=("$name=$title")
+    else
+        run python -m grath.supervise stage "$RUN" --stage "$name" --round "$round" --title "$title" "$@"
     fi
-    if [[ -n $output && -e $output ]]; then
-        echo "== $title: $output is there"
-        return
-    fi
-    echo "== $title"
-    : >"$status_file"
-    local start=$SECONDS
-    "$@" || status=$?
-    if ((status)); then
-        # accelerate turns every status into 1; the stage has left its own.
-        if [[ -s $status_file ]]; then status=$(<"$status_file"); fi
-        fail "$title failed; start the same command again to go on from here" "$status"
-    fi
-    printf '%s\n' "$settings" >"$RUN/settings.txt"
-    printf '%s\t%s\n' "$title" "$((SECONDS - start))" >>"$RUN/stages.tsv"
 }
 
 evaluate() { # ROUND MODEL
-    local output="$RUN/results/iter_$1"
-    if [[ -z $TASKS ]]; then return; fi
-    # evaluation.sh itself runs only what has no result yet.
-    stage "scores of M_$1" "" env NUM_PROCESSES="$NUM_PROCESSES" TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
-        LIMIT="$LIMIT" "$HERE/evaluation.sh" "$2" "$output"
-    stage "answers of M_$1 to five questions" "$output/samples.jsonl" \
+    local output="$RUN/results/iter_$1" task outputs=()
+    if ((${#tasks[@]} == 0)); then return; fi
+    for task in "${tasks[@]}"; do outputs+=("--output=$output/$task.json"); done
+    stage scores "$1" "scores of M_$1" "--input=$2" "${outputs[@]}" "--output=$output/settings.txt" -- \
+        env NUM_PROCESSES="$NUM_PROCESSES" TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
+        LIMIT="$LIMIT" BACKEND="$BACKEND" CHAT_TEMPLATE="$CHAT_TEMPLATE" "$HERE/evaluation.sh" "$2" "$output"
+    stage samples "$1" "answers of M_$1 to five questions" "--input=$2" "--output=$output/samples.jsonl" -- \
         python -m grath.samples --model_type "$MODEL_TYPE" --precision "$PAIRS_PRECISION" -- "$2" "$output/samples.jsonl"
 }
 
@@ -153,21 +181,53 @@ dpo_args=(
 )
 if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"); fi
 
+IFS=$' \t\n' read -r -d '' -a tasks <<<"$TASKS" || true
+demos="$HERE/demos/$DEMOS.json"
+if [[ ! -f $demos ]]; then demos=$DEMOS; fi
+inputs=("--input=$MODEL_NAME_OR_PATH") asked=()
+if [[ -n $DATA_PATH ]]; then asked+=("--input=$DATA_PATH"); fi
+if [[ $USE_FS == 1 ]]; then asked+=("--input=$demos"); fi
+
+if [[ $DRY_RUN == 0 && $CHECK == 0 ]]; then
+    mkdir -p -- "$RUNS_DIR" 2>/dev/null || fail "cannot make the folder $RUNS_DIR: set RUNS_DIR to one that can be written"
+    { exec 9<>"$RUNS_DIR/.${RUN_NAME}_seed_$SEED.lock"; } 2>/dev/null ||
+        fail "cannot write to $RUNS_DIR: set RUNS_DIR to a folder that can be written"
+    if [[ $FRESH == 1 ]]; then inputs+=(--fresh); fi
+    run python -m grath.supervise begin "$RUN" --lock_fd 9 "${inputs[@]}" ${asked[@]+"${asked[@]}"} -- "${settings[@]}"
+fi
+
+plan=()
 model=$MODEL_NAME_OR_PATH
 evaluate 0 "$model"
 for ((i = 0; i < ROUNDS; i++)); do
     pairs="$RUN/data/iter${i}_$TAIL.json"
-    stage "round $((i + 1)): M_$i writes pairs" "$pairs" \
+    stage pairs "$((i + 1))" "round $((i + 1)): M_$i writes pairs" "--input=$model" ${asked[@]+"${asked[@]}"} "--output=$pairs" -- \
         "${ask[@]}" "$HERE/create_pair_responses.py" --model_name_or_path "$model" --save_prefix "iter${i}_arcc" "${pairs_args[@]}"
     if ((i > 0)); then
-        stage "round $((i + 1)): splice onto the incorrect answers of round 1" "${pairs%.json}_combined.json" \
-            python "$HERE/combine_new_correct_ori_wrong.py" --new_data_path "$pairs" --ori_data_path "$RUN/data/iter0_$TAIL.json"
-        pairs="${pairs%.json}_combined.json"
+        first="$RUN/data/iter0_$TAIL.json" combined="${pairs%.json}_combined.json"
+        stage splice "$((i + 1))" "round $((i + 1)): splice onto the incorrect answers of round 1" \
+            "--input=$pairs" "--input=$first" "--output=$combined" -- \
+            python "$HERE/combine_new_correct_ori_wrong.py" --new_data_path "$pairs" --ori_data_path "$first"
+        pairs=$combined
     fi
     next="$RUN/models/iter_$((i + 1))_$TAIL"
-    stage "round $((i + 1)): DPO gives M_$((i + 1))" "$next/adapter_model.safetensors" \
+    outputs=()
+    for name in adapter_model.safetensors adapter_config.json grath.json training_log.jsonl training.png; do
+        outputs+=("--output=$next/$name")
+    done
+    stage dpo "$((i + 1))" "round $((i + 1)): DPO gives M_$((i + 1))" "--input=$model" "--input=$pairs" "${outputs[@]}" -- \
         "${launch[@]}" "$HERE/dpo.py" --dataset_path "$pairs" --model_name_or_path "$model" --output_dir "$next" "${dpo_args[@]}"
     model=$next
     evaluate "$((i + 1))" "$model"
-    if [[ $DRY_RUN != 1 ]]; then python -m grath.report -- "$RUN"; fi
+    if [[ $DRY_RUN == 0 && $CHECK == 0 && ! $RUN/report.md -nt $RUN/manifest.json ]]; then run python -m grath.report -- "$RUN"; fi
 done
+if [[ $CHECK == 1 && $DRY_RUN == 0 ]]; then
+    checked=(--model "$MODEL_NAME_OR_PATH" --num_query "$NUM_QUERY" --max_steps "$MAX_STEPS" --save_steps "$SAVE_STEPS")
+    if [[ -n $DATA_PATH ]]; then
+        checked+=("--data_path=$DATA_PATH")
+    else
+        checked+=("--data_name=$DATA_NAME" "--subdata_name=$SUBDATA_NAME" "--split=$SPLIT")
+    fi
+    run python -m grath.preflight "$RUN" "${checked[@]}" --num_processes "$NUM_PROCESSES" --tasks="$TASKS" \
+        --precisions "$PAIRS_PRECISION" "$DPO_PRECISION" "$EVAL_PRECISION" -- "${plan[@]}"
+fi

@@ -1,8 +1,8 @@
 """What a training keeps in its folder: record, log, plot, checkpoints, and the adapter that appears last."""
 
 import json
+import os
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -16,7 +16,6 @@ from grath.models import ADAPTER, sha256
 RECORD = "grath.json"
 LOG = "training_log.jsonl"
 PLOT = "training.png"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 # Parts of the record that may differ between two starts of one training. Data and weights are compared by their hashes;
 # of batch, accumulation and processes only the effective batch counts.
 MAY_DIFFER = {
@@ -26,11 +25,6 @@ MAY_DIFFER = {
     "trackio_space_id", "save_steps", "save_total_limit", "disable_tqdm", "log_level", "dataloader_num_workers",
     "precompute_ref_batch_size", "per_device_eval_batch_size",
 }  # fmt: skip
-
-
-def versions():
-    """The versions of the libraries that a training's result depends on."""
-    return {package: version(package) for package in PACKAGES}
 
 
 def read_record(output_dir):
@@ -128,6 +122,8 @@ def save_adapter(trainer, record):
     if trainer.accelerator.is_main_process:
         write_record(folder, {**record, "adapter_sha256": sha256(partial / ADAPTER)})
         for name in ("adapter_config.json", ADAPTER):
+            with (partial / name).open("rb") as file:
+                os.fsync(file.fileno())
             (partial / name).replace(folder / name)
         shutil.rmtree(partial)
     trainer.accelerator.wait_for_everyone()

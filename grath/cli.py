@@ -1,9 +1,12 @@
 """What every command line of the project shares: one-line errors, parsers, files that appear whole."""
 
 import argparse
+import ctypes
+import errno
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -18,6 +21,14 @@ if ROOT:
 
 class UserError(Exception):
     """Bad input. Its text is the one line that the user sees: what is wrong and what to do."""
+
+
+class Ended(BaseException):
+    """A signal that ends the program, raised so that what is half done is cleared away."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -52,24 +63,90 @@ def positive_int(text):
 def run(main):
     """Run a script's `main` and exit with its status.
 
-    Bad input ends with one line on standard error and status 2; Ctrl-C with status 130. `accelerate launch` turns
-    every child's failure into its own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names.
+    Bad input ends with one line on standard error and status 2, trouble with the machine (disk, rights, memory, GPU)
+    with one line and status 1, a signal with 128 + its number. `accelerate launch` turns every child's failure into its
+    own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names; where that is set, the script ends
+    with the loop that started it.
     """
     # Libraries' warnings about each other's code: a user can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    name = Path(sys.argv[0]).name
+    if os.environ.get("GRATH_STATUS_FILE"):
+        die_with_parent()
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)
     try:
         status = main() or 0
     except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        status = 130
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except Ended as ended:
+        print(f"{name}: ended by {signal.Signals(ended.number).name}", file=sys.stderr)
+        status = 128 + ended.number
+    except Exception as error:
+        line = trouble(error)
+        if line is None:
+            raise
+        print(f"{name}: error: {line}", file=sys.stderr)
+        status = 1
     if status and os.environ.get("GRATH_STATUS_FILE"):
         Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
     sys.exit(status)
+
+
+def _end(number, frame):
+    raise Ended(number)
+
+
+def die_with_parent():
+    """Let the system kill this process when its parent dies, so that a killed loop leaves nothing running (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+# What an error's text, or its number, says about the machine, and what can be done. The libraries' file writers keep the
+# system's words, but not its error number.
+TROUBLES = (
+    (
+        ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container"),
+        "no space is left on the disk: free some and start the same command again; what was finished is kept",
+    ),
+    (("File too large",), "a file may not grow that large here: raise the limit (ulimit -f)"),
+    (("Read-only file system",), "the file system is read-only: choose another output folder"),
+    (("Permission denied", "Operation not permitted"), "no right to read or write it: choose another folder"),
+    (("Too many open files",), "too many files are open: raise the limit (ulimit -n 4096)"),
+    (
+        ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
+        "the memory is full: take a smaller --batch_size (--per_device_train_batch_size) or a lower --precision; in the "
+        "loop PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE",
+    ),
+    (
+        ("CUDA error", "No CUDA GPUs are available", "NVIDIA driver", "CUDA-capable device", "invalid device ordinal"),
+        "the GPU cannot be used: look at nvidia-smi, CUDA_VISIBLE_DEVICES and the number of processes",
+    ),
+)
+
+
+def trouble(error):
+    """One line on an error that the machine, not the program, is to blame for: what is wrong and what to do; or None."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError):
+            text += " can't allocate memory"
+        if isinstance(error, OSError) and error.errno == errno.EDQUOT:
+            text += " Disk quota exceeded"
+        for signs, advice in TROUBLES:
+            if any(sign in text for sign in signs):
+                return f"{text.splitlines()[0][:200]}: {advice}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def in_root(name):

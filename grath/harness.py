@@ -27,7 +27,7 @@ def model_args(name, precision):
     """The harness's model arguments for a model, or for a LoRA adapter on its base."""
     base, adapter = split_adapter(name)
     precision = resolve_precision(precision, "scores")
-    args = {"pretrained": base, "dtype": DTYPES[precision]}
+    args = {"pretrained": base, "dtype": DTYPES[precision], "use_safetensors": True}
     return {**args, "peft": adapter} if adapter else args
 
 

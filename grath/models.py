@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from grath.cli import UserError, in_root
+from grath.cli import UserError, in_root, trouble
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
@@ -244,8 +244,11 @@ def _load(auto_class, source, what, **options):
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{source} is a folder without a {what} (no config.json)")
     try:
-        return auto_class.from_pretrained(source, **options)
+        # Said in so many words, or transformers asks at the terminal whether a model's own code may run.
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the hub client, the file readers and the model classes each raise their own kinds
+        if trouble(error):
+            raise
         raise UserError(f"cannot load the {what} {source}: {_first_line(error)}") from None
 
 

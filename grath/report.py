@@ -9,13 +9,14 @@ Results are the JSON files of lm-evaluation-harness, below any names.
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 from grath.cli import Parser, UserError, read_json_lines, run, write_whole
+from grath.manifest import NAME as MANIFEST
+from grath.manifest import commit
+from grath.manifest import read as read_manifest
 from grath.models import ADAPTER, split_adapter
-from grath.questions import PROJECT
 
 # Score tasks by the leaderboard's metric; the others by accuracy.
 METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}
@@ -217,17 +218,18 @@ def write_report(run_dir):
         if row["training"]
         for warning in row["training"]["warnings"]
     ]
-    parts += _stages(run_dir / "stages.tsv")
+    manifest = read_manifest(run_dir) if (run_dir / MANIFEST).is_file() else {"settings": {}, "stages": []}
+    parts += _stages(manifest["stages"])
     parts += _samples(found)
-    settings = run_dir / "settings.txt"
     parts.append("## Settings")
-    if settings.is_file():
-        parts.append("```text\n" + settings.read_text(encoding="utf-8").strip() + "\n```")
+    if manifest["settings"]:
+        settings = "\n".join(f"{name}={value}" for name, value in manifest["settings"].items())
+        parts.append(f"```text\n{settings}\n```")
     scored = {
         file.read_text(encoding="utf-8") for row in found.values() for file in row["results"].glob("settings.txt")
     }
     parts += ["```text\n" + text.strip() + "\n```" for text in sorted(scored)]
-    parts.append(f"Commit: {_commit()}")
+    parts.append(f"Commit: {commit() or 'not known'}")
     write_whole(run_dir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
     return "\n".join([table(rows), footer(rows), *verdict(rows), f"Wrote {', '.join(files)} in {run_dir}"])
 
@@ -257,19 +259,13 @@ def _rounds_table(found):
     return tabulate(body, header, tablefmt="github", missingval="-", floatfmt=".3f") if body else "No round yet."
 
 
-def _stages(file):
+def _stages(entries):
     from tabulate import tabulate
 
-    if not file.is_file():
+    if not entries:
         return []
-    seconds = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        title, _, taken = line.partition("\t")
-        seconds[title] = seconds.get(title, 0) + int(taken)
-    return [
-        "## Seconds a stage, over all starts",
-        tabulate(seconds.items(), ["stage", "seconds"], tablefmt="github", disable_numparse=True),
-    ]
+    rows = [[entry["title"], round(entry["seconds"]), entry["starts"], entry["outcome"]] for entry in entries]
+    return ["## Stages", tabulate(rows, ["stage", "seconds, all starts", "starts", "outcome"], tablefmt="github")]
 
 
 def _samples(found):
@@ -285,14 +281,6 @@ def _samples(found):
         parts.append(f"**{question}**")
         parts.append("\n".join(f"- M_{number}: {' '.join(answer.split()) or '(nothing)'}" for number, answer in rows))
     return parts
-
-
-def _commit():
-    try:
-        done = subprocess.run(["git", "-C", PROJECT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return "not known"
-    return done.stdout.strip() or "not known"
 
 
 def plot_iterations(rows, *paths):

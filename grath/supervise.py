@@ -1,0 +1,226 @@
+"""Runs the stages of `run_grath.sh` by the run's manifest: each once, whole, and all of its processes or none.
+
+    python -m grath.supervise begin RUN [--fresh] [--lock_fd 9] [--input FILE ...] -- NAME=VALUE ...
+    python -m grath.supervise stage RUN --title TITLE --round N --stage NAME --output FILE ... -- COMMAND ...
+
+The first takes the run's folder for these settings. The second runs the command unless the manifest records that its
+outputs were made from these inputs and are as they were; it ends with the command's status.
+"""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from grath import manifest as manifests
+from grath.cli import Ended, Parser, UserError, check_writable, die_with_parent, run
+
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SECONDS_TO_END = 15
+AGAIN = "start the same command again to go on from here"
+
+
+def begin(args):
+    """Take the folder of a run: lock it, move an old run aside if asked, compare the settings, remove cut-off files."""
+    folder = args.run
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder: set RUNS_DIR or RUN_NAME")
+    check_writable(folder)
+    settings = dict(setting.split("=", 1) for setting in args.rest)
+    if args.lock_fd is not None:
+        lock(args.lock_fd, folder)
+    if args.fresh and folder.exists():
+        aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.old-{n}")).exists())
+        folder.rename(aside)
+        print(f"FRESH=1: the run that was in {folder} is in {aside} now")
+    # Read before anything is made: a refused start touches nothing.
+    manifest = manifests.begin(folder, settings, args.input)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifests.sweep(folder)
+    manifests.write(folder, manifest)
+
+
+def lock(descriptor, folder):
+    """Lock the open file `descriptor`, which the loop holds as long as it lives, or say who holds it.
+
+    The system gives the lock up when the last process that has the file open ends, however it ends.
+    """
+    for attempt in range(20):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            # The processes of a start that has just been killed may still be on their way out.
+            if attempt < 19:
+                time.sleep(0.1)
+        except OSError as error:
+            print(f"warning: no locks on this file system ({error.strerror}): do not start a run twice", file=sys.stderr)
+            return
+    else:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        raise UserError(f"{folder} is in use by {holder or 'another start'}: wait for it, or set another RUN_NAME")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getppid()} on {socket.gethostname()} since {now()}\n".encode(), 0)
+
+
+def now():
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def stage(args):
+    """Run one stage, or find that it need not be run. Returns its exit status."""
+    folder, title, command = args.run, args.title, args.rest
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+    manifest = manifests.read(folder)
+    outputs = [manifests.inside(folder, path) for path in args.output]
+    inputs = manifests.hashes(folder, args.input, manifest["known"])
+    entry = manifests.find(manifest, args.round, args.stage)
+    if entry is None:
+        entry = {"round": args.round, "stage": args.stage, "title": title, "start": time.time()}
+        entry |= {"inputs": inputs, "outputs": {}, "seconds": 0, "starts": 0}
+        manifest["stages"].append(entry)
+    elif what_is_there(folder, entry, inputs, outputs):
+        print(f"== {title}: {args.output[0]} is there", flush=True)
+        if entry["outcome"] != "done":
+            finish(folder, manifest, entry, outputs, "done")
+        return 0
+    print(f"== {title}", flush=True)
+    entry |= {"command": command, "inputs": inputs, "settings": manifest["settings"]}
+    entry |= {"seed": manifest["settings"].get("SEED"), "versions": manifests.versions(), "commit": manifests.commit()}
+    entry |= {"starts": entry["starts"] + 1, "outcome": "started"}
+    manifests.write(folder, manifest)
+    began = time.monotonic()
+    try:
+        status = run_command(command, folder / ".status.tmp")
+    except Ended as ended:
+        entry["seconds"] += round(time.monotonic() - began, 1)
+        manifests.sweep(folder)
+        finish(folder, manifest, entry, [], f"ended by {signal.Signals(ended.number).name}")
+        return 128 + ended.number
+    entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
+    missing = [name for name in outputs if not (folder / name).is_file()]
+    if not status and missing:
+        print(f"{title}: {folder / missing[0]} was not written", file=sys.stderr)
+        status = 1
+    if status:
+        finish(folder, manifest, entry, [], f"failed with status {status}")
+        print(f"run_grath.sh: error: {title} failed; {AGAIN}", file=sys.stderr)
+        return status
+    finish(folder, manifest, entry, outputs, "done")
+    return 0
+
+
+def what_is_there(folder, entry, inputs, outputs):
+    """Whether all outputs of a recorded stage are there, whole and made from these inputs.
+
+    What is damaged, or was made from something else, is named and removed.
+    """
+    title = entry["title"]
+    changed = manifests.changed_input(entry["inputs"], inputs)
+    if changed:
+        print(f"{title}: made again, for {changed} is not what it was made from", flush=True)
+        manifests.remove(folder, {*outputs, *entry["outputs"]})
+        entry["outputs"] = {}
+        return False
+    damaged = manifests.damage(folder, entry)
+    for name, what in damaged:
+        print(f"{title}: made again, for {folder / name} {what}", flush=True)
+    manifests.remove(folder, [name for name, _ in damaged])
+    if damaged:
+        return False
+    # Outputs appear whole: one that is there but not recorded was made by a start that was killed right behind it.
+    new = [folder / name for name in outputs if name not in entry["outputs"]]
+    if entry["outcome"] == "done" and new:
+        return False
+    return all(path.is_file() and path.stat().st_mtime >= entry["start"] for path in new)
+
+
+def finish(folder, manifest, entry, outputs, outcome):
+    """Record how a stage ended. A full disk does not hide the stage's own end."""
+    entry["outcome"] = outcome
+    entry["outputs"] |= manifests.hashes(folder, [folder / name for name in outputs])
+    try:
+        manifests.write(folder, manifest)
+    except OSError:
+        if outcome == "done":
+            raise
+
+
+def run_command(command, status_file):
+    """Run a command in a process group of its own; on a signal, end all that it has started. Returns its status."""
+    status_file.write_bytes(b"")
+    environment = {**os.environ, "GRATH_STATUS_FILE": str(status_file.resolve())}
+    try:
+        process = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=die_with_parent)
+    except FileNotFoundError:
+        raise UserError(f"there is no program {command[0]}: are the packages of requirements.txt installed?") from None
+    try:
+        status = process.wait()
+        # accelerate turns every status into 1; the stage has left its own.
+        return int(status_file.read_text() or status if status > 0 else status if status == 0 else 128 - status)
+    except Ended:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        end_all(process.pid)
+        raise
+    finally:
+        status_file.unlink(missing_ok=True)
+
+
+def end_all(pid):
+    """End a process and all that it has started: first by SIGTERM, what is left after some seconds by SIGKILL."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        processes = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        _send(process.terminate)
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_END)
+    for process in alive:
+        _send(process.kill)
+    psutil.wait_procs(alive, timeout=SECONDS_TO_END)
+
+
+def _send(method):
+    import psutil
+
+    try:
+        method()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _raise(number, frame):
+    raise Ended(number)
+
+
+def main():
+    die_with_parent()
+    parser = Parser(__doc__)
+    parser.add_argument("what", choices=("begin", "stage"))
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--fresh", action="store_true", help="begin: move an old run aside first")
+    parser.add_argument("--lock_fd", type=int, help="begin: open file of the loop that is locked as long as it lives")
+    parser.add_argument("--input", action="append", default=[], help="file, model folder or hub name it is made from")
+    parser.add_argument("--output", action="append", default=[], help="stage: a file that is there afterwards")
+    parser.add_argument("--title", help="stage: what is printed")
+    parser.add_argument("--round", type=int, help="stage: the round, from 0 for the base's scores")
+    parser.add_argument("--stage", help="stage: its name")
+    # argparse would take the first of two groups of positional arguments for both.
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:at])
+    args.rest = sys.argv[at + 1 :]
+    return begin(args) if args.what == "begin" else stage(args)
+
+
+if __name__ == "__main__":
+    run(main)
