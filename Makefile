@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on SmolLM2-135M: two rounds and their scores, on a CPU, without the hub
 # make test    the test suite
+# make faults  kills, damage and failing machines in real runs
 # make check   ruff and ShellCheck
 # Each makes the virtual environment .venv when it is missing. PYTHON names the interpreter that it is made with.
 
@@ -8,13 +9,16 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: demo test check
+.PHONY: demo test faults check
 
 demo: .venv/run.stamp
 	./run_smollm2.sh
 
 test: .venv/dev.stamp
-	python -m pytest
+	python -m pytest -m "not faults"
+
+faults: .venv/dev.stamp
+	python -m pytest tests/faults
 
 check: .venv/dev.stamp
 	ruff check .

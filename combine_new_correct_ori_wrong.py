@@ -20,6 +20,11 @@ def main():
     args = parser.parse_args()
     if args.new_data_path.suffix != ".json":
         raise UserError(f"--new_data_path {args.new_data_path} must end with .json")
+    for path in (args.new_data_path, args.ori_data_path):
+        if path.stem.endswith("_combined"):
+            raise UserError(f"{path} is combined already: give the files that the models wrote")
+    if args.new_data_path.resolve() == args.ori_data_path.resolve():
+        raise UserError(f"{args.new_data_path} is given twice: as the new pairs and as the original ones")
     new_rows = read_pairs(args.new_data_path, "the new pair file")
     ori_rows = read_pairs(args.ori_data_path, "the original pair file")
     check_writable(args.new_data_path.parent)

@@ -86,6 +86,12 @@ def main():
 
     state = join_processes()
     model = load_model(args.model_name_or_path, precision)
+    longest, window = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
+    if window and longest + args.max_new_tokens > window:
+        raise UserError(
+            f"--max_new_tokens {args.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's "
+            f"window of {window}"
+        )
     settings = fingerprint(args.model_name_or_path, prompts, precision, args.max_new_tokens)
     with state.main_process_first():
         replies = open_replies(path, settings, state.is_main_process)

@@ -56,7 +56,7 @@ class ScriptArguments:
 def parse_args():
     from transformers import HfArgumentParser
 
-    from grath.settings import GrathDPOConfig
+    from grath.settings import GrathDPOConfig, check_ranges
 
     class Parser(OneLineErrors, HfArgumentParser):
         """One-line errors for transformers' dataclass parser."""
@@ -72,8 +72,7 @@ def parse_args():
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if bool(script_args.dataset_path) == bool(script_args.dataset_name):
         raise UserError("give either --dataset_path (a pair file) or --dataset_name")
-    if script_args.num_sample is not None and script_args.num_sample < 1:
-        raise UserError(f"--num_sample must be at least 1, not {script_args.num_sample}")
+    check_ranges(vars(script_args))
     return script_args, config
 
 

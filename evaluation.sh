@@ -108,7 +108,9 @@ for name in DRY_RUN CHAT_TEMPLATE; do
     [[ ${!name} == [01] ]] || usage "$name must be 0 or 1, not '${!name}'"
 done
 [[ $BACKEND == hf || $BACKEND == hf-shared ]] || usage "BACKEND must be hf or hf-shared, not '$BACKEND'"
-[[ $NUM_PROCESSES =~ ^[1-9][0-9]*$ ]] || usage "NUM_PROCESSES must be a whole number of at least 1, not '$NUM_PROCESSES'"
+[[ $NUM_PROCESSES =~ ^[1-9][0-9]{0,8}$ ]] || usage "NUM_PROCESSES must be a whole number of at least 1, not '$NUM_PROCESSES'"
+[[ $BATCH_SIZE =~ ^([1-9][0-9]{0,8}|auto(:[1-9][0-9]{0,8})?)$ ]] || usage "BATCH_SIZE must be a whole number or auto, not '$BATCH_SIZE'"
+[[ $LIMIT =~ ^([1-9][0-9]{0,8}|0?\.[0-9]+)?$ ]] || usage "LIMIT must be a number of questions or a share below 1, not '$LIMIT'"
 if [[ -n ${DATASETS_ROOT:-} ]]; then
     [[ -d $DATASETS_ROOT ]] || usage "DATASETS_ROOT: there is no folder '$DATASETS_ROOT'"
     DATASETS_ROOT=$(cd -- "$DATASETS_ROOT" && pwd)

@@ -75,9 +75,10 @@ done
 for name in SEED WARMUP_STEPS; do
     [[ ${!name} =~ ^[0-9]{1,9}$ ]] || fail "$name must be a whole number, not '${!name}'"
 done
-for name in GRADIENT_ACCUMULATION_STEPS LIMIT; do
-    [[ ${!name} =~ ^([1-9][0-9]{0,8})?$ ]] || fail "$name must be a whole number of at least 1 or empty, not '${!name}'"
-done
+[[ $GRADIENT_ACCUMULATION_STEPS =~ ^([1-9][0-9]{0,8})?$ ]] ||
+    fail "GRADIENT_ACCUMULATION_STEPS must be a whole number of at least 1 or empty, not '$GRADIENT_ACCUMULATION_STEPS'"
+[[ $LIMIT =~ ^([1-9][0-9]{0,8}|0?\.[0-9]+)?$ ]] ||
+    fail "LIMIT must be a number of questions or a share below 1, not '$LIMIT'"
 [[ $REFERENCE == rolling || $REFERENCE == fixed ]] || fail "REFERENCE must be rolling or fixed, not '$REFERENCE'"
 [[ $RUN_NAME != */* ]] || fail "RUN_NAME must be a plain name, not '$RUN_NAME': use RUNS_DIR for the folder"
 for name in USE_FS USE_GT DRY_RUN CHECK FRESH CHAT_TEMPLATE; do

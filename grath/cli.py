@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 BAD_INPUT = 2
+LONGEST_LINE = 1_000_000
 # A folder in the hub's layout that holds every model and data set by its hub name; then nothing is asked of the hub.
 ROOT = os.environ.get("DATASETS_ROOT")
 if ROOT:
@@ -191,17 +192,17 @@ def check_writable(folder):
 
 
 def read_json_lines(path, what):
-    """The objects of a JSON-lines file as a list of dicts.
+    """The objects of a JSON-lines file as a list of dicts. A BOM and Windows' line ends are taken as they come.
 
     Args:
         path: the file.
         what: the file's role, for the error message.
 
     Raises:
-        UserError: the file is missing, no UTF-8 text, empty, or a line is no JSON object.
+        UserError: the file is missing, no UTF-8 text, empty, or a line is too long, no JSON object or no sound text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
     except IsADirectoryError:
@@ -214,13 +215,27 @@ def read_json_lines(path, what):
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{what} {path}, line {number}"
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{where}: {len(line)} characters, where {LONGEST_LINE} are the most: it is no such file")
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{what} {path}, line {number}: not JSON ({error.msg})") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({getattr(error, 'msg', 'too deep')})") from None
         if not isinstance(row, dict):
-            raise UserError(f"{what} {path}, line {number}: not a JSON object")
+            raise UserError(f"{where}: not a JSON object")
+        if any("\0" in text or any("\ud800" <= c <= "\udfff" for c in text) for text in _strings(row)):
+            raise UserError(f"{where}: holds a NUL or half a character (a surrogate)")
         rows.append(row)
     if not rows:
         raise UserError(f"{what} {path} is empty")
     return rows
+
+
+def _strings(value):
+    """All strings in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

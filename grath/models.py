@@ -110,6 +110,7 @@ def load_model(name, precision, trainable=False):
         options["dtype"] = torch.float16 if precision == "int8" and not trainable else _compute_dtype()
         options["quantization_config"] = _quantization(precision)
         options["device_map"] = {"": PartialState().device}
+    _check_weights(base)
     model = _load(AutoModelForCausalLM, base, "model", **options)
     if precision in DTYPES:
         model = model.to(PartialState().device)
@@ -124,10 +125,18 @@ def load_model(name, precision, trainable=False):
 
 
 def check_model(name):
-    """Raise `UserError` unless the configuration of a model, or of an adapter's base, can be had."""
+    """Raise `UserError` unless the configuration of a model, or of an adapter's base, can be had, and its weights."""
     from transformers import AutoConfig
 
-    _load(AutoConfig, split_adapter(name)[0], "model")
+    base = split_adapter(name)[0]
+    _load(AutoConfig, base, "model")
+    _check_weights(base)
+
+
+def _check_weights(base):
+    folder = Path(base)
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{base} holds no weights as safetensors, and pickled ones are not read: convert them first")
 
 
 def fingerprint(name, prompts, precision, max_new_tokens):
@@ -249,6 +258,8 @@ def _load(auto_class, source, what, **options):
     except Exception as error:  # the hub client, the file readers and the model classes each raise their own kinds
         if trouble(error):
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{source} needs code of its own, which is never run: choose another model") from None
         raise UserError(f"cannot load the {what} {source}: {_first_line(error)}") from None
 
 

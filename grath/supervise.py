@@ -59,7 +59,9 @@ def lock(descriptor, folder):
             if attempt < 19:
                 time.sleep(0.1)
         except OSError as error:
-            print(f"warning: no locks on this file system ({error.strerror}): do not start a run twice", file=sys.stderr)
+            print(
+                f"warning: no locks on this file system ({error.strerror}): do not start a run twice", file=sys.stderr
+            )
             return
     else:
         holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()

@@ -175,3 +175,32 @@ def pair_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "pairs.json"
     questions = [row["question"] for row in rows(BUNDLED)[:12]]
     return write_rows(path, [pair(q, f"It is number {i}.", "Nobody knows.") for i, q in enumerate(questions)])
+
+
+def weights(folder):
+    """The tensors of an adapter's folder: name -> tensor."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def llama_run(tiny_llama, tmp_path_factory):
+    """`run_llama2.sh` for real, two rounds on a tiny model: (folder, settings, the finished process). Never changed."""
+    runs = tmp_path_factory.mktemp("a run")
+    settings = {
+        "MODEL_NAME_OR_PATH": tiny_llama,
+        "ROUNDS": 2,
+        "MAX_STEPS": 4,
+        "SAVE_STEPS": 2,
+        "WARMUP_STEPS": 0,
+        "NUM_QUERY": 6,
+        "DATA_PATH": BUNDLED,
+        "TASKS": "grath_mc1 grath_mc2",
+        "LIMIT": 3,
+        "RUNS_DIR": runs,
+        "DPO_PRECISION": "fp32",
+        "PAIRS_PRECISION": "fp32",
+    }
+    settings = {name: str(value) for name, value in settings.items()}
+    return runs / "llama2_seed_0", settings, call("run_llama2.sh", env=settings)

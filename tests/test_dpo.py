@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import HUB, PROJECT, call, call_here, needs_hub, pair, rows, write_rows
+from conftest import HUB, PROJECT, call, call_here, needs_hub, pair, rows, weights, write_rows
 
 STEPS = ["--max_steps", "3", "--warmup_steps", "0", "--learning_rate", "1e-2", "--logging_steps", "1"]
 LAUNCH = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
@@ -27,12 +27,6 @@ def train(model, output, *flags, source=("--dataset_path",), status=0, cwd=None)
 def read_training(output):
     """The record of a training, with its log."""
     return {**json.loads((output / "grath.json").read_text()), "log": rows(output / "training_log.jsonl")}
-
-
-def weights(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")

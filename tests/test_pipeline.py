@@ -45,26 +45,6 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
         assert all("--learning_rate 5e-4" in line and "--warmup_steps 100 " in line for line in trainings)
 
 
-@pytest.fixture(scope="module")
-def llama_run(tiny_llama, tmp_path_factory):
-    """`run_llama2.sh` for real, on a tiny model."""
-    runs = tmp_path_factory.mktemp("a run")
-    settings = {
-        "MODEL_NAME_OR_PATH": tiny_llama,
-        "ROUNDS": 2,
-        "MAX_STEPS": 2,
-        "NUM_QUERY": 6,
-        "DATA_PATH": BUNDLED,
-        "TASKS": "grath_mc1 grath_mc2",
-        "LIMIT": 3,
-        "RUNS_DIR": runs,
-        "DPO_PRECISION": "fp32",
-        "PAIRS_PRECISION": "fp32",
-    }
-    settings = {name: str(value) for name, value in settings.items()}
-    return runs / "llama2_seed_0", settings, call("run_llama2.sh", env=settings)
-
-
 def test_a_run_has_its_folder(llama_run, tiny_llama):
     run, _, done = llama_run
     tail = "arcc_num_6_useGT_False_useFS_True"

@@ -1,0 +1,60 @@
+"""Python imports this file by its name at every start: it sends a signal to the run at the point that FAULT names.
+
+FAULT is JSON: "program" (part of the process's command line), "event" (of Python's audit events, raised just before the
+thing happens), "path" (regular expression), "count" (which of the matching events, from 1), "cut" (a file to cut in
+half first, as a kill in the middle of its writing leaves it; "source" is what would be renamed), "signal".
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+FAULT = json.loads(os.environ.get("FAULT", "null"))
+LOOP = "run_grath.sh"
+WRITES = os.O_WRONLY | os.O_RDWR
+seen = 0
+hit = False
+
+
+def loop_pid():
+    """The process of the loop that this one was started by."""
+    pid = os.getpid()
+    while LOOP not in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split("--")[0]:
+        status = Path(f"/proc/{pid}/status").read_text()
+        pid = int(re.search(r"PPid:\s*(\d+)", status)[1])
+    return pid
+
+
+def path_of(event, args):
+    if event == "open":
+        return str(args[0]) if args[2] & WRITES else ""
+    if event == "subprocess.Popen":
+        return " ".join(map(str, args[1]))
+    return str(args[1] if event == "os.rename" else args[0])
+
+
+def hook(event, args):
+    global seen, hit
+    if hit or event != FAULT["event"] or not re.search(FAULT["path"], path_of(event, args)):
+        return
+    seen += 1
+    if seen < FAULT.get("count", 1):
+        return
+    hit = True
+    if FAULT.get("cut"):
+        here = Path(path_of(event, args)).parent
+        file = Path(args[0]) if FAULT["cut"] == "source" else next(here.glob(FAULT["cut"]))
+        os.truncate(file, file.stat().st_size // 2)
+    number = signal.Signals[FAULT.get("signal", "SIGKILL")]
+    os.kill(loop_pid(), number)
+    if number == signal.SIGKILL:
+        os.kill(os.getpid(), number)
+    time.sleep(60)  # until the loop has passed the signal on
+
+
+if FAULT and FAULT["program"] in " ".join(sys.orig_argv):
+    sys.addaudithook(hook)
