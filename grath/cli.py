@@ -110,8 +110,8 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-# What an error's text, or its number, says about the machine, and what can be done. The libraries' file writers keep the
-# system's words, but not its error number.
+# What an error's text says about the machine, and what can be done. The libraries' file writers keep the system's
+# words, but not its error number.
 TROUBLES = (
     (
         ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container"),
@@ -123,8 +123,8 @@ TROUBLES = (
     (("Too many open files",), "too many files are open: raise the limit (ulimit -n 4096)"),
     (
         ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
-        "the memory is full: take a smaller --batch_size (--per_device_train_batch_size) or a lower --precision; in the "
-        "loop PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE",
+        "the memory is full: take a smaller --batch_size (--per_device_train_batch_size) or a lower --precision; in "
+        "the loop PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE",
     ),
     (
         ("CUDA error", "No CUDA GPUs are available", "NVIDIA driver", "CUDA-capable device", "invalid device ordinal"),
@@ -134,7 +134,7 @@ TROUBLES = (
 
 
 def trouble(error):
-    """One line on an error that the machine, not the program, is to blame for: what is wrong and what to do; or None."""
+    """One line on an error that the machine is to blame for, what is wrong and what to do; None for any other."""
     seen = []
     while error is not None and error not in seen:
         seen.append(error)

@@ -170,8 +170,11 @@ def remove(run, names):
 
 
 def sweep(run):
-    """Remove what a kill has cut off: temporary files, and checkpoints without their last file, which no restart uses."""
+    """Remove what a kill leaves and no restart uses: temporary files, replies of written pairs, cut checkpoints."""
     run = Path(run)
+    for path in run.glob("data/.*.replies*"):
+        if (path.parent / path.name[1:].partition(".replies")[0]).is_file():
+            path.unlink()
     for path in [*run.rglob(".*.tmp"), *run.rglob(".*partial")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -2,8 +2,8 @@
 
     python -m grath.preflight RUN --model MODEL --num_query 1119 ... -- NAME=TITLE ...
 
-Behind `--` stand the stages of the plan. Sizes are estimates: from the weights, the LoRA matrices of `dpo.py`'s defaults
-and the kept checkpoints.
+Behind `--` stand the stages of the plan. Sizes are estimates: from the weights, the LoRA matrices of `dpo.py`'s
+defaults and the kept checkpoints.
 """
 
 import json

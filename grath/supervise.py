@@ -7,6 +7,7 @@ The first takes the run's folder for these settings. The second runs the command
 outputs were made from these inputs and are as they were; it ends with the command's status.
 """
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -59,9 +60,7 @@ def lock(descriptor, folder):
             if attempt < 19:
                 time.sleep(0.1)
         except OSError as error:
-            print(
-                f"warning: no locks on this file system ({error.strerror}): do not start a run twice", file=sys.stderr
-            )
+            print(f"warning: no locks here ({error.strerror}): do not start a run twice", file=sys.stderr)
             return
     else:
         holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
@@ -195,10 +194,8 @@ def end_all(pid):
 def _send(method):
     import psutil
 
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         method()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _raise(number, frame):

@@ -2,12 +2,14 @@
 
 FAULT is JSON: "program" (part of the process's command line), "event" (of Python's audit events, raised just before the
 thing happens), "path" (regular expression), "count" (which of the matching events, from 1), "cut" (a file to cut in
-half first, as a kill in the middle of its writing leaves it; "source" is what would be renamed), "signal".
+half first, as a kill in the middle of its writing leaves it; "source" is what would be renamed), "signal", or "limit"
+(bytes that a file of this process may have from here on, for a full disk).
 """
 
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -42,14 +44,17 @@ def hook(event, args):
     if hit or event != FAULT["event"] or not re.search(FAULT["path"], path_of(event, args)):
         return
     seen += 1
-    if seen < FAULT.get("count", 1):
+    if seen < FAULT["count"]:
         return
     hit = True
-    if FAULT.get("cut"):
+    if FAULT["cut"]:
         here = Path(path_of(event, args)).parent
         file = Path(args[0]) if FAULT["cut"] == "source" else next(here.glob(FAULT["cut"]))
         os.truncate(file, file.stat().st_size // 2)
-    number = signal.Signals[FAULT.get("signal", "SIGKILL")]
+    if FAULT["limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["limit"], FAULT["limit"]))
+        return
+    number = signal.Signals[FAULT["signal"]]
     os.kill(loop_pid(), number)
     if number == signal.SIGKILL:
         os.kill(os.getpid(), number)

@@ -1,0 +1,147 @@
+"""What the tests of this folder share: runs of the loop that are hit at a point, and their comparison."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+from conftest import PROJECT, weights
+
+HOOK = Path(__file__).parent / "hook"
+STAGE = "grath.supervise stage"
+ASK, TRAIN = "create_pair_responses.py", "dpo.py --dataset_path"
+WITHOUT_SCORES = {"TASKS": ""}
+
+
+def point(program, event, path, count=1, cut=None, signal="SIGKILL", limit=None):
+    """A point of a run, as `hook/sitecustomize.py` describes it."""
+    return {
+        "program": program, "event": event, "path": path, "count": count, "cut": cut, "signal": signal, "limit": limit,
+    }  # fmt: skip
+
+
+def stage(name, count):
+    """At the first or second writing of the manifest by a stage: just before it starts, or just behind its end."""
+    return point(f"{STAGE} RUN --stage {name}", "os.rename", r"manifest\.json$", count, "source")
+
+
+def renamed(program, name, count=1):
+    """In the middle of writing a file of this name."""
+    return point(program, "os.rename", rf"/{name}$", count, "source")
+
+
+def start(settings, folder, fault=None):
+    """Run the loop in `folder` with a fault: its status and output; when it is over, so are all of its processes."""
+    mark = uuid.uuid4().hex
+    env = {
+        **os.environ, **settings, "RUNS_DIR": str(folder), "MARK": mark, "HF_HUB_OFFLINE": "1",
+        "PATH": f"{settings.get('EXTRA_PATH', '')}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": sys.prefix,
+        "PYTHONPATH": str(HOOK),
+    }  # fmt: skip
+    if fault:
+        fault = {**fault, "program": fault["program"].replace("RUN", str(folder / "llama2_seed_0"))}
+        env["FAULT"] = json.dumps(fault)
+    with subprocess.Popen(
+        [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        output = process.communicate(timeout=600)[0]
+    deadline = time.monotonic() + 10
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"still running: {left}"
+    return process.returncode, output
+
+
+def marked(mark):
+    """The command lines of the processes that carry the mark in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def finished(run):
+    """The outputs that the manifest says are done: path -> time of change."""
+    if not (run / "manifest.json").is_file():
+        return {}
+    entries = json.loads((run / "manifest.json").read_text())["stages"]
+    files = [run / name for entry in entries if entry["outcome"] == "done" for name in entry["outputs"]]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def hit_and_restart(points, settings, folder, expected=-9, finish=True, each=None):
+    """Hit the run at one point after the other and let it end; nothing that was finished is touched again.
+
+    Args:
+        points: dict: name -> point, or (point, status expected instead).
+        finish: whether the run is then left to end.
+        each: called behind every hit with the run's folder, the point's name and what was printed.
+    """
+    run, earlier = folder / "llama2_seed_0", {}
+    for name, fault in [*points.items(), *([("the end", (None, 0))] if finish else [])]:
+        fault, wanted = fault if isinstance(fault, tuple) else (fault, expected)
+        status, output = start(settings, folder, fault)
+        assert status == wanted, f"{name}: status {status}\n{output[-3000:]}"
+        now = finished(run)
+        assert {file: now.get(file) for file in earlier} == earlier, f"{name}: done twice"
+        earlier = now
+        if each:
+            each(run, name, output)
+    return run
+
+
+def same_as(run, undisturbed):
+    """Check a run against the undisturbed one: pair files, adapters, and what the manifest says was made from what."""
+    for file in sorted((undisturbed / "data").iterdir()):
+        assert (run / "data" / file.name).read_bytes() == file.read_bytes()
+    assert {path.name for path in (run / "data").iterdir()} == {path.name for path in (undisturbed / "data").iterdir()}
+    for folder in sorted((undisturbed / "models").iterdir()):
+        ours, theirs = weights(run / "models" / folder.name), weights(folder)
+        assert ours.keys() == theirs.keys()
+        assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
+    manifest, expected = (json.loads((path / "manifest.json").read_text()) for path in (run, undisturbed))
+    assert manifest["settings"] == expected["settings"]
+    chain = {(entry["round"], entry["stage"]): entry for entry in manifest["stages"]}
+    made = {}
+    for entry in expected["stages"]:
+        ours = chain.get((entry["round"], entry["stage"]))
+        if ours is None:
+            assert entry["stage"] in ("scores", "samples")
+            continue
+        assert ours["outcome"] == "done"
+        assert ours["inputs"].keys() == entry["inputs"].keys() and ours["outputs"].keys() == entry["outputs"].keys()
+        for name, value in ours["inputs"].items():
+            assert made.get(name, value) == value
+        made |= ours["outputs"]
+    partial = [path for path in run.rglob("*") if re.search(r"\.tmp$|partial|\.replies", path.name)]
+    assert not partial
+
+
+def same_scores(run, undisturbed):
+    for file in sorted(undisturbed.glob("results/*/grath_mc*.json")):
+        ours, theirs = (json.loads(path.read_text())["results"] for path in (run / file.relative_to(undisturbed), file))
+        assert ours == theirs
+
+
+def copy_without(undisturbed, folder, *rounds):
+    """A copy of a run as if some rounds had not been yet (round 0 is the base's scores)."""
+    run = folder / "llama2_seed_0"
+    shutil.copytree(undisturbed, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for number in rounds:
+        for path in [*run.glob(f"models/iter_{number}_*"), *run.glob(f"results/iter_{number}")]:
+            shutil.rmtree(path)
+        for path in run.glob(f"data/iter{number - 1}_*"):
+            path.unlink()
+    manifest["stages"] = [entry for entry in manifest["stages"] if entry["round"] not in rounds]
+    (run / "manifest.json").write_text(json.dumps(manifest))
