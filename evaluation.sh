@@ -89,7 +89,7 @@ score() {
         (cd -- "${DATASETS_ROOT:-.}" && "${command[@]}")
         local results=("$output"/.partial/results_*.json)
         if [[ ! -f ${results[0]} ]]; then
-            echo "evaluation.sh: error: the harness wrote no results for ${group[*]}" >&2
+            echo "evaluation.sh: error: the harness wrote no results for ${group[*]}: see above" >&2
             exit 1
         fi
         python -m grath.harness split "${results[0]}" "$output"

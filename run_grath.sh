@@ -27,7 +27,8 @@ fail() {
 path() { if [[ $1 == -* ]]; then printf './%s.' "$1"; else printf '%s.' "$1"; fi; }
 
 # The model and the run
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:?set it to a hub name or a model folder, or start one of the presets run_*.sh}"
+[[ -n ${MODEL_NAME_OR_PATH:-} ]] ||
+    fail "MODEL_NAME_OR_PATH: set it to a hub name or a model folder, or start one of the presets run_*.sh"
 MODEL_TYPE="${MODEL_TYPE:-auto}"
 RUN_NAME="${RUN_NAME:-grath}"
 RUNS_DIR="${RUNS_DIR:-runs}"
@@ -39,7 +40,7 @@ DRY_RUN="${DRY_RUN:-0}"
 CHECK="${CHECK:-0}"
 FRESH="${FRESH:-0}"
 # Pairs
-NUM_QUERY="${NUM_QUERY:?set it to the number of questions to ask, 1119 for all of ARC-Challenge}"
+[[ -n ${NUM_QUERY:-} ]] || fail "NUM_QUERY: set it to the number of questions to ask, 1119 for all of ARC-Challenge"
 DATA_PATH="${DATA_PATH:-}"      # a local file in the schema of ARC, instead of DATA_NAME
 DATA_NAME="${DATA_NAME:-allenai/ai2_arc}"
 SUBDATA_NAME="${SUBDATA_NAME:-ARC-Challenge}"

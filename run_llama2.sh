@@ -4,8 +4,22 @@
 #   ./run_llama2.sh                 needs a CUDA GPU, the model and the data sets (hub names or local folders)
 #   DRY_RUN=1 ./run_llama2.sh       prints the commands and runs none
 #   SEED=1 ROUNDS=1 ./run_llama2.sh any setting of run_grath.sh can be set; the values below are the paper's
+#
+# In the queue: sbatch ./run_llama2.sh
+#SBATCH --job-name=grath-llama2
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=64G
+#SBATCH --time=24:00:00
+#SBATCH --output=llama2_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+# Two minutes before its time is over the job ends its stage, goes into the queue again, and goes on where it was.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# Slurm runs a copy of this file: the project is where sbatch was called.
+if [[ ! -f $HERE/run_grath.sh && -n ${SLURM_SUBMIT_DIR:-} ]]; then HERE=$SLURM_SUBMIT_DIR; fi
 
 export RUN_NAME="${RUN_NAME:-llama2}"
 export MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-meta-llama/Llama-2-7b-chat-hf}"

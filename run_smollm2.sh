@@ -7,8 +7,21 @@
 #   DATA_NAME=allenai/ai2_arc NUM_QUERY=200 ./run_smollm2.sh   asks ARC's questions instead
 #
 # Steps, warm-up and learning rate are scaled to minutes: the paper's 100 warm-up steps alone would take longer.
+#
+# In the queue: sbatch ./run_smollm2.sh
+#SBATCH --job-name=grath-smollm2
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+#SBATCH --time=02:00:00
+#SBATCH --output=smollm2_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+# Two minutes before its time is over the job ends its stage, goes into the queue again, and goes on where it was.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# Slurm runs a copy of this file: the project is where sbatch was called.
+if [[ ! -f $HERE/run_grath.sh && -n ${SLURM_SUBMIT_DIR:-} ]]; then HERE=$SLURM_SUBMIT_DIR; fi
 
 export RUN_NAME="${RUN_NAME:-smollm2}"
 if [[ -z ${DATA_NAME:-} ]]; then export DATA_PATH="${DATA_PATH:-$HERE/data/questions.jsonl}"; fi

@@ -6,10 +6,12 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 BAD_INPUT = 2
@@ -55,10 +57,9 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
 
 def positive_int(text):
     """An integer of at least 1, for `argparse`."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 def run(main):
@@ -96,7 +97,8 @@ def run(main):
         print(f"{name}: error: {line}", file=sys.stderr)
         status = 1
     if status and os.environ.get("GRATH_STATUS_FILE"):
-        Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
+        with suppress(OSError):  # on a full disk the status is accelerate's 1
+            Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
     sys.exit(status)
 
 
@@ -148,6 +150,12 @@ def trouble(error):
                 return f"{text.splitlines()[0][:200]}: {advice}"
         error = error.__cause__ or error.__context__
     return None
+
+
+def first_line(error):
+    """What an error says first: its first line, and the next where that only announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def in_root(name):

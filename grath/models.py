@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from grath.cli import UserError, in_root, trouble
+from grath.cli import UserError, first_line, in_root, trouble
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
@@ -120,7 +120,7 @@ def load_model(name, precision, trainable=False):
         try:
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the adapter {adapter} does not fit its base {base}: {_first_line(error)}") from None
+            raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from None
     return model
 
 
@@ -260,9 +260,5 @@ def _load(auto_class, source, what, **options):
             raise
         if "trust_remote_code" in str(error):
             raise UserError(f"{source} needs code of its own, which is never run: choose another model") from None
-        raise UserError(f"cannot load the {what} {source}: {_first_line(error)}") from None
-
-
-def _first_line(error):
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        whole = " (is every file of it whole?)" if folder.is_dir() else ""
+        raise UserError(f"cannot load the {what} {source}: {first_line(error)}{whole}") from None

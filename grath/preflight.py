@@ -14,7 +14,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from grath.cli import ROOT, Parser, UserError, check_writable, in_root, positive_int, run
+from grath.cli import ROOT, Parser, UserError, check_writable, first_line, in_root, positive_int, run
 from grath.models import DTYPES, resolve_precision, split_adapter
 from grath.questions import PROJECT, load_hub_split, load_questions
 
@@ -84,7 +84,7 @@ def read_model(name):
         text = f"{base}, {parameters / 1e6:,.0f} M parameters"
         return text, json.loads(config.read_text(encoding="utf-8")), parameters
     except Exception as error:  # the hub client raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
 
 
@@ -152,8 +152,7 @@ def _check_set(name):
     try:
         HfApi().dataset_info(name, timeout=10)
     except Exception as error:  # the hub client raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: {reason} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
+        raise UserError(f"{name}: {first_line(error)} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
 
 
 def sizes(config, args, tokenizer):

@@ -8,7 +8,7 @@ import random
 import sys
 from pathlib import Path
 
-from grath.cli import UserError, in_root, read_json_lines, trouble
+from grath.cli import UserError, first_line, in_root, read_json_lines, trouble
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEMO_FIELDS = ("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect")
@@ -51,9 +51,8 @@ def load_hub_split(data_name, subdata_name, split):
     except Exception as error:  # the hub client, the file readers and the builders each raise their own kinds
         if trouble(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"cannot load the split {split} of {data_name} {subdata_name or ''}: {reason} "
+            f"cannot load the split {split} of {data_name} {subdata_name or ''}: {first_line(error)} "
             "(give a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"
         ) from None
 

@@ -41,7 +41,7 @@ def check_ranges(values):
     for name, (least, most) in RANGES.items():
         value = values.get(name)
         if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} must be from {least:g} to {most:g}, not {value}")
+            raise UserError(f"--{name} must be from {least:.10g} to {most:.10g}, not {value}")
 
 
 @dataclass

@@ -1,14 +1,17 @@
 """Every command line: quick help, and one line for bad input."""
 
 import json
+import shutil
 import time
 
 import pytest
 from conftest import BUNDLED, PROJECT, call, call_here, pair, write_rows
 
-CREATE = ["create_pair_responses.py", "--save_prefix", "x", "--save_dir", "OUT", "--data_path", BUNDLED]
-COMBINE = ["combine_new_correct_ori_wrong.py", "--new_data_path", "PAIRS", "--ori_data_path"]
-DPO = ["dpo.py", "--output_dir", "OUT", "--model_name_or_path"]
+ASK = ["create_pair_responses.py", "--save_prefix", "x", "--save_dir", "OUT", "--data_path", BUNDLED]
+MODEL = [*ASK, "--model_name_or_path", "MODEL"]
+COMBINE = ["combine_new_correct_ori_wrong.py", "--new_data_path"]
+DPO = ["dpo.py", "--output_dir", "OUT", "--dataset_path", "PAIRS", "--model_name_or_path"]
+TRAIN = [*DPO, "MODEL"]
 
 
 @pytest.mark.parametrize(
@@ -28,105 +31,266 @@ def test_help_is_quick_and_shows_defaults(script, seconds):
         assert "(default: " in done.stdout
 
 
-@pytest.fixture
-def files(tmp_path):
-    """Names that stand for files in the table below."""
-    (tmp_path / "empty.json").write_text("")
-    (tmp_path / "text.json").write_text("no JSON at all\n")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
-    one_choice = {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}
-    wrong_key = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_llama):
+    """Names that stand for files in the tables below: name -> path."""
+    folder = tmp_path_factory.mktemp("bad input")
+    question = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    good = json.dumps(question)
+    contents = {
+        "EMPTY": b"",
+        "TEXT": b"no JSON at all\n",
+        "LIST": b"[1, 2]\n",
+        "UTF16": good.encode("utf-16"),
+        "LATIN1": '{"question": "caf\xe9"}\n'.encode("latin-1"),
+        "NUL": good.replace("q", "q\0", 1).encode(),
+        "ESCAPED_NUL": good.replace('"q"', '"q\\u0000"').encode(),
+        "SURROGATE": good.replace('"q"', '"\\ud800"').encode(),
+        "LONG": good.replace('"q"', f'"{"q" * 10_000_000}"').encode(),
+        "SCHEMA": b'{"question": "a", "correct": "b"}\n',
+        "BLANK": b'{"question": "a", "correct": " ", "incorrect": "c"}\n',
+        "OTHER": b'{"question": "z", "correct": "b", "incorrect": "c"}\n',
+        "SAME": b'{"question": "a", "correct": "b", "incorrect": "b"}\n',
+        "ONE": json.dumps({**question, "choices": {"text": ["a"], "label": ["A"]}}).encode(),
+        "KEY": json.dumps({**question, "answerKey": "C"}).encode(),
+        "NO_TEXT": json.dumps({**question, "question": "  "}).encode(),
+        "DEMOS": b'[{"question": "q"}]',
+    }
+    names = {name: folder / f"{name.lower()}.json" for name in contents}
+    for name, content in contents.items():
+        names[name].write_bytes(content)
+    names["PAIRS"] = write_rows(folder / "pairs.json", [pair("a", "b", "c")])
+    names["COMBINED"] = write_rows(folder / "pairs_combined.json", [pair("a", "b", "c")])
+    names |= {"MISSING": folder / "missing.json", "OUT": folder / "out", "HERE": folder, "MODEL": tiny_llama}
+    names |= {"NO_JSON": write_rows(folder / "pairs.txt", [pair("a", "b", "c")]), "FOLDER": folder / "folder"}
+    names["FOLDER"].mkdir()
+    return names | make_models(folder, tiny_llama)
+
+
+def make_models(folder, model):
+    """Copies of a model that each lack something, and adapters that do not fit it: name -> folder."""
+
+    def copy(name, without=(), **changes):
+        path = folder / name
+        shutil.copytree(model, path, ignore=shutil.ignore_patterns(*without))
+        for file, change in changes.items():
+            file = path / f"{file}.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        return path
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
+    adapter = folder / "another adapter"
+    get_peft_model(small, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(model)}))
+    half = folder / "half an adapter"
+    half.mkdir()
+    shutil.copy(adapter / "adapter_config.json", half)
+    pickled = copy("pickled", without=("model.safetensors",))
+    torch.save({}, pickled / "pytorch_model.bin")
+    cut = copy("cut")
+    (cut / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:1000])
     return {
-        "OUT": tmp_path / "out",
-        "PAIRS": write_rows(tmp_path / "pairs.json", [pair("a", "b", "c")]),
-        "EMPTY": tmp_path / "empty.json",
-        "TEXT": tmp_path / "text.json",
-        "SCHEMA": write_rows(tmp_path / "schema.json", [{"question": "a", "correct": "b"}]),
-        "ONE": write_rows(tmp_path / "one.jsonl", [one_choice]),
-        "KEY": write_rows(tmp_path / "key.jsonl", [wrong_key]),
-        "FOLDER": tmp_path / "folder",
-        "ADAPTER": tmp_path / "adapter",
-        "MISSING": tmp_path / "missing.json",
+        "NO_TEMPLATE": copy("no template", without=("chat_template.jinja",)),
+        "NO_EOS": copy("no eos", tokenizer_config={"eos_token": None}),
+        "OWN_CODE": copy("own code", config={"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}),
+        "PICKLED": pickled,
+        "CUT": cut,
+        "ADAPTER": adapter,
+        "HALF": half,
     }
 
 
-@pytest.mark.parametrize(
-    ("command", "line"),
-    [
-        ([*CREATE, "--model_name_or_path", "FOLDER", "--nonsense"], "unrecognized arguments: --nonsense"),
-        ([*CREATE], "the following arguments are required: --model_name_or_path"),
-        ([*CREATE, "--model_name", "m"], "the following arguments are required: --model_name_or_path"),
-        ([*CREATE, "--model_name_or_path", "FOLDER"], "is a folder without a tokenizer (no config.json)"),
-        ([*CREATE, "--model_name_or_path", "ADAPTER"], "the adapter is not complete"),
-        ([*CREATE, "--model_name_or_path", "nobody/nothing"], "cannot load the tokenizer nobody/nothing"),
-        ([*CREATE, "--model_name_or_path", "m", "--num_query", "0"], "--num_query: must be at least 1, not 0"),
-        ([*CREATE, "--model_name_or_path", "m", "--num_query", "9999"], "there are only 160 questions"),
-        ([*CREATE, "--model_name_or_path", "m", "--save_prefix", "a/b"], "must be a plain file name"),
-        ([*CREATE, "--model_name_or_path", "m", "--data_path", "MISSING"], "missing.json does not exist"),
-        ([*CREATE, "--model_name_or_path", "m", "--data_path", "EMPTY"], "is empty"),
-        ([*CREATE, "--model_name_or_path", "m", "--data_path", "TEXT"], "line 1: not JSON"),
-        ([*CREATE, "--model_name_or_path", "m", "--data_path", "SCHEMA"], "not in ARC's schema"),
-        ([*CREATE, "--model_name_or_path", "m", "--data_path", "ONE"], "has one choice only"),
-        ([*CREATE, "--model_name_or_path", "m", "--data_path", "KEY"], "the answer key 'C' is none of its labels"),
-        ([*CREATE, "--model_name_or_path", "m", "--useFS", "--demos", "none"], "neither a known set"),
-        ([*CREATE, "--model_name_or_path", "m", "--save_dir", "PAIRS"], "is a file, not a folder"),
-        ([*COMBINE, "MISSING"], "missing.json does not exist"),
-        ([*COMBINE, "SCHEMA"], "row 1: 'incorrect' must be a string that is not empty"),
-        ([*COMBINE, "FOLDER"], "is a folder, not a file"),
-        ([*DPO, "FOLDER"], "give either --dataset_path (a pair file) or --dataset_name"),
-        ([*DPO, "FOLDER", "--dataset_path", "PAIRS"], "is a folder without a tokenizer (no config.json)"),
-        ([*DPO, "m", "--dataset_path", "PAIRS", "--reference", "none"], "invalid choice: 'none'"),
-        ([*DPO, "m", "--dataset_path", "PAIRS", "--learnin_rate", "1"], "unrecognized arguments: --learnin_rate 1"),
-        ([*DPO, "m", "--dataset_path", "PAIRS", "--precision", "int4"], "invalid choice: 'int4'"),
-        (
-            [*DPO, "FOLDER", "--dataset_path", "PAIRS", "--output_dir", "FOLDER"],
-            "is the model that the training starts",
-        ),
-        (["dpo.py", "--model_name_or_path", "m", "--dataset_path", "PAIRS"], "--output_dir is required"),
-    ],
-)
+# The exact lines, without the script's name; {NAME} is a path of `files`.
+# fmt: off
+SCRIPTS = [
+    ([*MODEL, "--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+    ([*ASK], "the following arguments are required: --model_name_or_path (see --help)"),
+    ([*ASK, "--model_name", "m"], "the following arguments are required: --model_name_or_path (see --help)"),
+    ([*MODEL, "--num_query", "0"], "argument --num_query: must be a whole number of at least 1, not '0' (see --help)"),
+    ([*MODEL, "--num_query", "-5"], "argument --num_query: must be a whole number of at least 1, not '-5' (see --help)"),
+    ([*MODEL, "--num_query", "many"], "argument --num_query: must be a whole number of at least 1, not 'many' (see --help)"),
+    ([*MODEL, "--num_query", "9999"], "--num_query 9999: there are only 160 questions"),
+    ([*MODEL, "--batch_size", "0"], "argument --batch_size: must be a whole number of at least 1, not '0' (see --help)"),
+    ([*MODEL, "--max_new_tokens", "0"], "argument --max_new_tokens: must be a whole number of at least 1, not '0' (see --help)"),
+    ([*MODEL, "--max_new_tokens", "100000"], "--max_new_tokens 100000: with a prompt of 141 tokens that is more than the model's window of 4096"),
+    ([*MODEL, "--save_prefix", "a/b"], "--save_prefix 'a/b' must be a plain file name: use --save_dir for the folder"),
+    ([*MODEL, "--precision", "int4"], "argument --precision: invalid choice: 'int4' (choose from 'auto', 'fp32', 'fp16', 'bf16', 'int8', 'nf4', 'fp4') (see --help)"),
+    ([*MODEL, "--model_type", "gpt2"], "argument --model_type: invalid choice: 'gpt2' (choose from 'auto', 'llama2', 'zephyr', 'smollm2') (see --help)"),
+    ([*MODEL, "--seed", "x"], "argument --seed: invalid int value: 'x' (see --help)"),
+    ([*MODEL, "--save_dir", "PAIRS"], "{PAIRS} is a file, not a folder: choose another output folder"),
+    ([*MODEL, "--useFS", "--demos", "none"], "--demos none: neither a known set (halueval, truthfulqa) nor a readable file"),
+    ([*MODEL, "--useFS", "--demos", "DEMOS"], "--demos {DEMOS}: must be a list of objects with the strings question, candidate_correct, candidate_incorrect, correct, incorrect"),
+    ([*MODEL, "--useFS", "--demos", "UTF16"], "--demos {UTF16}: not a JSON file in UTF-8"),
+    ([*MODEL, "--data_path", "MISSING"], "the question file {MISSING} does not exist"),
+    ([*MODEL, "--data_path", "FOLDER"], "the question file {FOLDER} is a folder, not a file"),
+    ([*MODEL, "--data_path", "EMPTY"], "the question file {EMPTY} is empty"),
+    ([*MODEL, "--data_path", "TEXT"], "the question file {TEXT}, line 1: not JSON (Expecting value)"),
+    ([*MODEL, "--data_path", "LIST"], "the question file {LIST}, line 1: not a JSON object"),
+    ([*MODEL, "--data_path", "UTF16"], "the question file {UTF16} is not UTF-8 text"),
+    ([*MODEL, "--data_path", "LATIN1"], "the question file {LATIN1} is not UTF-8 text"),
+    ([*MODEL, "--data_path", "NUL"], "the question file {NUL}, line 1: not JSON (Invalid control character at)"),
+    ([*MODEL, "--data_path", "ESCAPED_NUL"], "the question file {ESCAPED_NUL}, line 1: holds a NUL or half a character (a surrogate)"),
+    ([*MODEL, "--data_path", "SURROGATE"], "the question file {SURROGATE}, line 1: holds a NUL or half a character (a surrogate)"),
+    ([*MODEL, "--data_path", "LONG"], "the question file {LONG}, line 1: 10000088 characters, where 1000000 are the most: it is no such file"),
+    ([*MODEL, "--data_path", "SCHEMA"], "{SCHEMA}, row 1: not in ARC's schema (question, choices with text and label, answerKey)"),
+    ([*MODEL, "--data_path", "ONE"], "{ONE}, row 1: has one choice only"),
+    ([*MODEL, "--data_path", "KEY"], "{KEY}, row 1: the answer key 'C' is none of its labels ['A', 'B']"),
+    ([*MODEL, "--data_path", "NO_TEXT"], "{NO_TEXT}, row 1: not in ARC's schema (question, choices with text and label, answerKey)"),
+    ([*ASK, "--model_name_or_path", "FOLDER"], "{FOLDER} is a folder without a tokenizer (no config.json)"),
+    ([*ASK, "--model_name_or_path", "nobody/nothing"], "cannot load the tokenizer nobody/nothing: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files."),
+    ([*ASK, "--model_name_or_path", "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
+    ([*ASK, "--model_name_or_path", "NO_TEMPLATE"], "the tokenizer has no chat template: pass --model_type (llama2, zephyr, smollm2)"),
+    ([*ASK, "--model_name_or_path", "NO_EOS"], "the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name"),
+    ([*ASK, "--model_name_or_path", "OWN_CODE"], "{OWN_CODE} needs code of its own, which is never run: choose another model"),
+    ([*ASK, "--model_name_or_path", "PICKLED"], "{PICKLED} holds no weights as safetensors, and pickled ones are not read: convert them first"),
+    ([*ASK, "--model_name_or_path", "CUT"], "cannot load the model {CUT}: Error while deserializing header: invalid header length (is every file of it whole?)"),
+    ([*ASK, "--model_name_or_path", "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: Error(s) in loading state_dict for PeftModel: size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: copying a param with shape torch.Size([8, 32]) from checkpoint, the shape in current model is torch.Size([8, 64])."),
+    ([*COMBINE, "MISSING", "--ori_data_path", "PAIRS"], "the new pair file {MISSING} does not exist"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "MISSING"], "the original pair file {MISSING} does not exist"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "FOLDER"], "the original pair file {FOLDER} is a folder, not a file"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "SCHEMA"], "the original pair file {SCHEMA}, row 1: 'incorrect' must be a string that is not empty"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "BLANK"], "the original pair file {BLANK}, row 1: 'correct' must be a string that is not empty"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "UTF16"], "the original pair file {UTF16} is not UTF-8 text"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "PAIRS"], "{PAIRS} is given twice: as the new pairs and as the original ones"),
+    ([*COMBINE, "COMBINED", "--ori_data_path", "COMBINED"], "{COMBINED} is combined already: give the files that the models wrote"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "COMBINED"], "{COMBINED} is combined already: give the files that the models wrote"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "OTHER"], "the two pair files have no question in common: were they written for the same data set?"),
+    ([*COMBINE, "NO_JSON", "--ori_data_path", "PAIRS"], "--new_data_path {NO_JSON} must end with .json"),
+    ([*COMBINE, "PAIRS"], "the following arguments are required: --ori_data_path (see --help)"),
+    (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL"], "give either --dataset_path (a pair file) or --dataset_name"),
+    ([*TRAIN, "--dataset_name", "truthful_qa"], "give either --dataset_path (a pair file) or --dataset_name"),
+    (["dpo.py", "--dataset_path", "PAIRS", "--model_name_or_path", "MODEL"], "--output_dir is required: where is the adapter to be saved?"),
+    (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL", "--dataset_name", "nobody/nothing"], "cannot load the split train of nobody/nothing : Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled) (give a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"),
+    ([*TRAIN, "--reference", "none"], "argument --reference: invalid choice: 'none' (choose from 'rolling', 'fixed') (see --help)"),
+    ([*TRAIN, "--learnin_rate", "1"], "unrecognized arguments: --learnin_rate 1 (see --help)"),
+    ([*TRAIN, "--precision", "int4"], "argument --precision: invalid choice: 'int4' (choose from 'auto', 'fp32', 'fp16', 'bf16', 'int8', 'nf4', 'fp4') (see --help)"),
+    ([*TRAIN, "--output_dir", "MODEL"], "--output_dir {MODEL} is the model that the training starts from: choose another folder"),
+    ([*TRAIN, "--output_dir", "PAIRS"], "{PAIRS} is a file, not a folder: choose another output folder"),
+    ([*TRAIN, "--learning_rate", "-1"], "--learning_rate must be from 1e-12 to 10, not -1.0"),
+    ([*TRAIN, "--learning_rate", "nan"], "--learning_rate must be from 1e-12 to 10, not nan"),
+    ([*TRAIN, "--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast' (see --help)"),
+    ([*TRAIN, "--beta", "0"], "--beta must be from 1e-06 to 1000, not 0.0"),
+    ([*TRAIN, "--lora_r", "0"], "--lora_r must be from 1 to 4096, not 0"),
+    ([*TRAIN, "--lora_dropout", "1.5"], "--lora_dropout must be from 0 to 0.99, not 1.5"),
+    ([*TRAIN, "--seed", "-1"], "--seed must be from 0 to 4294967295, not -1"),
+    ([*TRAIN, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be from 1 to 1000000, not 0"),
+    ([*TRAIN, "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be from 1 to 1000000, not 0"),
+    ([*TRAIN, "--max_length", "0"], "--max_length must be from 2 to 10000000, not 0"),
+    ([*TRAIN, "--num_sample", "0"], "--num_sample must be from 1 to 1000000000, not 0"),
+    ([*TRAIN, "--save_steps", "0"], "--save_steps must be from 1e-06 to 1000000000, not 0.0"),
+    ([*TRAIN, "--warmup_steps", "-3"], "--warmup_steps must be from 0 to 1000000000, not -3.0"),
+    ([*TRAIN, "--dataset_path", "EMPTY"], "the pair file {EMPTY} is empty"),
+    ([*TRAIN, "--dataset_path", "UTF16"], "the pair file {UTF16} is not UTF-8 text"),
+    ([*TRAIN, "--dataset_path", "BLANK"], "the pair file {BLANK}, row 1: 'correct' must be a string that is not empty"),
+    ([*TRAIN, "--dataset_path", "SAME"], "no pair is left to train on: every one has identical answers or is too long"),
+    ([*DPO, "FOLDER"], "{FOLDER} is a folder without a tokenizer (no config.json)"),
+    ([*DPO, "NO_EOS"], "the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name"),
+    ([*DPO, "NO_TEMPLATE"], "the tokenizer has no chat template: pass --model_type (llama2, zephyr, smollm2)"),
+    ([*DPO, "PICKLED"], "{PICKLED} holds no weights as safetensors, and pickled ones are not read: convert them first"),
+    ([*DPO, "CUT"], "cannot load the model {CUT}: Error while deserializing header: invalid header length (is every file of it whole?)"),
+    ([*DPO, "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: Error(s) in loading state_dict for PeftModel: size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: copying a param with shape torch.Size([8, 32]) from checkpoint, the shape in current model is torch.Size([8, 64])."),
+    ([*DPO, "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("command", "line"), SCRIPTS)
 def test_bad_input_is_one_line_and_touches_nothing(command, line, files):
-    places = (PROJECT / "data", files["FOLDER"].parent)
-    before = [sorted(PROJECT.glob("*")), *(sorted(place.rglob("*")) for place in places)]
-    in_process = command[0] == "dpo.py" and "--dataset_path" in command
-    run = call_here if in_process else call  # dpo.py imports TRL first; one of its rows is a process of its own
-    done = run(*(files.get(part, part) for part in command), status=2)
-    assert line in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"{command[0]}: error: ")
-    assert "Traceback" not in done.stderr
-    assert [sorted(PROJECT.glob("*")), *(sorted(place.rglob("*")) for place in places)] == before
+    before = [sorted(place.rglob("*")) for place in (PROJECT / "data", files["HERE"])]
+    done = call_here(*(files.get(part, part) for part in command), status=2)
+    said = [line for line in done.stderr.splitlines() if "it/s]" not in line and "examples/s]" not in line]
+    assert said == [f"{command[0]}: error: {line.format(**files)}"]
+    assert [sorted(place.rglob("*")) for place in (PROJECT / "data", files["HERE"])] == before
 
 
-@pytest.mark.parametrize("name", ["dataset", "model"])
-def test_dpo_names_what_is_wrong_with_its_input(tiny_llama, files, name):
-    model, path = (tiny_llama, files["EMPTY"]) if name == "dataset" else (files["FOLDER"], files["PAIRS"])
-    flags = ("--output_dir", files["OUT"], "--model_name_or_path", model, "--dataset_path", path)
-    done = call_here("dpo.py", *flags, status=2)
-    assert ("is empty" if name == "dataset" else "is a folder without") in done.stderr
-    assert not files["OUT"].exists()
+def test_bad_input_as_a_process_of_its_own(files):
+    """The tables above call `main` in this process; this is what a shell sees."""
+    for command in ([*MODEL, "--num_query", "0"], [*TRAIN, "--dataset_path", "EMPTY"]):
+        done = call(*(files.get(part, part) for part in command), status=2)
+        assert done.stderr.startswith(f"{command[0]}: error: ")
+        assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "env", "line"),
-    [
-        ([], {}, "nothing to score below"),
-        (["FOLDER"], {}, "is a folder without a model (no config.json)"),
-        (["nobody/nothing"], {}, "cannot load the model nobody/nothing"),
-        (["--nonsense"], {}, "'--nonsense' is no model"),
-        (["a", "b", "c"], {}, "too many arguments"),
-        (["FOLDER"], {"TASKS": " "}, "TASKS names no task"),
-        (["FOLDER"], {"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not 'yes'"),
-        (["FOLDER"], {"PRECISION": "int8"}, "invalid choice: 'int8'"),
-    ],
-)
+EVALUATION = [
+    ([], {}, "report.py: error: nothing to score below {FOLDER}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
+    (["FOLDER"], {}, "harness.py: error: {FOLDER} is a folder without a model (no config.json)"),
+    (["HALF"], {}, "harness.py: error: {HALF} has no adapter_model.safetensors: the adapter is not complete"),
+    (["PICKLED"], {}, "harness.py: error: {PICKLED} holds no weights as safetensors, and pickled ones are not read: "
+     "convert them first"),
+    (["OWN_CODE"], {}, "harness.py: error: {OWN_CODE} needs code of its own, which is never run: choose another model"),
+    (["--nonsense"], {}, "'--nonsense' is no model"),
+    (["a", "b", "c"], {}, "too many arguments"),
+    (["FOLDER"], {"TASKS": " \n"}, "TASKS names no task"),
+    (["FOLDER"], {"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not 'yes'"),
+    (["FOLDER"], {"CHAT_TEMPLATE": "on"}, "CHAT_TEMPLATE must be 0 or 1, not 'on'"),
+    (["FOLDER"], {"BACKEND": "vllm"}, "BACKEND must be hf or hf-shared, not 'vllm'"),
+    (["FOLDER"], {"NUM_PROCESSES": "0"}, "NUM_PROCESSES must be a whole number of at least 1, not '0'"),
+    (["FOLDER"], {"BATCH_SIZE": "-1"}, "BATCH_SIZE must be a whole number or auto, not '-1'"),
+    (["FOLDER"], {"LIMIT": "0"}, "LIMIT must be a number of questions or a share below 1, not '0'"),
+    (["FOLDER"], {"DATASETS_ROOT": "nowhere"}, "DATASETS_ROOT: there is no folder 'nowhere'"),
+    (["FOLDER"], {"PRECISION": "int8"}, "harness.py: error: argument --precision: invalid choice: 'int8' (choose from "
+     "'auto', 'fp32', 'fp16', 'bf16') (see --help)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "env", "line"), EVALUATION)
 def test_evaluation_with_bad_input(arguments, env, line, files):
-    folder = files["FOLDER"].parent
-    before = sorted(folder.rglob("*"))
-    env = {**env, "RUNS_DIR": str(folder)}
-    done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=folder, env=env, status=2)
-    assert line in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert sorted(folder.rglob("*")) == before
+    before = sorted(files["HERE"].rglob("*"))
+    env = {**env, "RUNS_DIR": str(files["FOLDER"])}
+    done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=files["HERE"], env=env, status=2)
+    if ": error: " not in line:
+        line = f"evaluation.sh: error: {line}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"
+    assert done.stderr == line.format(**files) + "\n"
+    assert sorted(files["HERE"].rglob("*")) == before
+
+
+LOOP = [
+    ("ROUNDS", "0", "ROUNDS must be a whole number of at least 1, not '0'"),
+    ("ROUNDS", "99999999999999999999", "ROUNDS must be a whole number of at least 1, not '99999999999999999999'"),
+    ("NUM_QUERY", "1e3", "NUM_QUERY must be a whole number of at least 1, not '1e3'"),
+    ("MAX_STEPS", "-1", "MAX_STEPS must be a whole number of at least 1, not '-1'"),
+    ("NUM_PROCESSES", "two", "NUM_PROCESSES must be a whole number of at least 1, not 'two'"),
+    ("DPO_BATCH_SIZE", "0", "DPO_BATCH_SIZE must be a whole number of at least 1, not '0'"),
+    ("SAVE_STEPS", "0.5", "SAVE_STEPS must be a whole number of at least 1, not '0.5'"),
+    ("GRADIENT_ACCUMULATION_STEPS", "x", "GRADIENT_ACCUMULATION_STEPS must be a whole number of at least 1 or empty, "
+     "not 'x'"),
+    ("SEED", "x", "SEED must be a whole number, not 'x'"),
+    ("WARMUP_STEPS", "-1", "WARMUP_STEPS must be a whole number, not '-1'"),
+    ("LIMIT", "ten", "LIMIT must be a number of questions or a share below 1, not 'ten'"),
+    ("REFERENCE", "base", "REFERENCE must be rolling or fixed, not 'base'"),
+    ("RUN_NAME", "../x", "RUN_NAME must be a plain name, not '../x': use RUNS_DIR for the folder"),
+    ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
+    ("FRESH", "please", "FRESH must be 0 or 1, not 'please'"),
+    ("CHECK", "2", "CHECK must be 0 or 1, not '2'"),
+    ("RUNS_DIR", "{PAIRS}/runs", "cannot make the folder {PAIRS}/runs: set RUNS_DIR to one that can be written"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "line"), LOOP)
+def test_the_loop_with_bad_settings(name, value, line, files):
+    before = sorted(files["HERE"].rglob("*"))
+    env = {"RUNS_DIR": str(files["HERE"] / "runs"), name: value.format(**files)}
+    done = call("run_llama2.sh", env=env, status=2)
+    assert done.stderr == f"run_grath.sh: error: {line.format(**files)}\n"
+    assert sorted(files["HERE"].rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["MODEL_NAME_OR_PATH", "NUM_QUERY"])
+def test_the_loop_without_a_preset_says_what_it_needs(name):
+    env = {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", name: ""}
+    done = call("run_grath.sh", env=env, status=2)
+    assert done.stderr.startswith(f"run_grath.sh: error: {name}: set it to")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_file_from_windows_is_taken_as_it_is(tmp_path):
+    from grath.questions import load_questions
+
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + BUNDLED.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_questions(data_path=tmp_path / "q.jsonl") == load_questions(data_path=BUNDLED)

@@ -1,7 +1,9 @@
 """The loop and its presets: the commands that they mean, and whole runs on a tiny model."""
 
+import hashlib
 import json
 import re
+import shutil
 
 import pytest
 from conftest import BUNDLED, CORRECT, HUB, PROJECT, call, needs_hub, rows
@@ -65,25 +67,157 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
     assert "were not passed to `accelerate launch`" not in done.stderr
 
 
-def test_the_same_command_does_nothing_twice(llama_run):
+@pytest.fixture
+def copied(llama_run, tmp_path):
+    """A copy of the run at another place, its settings, and its manifest."""
     run, settings, _ = llama_run
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    shutil.copytree(run, tmp_path / run.name)
+    manifest = json.loads((run / "manifest.json").read_text())
+    return tmp_path / run.name, {**settings, "RUNS_DIR": str(tmp_path)}, manifest
+
+
+def test_the_manifest_tells_what_was_made_from_what(llama_run, tiny_llama):
+    run, settings, _ = llama_run
+    manifest = json.loads((run / "manifest.json").read_text())
+    stages = {(entry["round"], entry["stage"]): entry for entry in manifest["stages"]}
+    assert list(stages) == [
+        (0, "scores"), (0, "samples"), (1, "pairs"), (1, "dpo"), (1, "scores"), (1, "samples"), (2, "pairs"),
+        (2, "splice"), (2, "dpo"), (2, "scores"), (2, "samples"),
+    ]  # fmt: skip
+    for entry in stages.values():
+        assert entry["outcome"] == "done" and entry["seed"] == "0" and entry["starts"] == 1 and entry["seconds"] > 0
+        assert entry["versions"]["trl"] and entry["command"] and entry["start"] > 1.7e9
+        assert entry["settings"] == manifest["settings"]
+        assert entry["settings"]["MAX_STEPS"] == "4" and entry["settings"]["MODEL_NAME_OR_PATH"] == str(tiny_llama)
+        for name, value in entry["outputs"].items():
+            assert hashlib.sha256((run / name).read_bytes()).hexdigest() == value
+    pairs, splice, dpo = stages[2, "pairs"], stages[2, "splice"], stages[2, "dpo"]
+    assert pairs["outputs"].items() <= splice["inputs"].items()
+    assert splice["outputs"].items() <= dpo["inputs"].items()
+    adapter = {name: value for name, value in stages[1, "dpo"]["outputs"].items() if "adapter" in name}
+    assert len(adapter) == 2 and adapter.items() <= dpo["inputs"].items()
+    weights = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
+    assert stages[1, "pairs"]["inputs"][f"{tiny_llama}/model.safetensors"] == weights
+
+
+def test_the_same_command_does_nothing_twice(copied):
+    run, settings, _ = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
     done = call("run_llama2.sh", env=settings)
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
-    assert done.stdout.count("is there") == 5 + 3 * 3
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run} == before
+    assert done.stdout.count("is there") == 11
 
 
-def test_other_settings_do_not_mix_into_a_run(llama_run):
-    _, settings, _ = llama_run
-    done = call("run_llama2.sh", env={**settings, "MAX_STEPS": "3"}, status=2)
-    assert "holds a run with other settings (MAX_STEPS=2): set another RUN_NAME" in done.stderr
-    done = call("run_llama2.sh", env={**settings, "LIMIT": "2"}, status=2)
-    assert "results/iter_0 holds scores of" in done.stderr
-    assert "limit=3 backend=hf-shared chat_template=0: choose another folder" in done.stderr
+def test_other_settings_do_not_mix_into_a_run(copied):
+    run, settings, _ = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for name, was, value in (("MAX_STEPS", "4", "3"), ("LIMIT", "3", ""), ("DEMOS", "truthfulqa", "halueval")):
+        done = call("run_llama2.sh", env={**settings, name: value}, status=2)
+        assert done.stderr == (
+            f"supervise.py: error: {run} holds a run with {name}={was}, not {value}: set another RUN_NAME, or FRESH=1 "
+            "to move the old run aside and start again\n"
+        ).replace("  ", " ")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_evaluation_scores_what_is_left_of_the_newest_run(llama_run):
-    run, settings, _ = llama_run
+def test_fresh_moves_the_old_run_aside(copied, llama_run):
+    run, settings, _ = copied
+    done = call("run_llama2.sh", env={**settings, "FRESH": "1", "MAX_STEPS": "3", "NUM_QUERY": "500"}, status=2)
+    aside = run.with_name(f"{run.name}.old-1")
+    assert f"FRESH=1: the run that was in {run} is in {aside} now" in done.stdout
+    old = {path.relative_to(aside) for path in aside.rglob("*")}
+    assert old == {path.relative_to(llama_run[0]) for path in llama_run[0].rglob("*")}
+    assert json.loads((run / "manifest.json").read_text())["settings"]["MAX_STEPS"] == "3"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"stages": [}', "[]"])
+def test_a_folder_without_its_manifest_is_not_touched(content, copied):
+    run, settings, _ = copied
+    (run / "manifest.json").unlink()
+    if content is not None:
+        (run / "manifest.json").write_text(content)
+    done = call("run_llama2.sh", env=settings, status=2)
+    what = "is not empty and holds no manifest.json" if content is None else "cannot be read as this program's record"
+    assert what in done.stderr and "set another RUN_NAME, or FRESH=1" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_wrong_first_setting_can_be_put_right(copied):
+    run, settings, _ = copied
+    shutil.rmtree(run)
+    call("run_llama2.sh", env={**settings, "TASKS": "", "NUM_QUERY": "500"}, status=2)
+    done = call("run_llama2.sh", env={**settings, "TASKS": "", "NUM_QUERY": "501"}, status=2)
+    assert "--num_query 501: there are only 160 questions" in done.stderr
+
+
+def test_a_check_before_the_night(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "100", "DATA_PATH": str(BUNDLED), "CHECK": "1"}
+    env |= {"RUNS_DIR": str(tmp_path / "runs"), "TASKS": "grath_mc1"}
+    done = call("run_llama2.sh", env=env)
+    checked = [line.split(":")[0].split() for line in done.stdout.splitlines() if line.startswith("ok ")]
+    assert checked == [["ok", name] for name in ("packages", "model", "memory", "data", "disk")]
+    plan = done.stdout.split("The plan, 11 stages")[1].splitlines()[1:-1]
+    assert [line.split("  ")[1] for line in plan][2:4] == ["round 1: M_0 writes pairs", "round 1: DPO gives M_1"]
+    assert all(re.search(r"\d (B|kB|MB)$", line) for line in plan)
+    assert done.stdout.splitlines()[-1] == "Ready: start the same command without CHECK=1"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_check_names_everything_that_is_missing(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "CHECK": "1"}
+    done = call("run_llama2.sh", env={**env, "RUNS_DIR": "/proc/runs", "TASKS": "hellaswag"}, status=2)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed[0] == "FAIL  data: NUM_QUERY=500, but there are only 160 questions"
+    assert failed[1].startswith("FAIL  disk: cannot write to") or "/proc" in failed[1]
+    assert done.stderr == "preflight.py: error: not ready: data, disk; see above\n"
+    done = call("run_llama2.sh", env={**env, "NUM_QUERY": "5", "TASKS": "hellaswag"}, status=2)
+    assert "FAIL  data: Rowan/hellaswag: " in done.stdout
+    done = call("run_llama2.sh", env={**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
+    assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_memory_is_held_against_the_models_size(big, monkeypatch):
+    import torch
+
+    from grath.cli import UserError
+    from grath.preflight import check_disk, check_memory
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
+    precisions = ["int8", "fp4", "fp16"]
+    if big:
+        with pytest.raises(UserError, match="GPU 0 has 24.0 GB free, and 28.6 GB of weights in int8, fp4, fp16 need"):
+            check_memory(13e9, precisions, 1)
+        with pytest.raises(UserError, match="NUM_PROCESSES=2, but 1 GPU"):
+            check_memory(7e9, precisions, 2)
+        with pytest.raises(UserError, match="are free in .* and all rounds write about"):
+            check_disk(PROJECT, 1e18)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="no GPU is seen"):
+            check_memory(7e9, precisions, 1)
+    else:
+        assert "a GPU, 24.0 GB free, for 15.4 GB" in check_memory(7e9, precisions, 1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_can_be_given_to_slurm(preset, tmp_path):
+    lines = (PROJECT / preset).read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line for line in lines[:first_command] if line.startswith("#SBATCH ")]
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    assert any(line.startswith("#SBATCH --signal=B:USR1@") for line in options)
+    # Slurm runs a copy of the script from a folder of its own.
+    copy = tmp_path / "slurm_script"
+    shutil.copy(PROJECT / preset, copy)
+    env = {"SLURM_SUBMIT_DIR": str(PROJECT), "DRY_RUN": "1", "SLURM_JOB_ID": "1"}
+    assert f"{PROJECT}/dpo.py" in call(copy, cwd=tmp_path, env=env).stdout
+
+
+def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
+    run, settings, _ = copied
     (run / "results" / "iter_1" / "grath_mc2.json").unlink()
     kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
     done = call("evaluation.sh", env={name: settings[name] for name in ("TASKS", "LIMIT", "RUNS_DIR")})
@@ -102,23 +236,6 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=2)
     assert "invalid float value: 'fast'" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "line"),
-    [
-        ("ROUNDS", "0", "ROUNDS must be a whole number of at least 1, not '0'"),
-        ("SEED", "x", "SEED must be a whole number, not 'x'"),
-        ("REFERENCE", "base", "REFERENCE must be rolling or fixed, not 'base'"),
-        ("RUN_NAME", "../x", "RUN_NAME must be a plain name"),
-        ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
-    ],
-)
-def test_bad_settings(name, value, line, tmp_path):
-    done = call("run_llama2.sh", env={name: value, "RUNS_DIR": str(tmp_path / "runs")}, status=2)
-    assert done.stderr.startswith(f"run_grath.sh: error: {line}")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
 
 
 @needs_hub
