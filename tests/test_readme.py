@@ -23,7 +23,10 @@ RUN_BY = {
     "./evaluation.sh MODEL OUTPUT": "test_pipeline.py::test_leaderboard_tasks_on_real_data",
     "./evaluation.sh": "test_pipeline.py::test_evaluation_scores_what_is_left_of_the_newest_run",
     "DRY_RUN=1 ./run_llama2.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
-    "./run_llama2.sh": "test_pipeline.py::llama_run",
+    "CHECK=1 ./run_llama2.sh": "test_pipeline.py::test_a_check_before_the_night",
+    "FRESH=1 ./run_llama2.sh": "test_pipeline.py::test_fresh_moves_the_old_run_aside",
+    "sbatch ./run_llama2.sh": "test_pipeline.py::test_presets_can_be_given_to_slurm",
+    "./run_llama2.sh": "conftest.py::llama_run",
     "./run_llama2_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
     "./run_zephyr.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
     "./run_zephyr_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
@@ -48,7 +51,7 @@ def quoted_commands():
 
 def shape(command):
     """A command without the values of its flags."""
-    if command.startswith(("make", "DRY_RUN", "DATASETS_ROOT", "./run_")):
+    if command.startswith(("make", "DRY_RUN", "CHECK", "FRESH", "sbatch", "DATASETS_ROOT", "./run_")):
         return command
     if command.startswith("./evaluation.sh"):
         return "./evaluation.sh MODEL OUTPUT" if "$" in command else command
