@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import ProgressCallback, TrainerCallback
 
 from grath.cli import UserError, write_whole
-from grath.models import ADAPTER, sha256
+from grath.models import ADAPTER, RECORD, sha256
 
-RECORD = "grath.json"
 LOG = "training_log.jsonl"
 PLOT = "training.png"
 # Parts of the record that may differ between two starts of one training. Data and weights are compared by their hashes;

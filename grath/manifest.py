@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grath.cli import UserError, in_root, write_whole
-from grath.models import ADAPTER, sha256
+from grath.models import ADAPTER, RECORD, sha256
 from grath.questions import PROJECT
 
 NAME = "manifest.json"
@@ -163,7 +163,7 @@ def remove(run, names):
     """
     for name in names:
         path = Path(run) / name
-        if path.name == "grath.json":
+        if path.name == RECORD:
             shutil.rmtree(path.parent, ignore_errors=True)
         path.unlink(missing_ok=True)
         (path.parent / ADAPTER).unlink(missing_ok=True)

@@ -12,6 +12,8 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
 AUTO = {"pairs": ("int8", "bf16"), "dpo": ("fp4", "bf16"), "scores": ("fp16", "fp32")}
 ADAPTER = "adapter_model.safetensors"
+# What a training tells of itself, beside its adapter.
+RECORD = "grath.json"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

@@ -78,3 +78,12 @@ def test_the_table_of_settings_names_settings_of_the_loop():
     loop = (PROJECT / "run_grath.sh").read_text()
     assert len(names) > 15
     assert [name for name in names if f"{name}=" not in loop] == []
+
+
+def test_the_lines_of_the_troubleshooting_table_are_in_the_code():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| the line | what to do |")[1].split("\n\n")[0]
+    lines = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    code = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "grath").glob("*.py"))
+    assert len(lines) > 5
+    assert [line for line in lines if " ".join(line.split()[:4]) not in code] == []
