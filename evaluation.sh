@@ -51,7 +51,7 @@ shots() {
 score() {
     local model=$1 output=$2 described settings task key started=" " launch=(python)
     described=$(python -m grath.harness describe --precision "$PRECISION" -- "$model")
-    settings="${described/$'\n'/ } limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
+    settings="${described#*$'\n'} limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
     if [[ $DRY_RUN != 1 ]]; then
         if compgen -G "$output/*.json" >/dev/null && [[ -f $output/settings.txt && $(<"$output/settings.txt") != "$settings" ]]; then
             echo "evaluation.sh: error: $output holds scores of $(<"$output/settings.txt"): choose another folder" >&2

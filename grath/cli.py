@@ -116,7 +116,7 @@ def die_with_parent():
 # words, but not its error number.
 TROUBLES = (
     (
-        ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container"),
+        ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter", "inline_container", "iostream"),
         "no space is left on the disk: free some and start the same command again; what was finished is kept",
     ),
     (("File too large",), "a file may not grow that large here: raise the limit (ulimit -f)"),

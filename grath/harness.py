@@ -137,11 +137,13 @@ def describe(arguments):
     )
     args = parser.parse_args(arguments)
     check_model(args.model)
-    print(json.dumps(model_args(args.model, args.precision)))
+    options = model_args(args.model, args.precision)
+    print(json.dumps(options))
+    # Folders are known by what is in them, so that they can be moved.
     base, adapter = split_adapter(args.model)
-    weights = f" weights={hash_of(weight_files(base))[:16]}" if Path(base).is_dir() else ""
+    weights = f"weights={hash_of(weight_files(base))[:16]}" if Path(base).is_dir() else f"model={base}"
     weights += f" adapter={sha256(Path(adapter) / ADAPTER)[:16]}" if adapter else ""
-    print(f"lm_eval={version('lm-eval')}{weights} data={ROOT or 'hub'}")
+    print(f"{weights} {options['dtype']} lm_eval={version('lm-eval')} data={ROOT or 'hub'}")
 
 
 def split(arguments):

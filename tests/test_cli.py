@@ -204,7 +204,7 @@ SCRIPTS = [
 def test_bad_input_is_one_line_and_touches_nothing(command, line, files):
     before = [sorted(place.rglob("*")) for place in (PROJECT / "data", files["HERE"])]
     done = call_here(*(files.get(part, part) for part in command), status=2)
-    said = [line for line in done.stderr.splitlines() if "it/s]" not in line and "examples/s]" not in line]
+    said = [line for line in done.stderr.splitlines() if line and "it/s]" not in line and "examples/s]" not in line]
     assert said == [f"{command[0]}: error: {line.format(**files)}"]
     assert [sorted(place.rglob("*")) for place in (PROJECT / "data", files["HERE"])] == before
 

@@ -51,8 +51,9 @@ def test_a_full_disk_at_every_writing_stage(llama_run, tmp_path):
         assert "Traceback" not in output, f"{name}\n{output}"
         errors = [line for line in output.splitlines() if ": error: " in line]
         assert len(errors) == (1 if name in ("the manifest", "the report") else 2), f"{name}: {errors}"
-        # The harness itself only logs what it could not write.
-        assert (FULL if name != "the harness's results" else "wrote no results") in errors[0], errors
+        # torch's writer does not say why it failed, and the harness only logs what it could not write.
+        others = {"a checkpoint's other files": "no space is left", "the harness's results": "wrote no results"}
+        assert others.get(name, FULL) in errors[0], errors
 
     run = hit_and_restart(FULL_DISK, settings, tmp_path, expected=1, each=one_line)
     same_as(run, undisturbed)
@@ -172,7 +173,7 @@ def test_any_other_error_keeps_its_traceback(tiny_llama, tmp_path, monkeypatch):
 @pytest.mark.faults
 def test_too_few_file_descriptors(tiny_llama, tmp_path):
     command = (
-        'ulimit -n 7; exec python "$0" --model_name_or_path "$1" --save_prefix x --save_dir "$2" --data_path "$3" '
+        'ulimit -n 5; exec python "$0" --model_name_or_path "$1" --save_prefix x --save_dir "$2" --data_path "$3" '
         "--num_query 2"
     )
     script = BUNDLED.parent.parent / "create_pair_responses.py"
