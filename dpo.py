@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grath.chat import MODEL_TYPES, template_for
-from grath.cli import HelpFormatter, OneLineErrors, UserError, check_writable, run
+from grath.cli import HelpFormatter, OneLineErrors, UserError, check_ranges, check_writable, run
 from grath.models import ADAPTER, load_model, load_tokenizer, sha256, split_adapter
 from grath.pairs import read_pairs
 from grath.questions import KEYED_SETS, keyed_pairs, load_hub_split
@@ -56,7 +56,7 @@ class ScriptArguments:
 def parse_args():
     from transformers import HfArgumentParser
 
-    from grath.settings import GrathDPOConfig, check_ranges
+    from grath.settings import GrathDPOConfig
 
     class Parser(OneLineErrors, HfArgumentParser):
         """One-line errors for transformers' dataclass parser."""

@@ -53,13 +53,18 @@ score() {
     described=$(python -m grath.harness describe --precision "$PRECISION" -- "$model")
     settings="${described#*$'\n'} limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
     if [[ $DRY_RUN != 1 ]]; then
-        if compgen -G "$output/*.json" >/dev/null && [[ -f $output/settings.txt && $(<"$output/settings.txt") != "$settings" ]]; then
-            echo "evaluation.sh: error: $output holds scores of $(<"$output/settings.txt"): choose another folder" >&2
+        local was=none there=("$output"/*.json)
+        if [[ -f $output/settings.txt ]]; then was=$(<"$output/settings.txt"); fi
+        if [[ -e ${there[0]} && $was != none && $was != "$settings" ]]; then
+            echo "evaluation.sh: error: $output holds scores of $was: choose another folder, or remove it" >&2
             exit 2
         fi
         mkdir -p -- "$output"
         output=$(cd -- "$output" && pwd)
-        printf '%s\n' "$settings" >"$output/settings.txt"
+        if [[ $was != "$settings" ]]; then
+            printf '%s\n' "$settings" >"$output/.settings.txt.tmp"
+            mv -- "$output/.settings.txt.tmp" "$output/settings.txt"
+        fi
     fi
     if ((NUM_PROCESSES > 1)); then
         launch=(
@@ -135,6 +140,11 @@ trap 'rm -f -- "$list"' EXIT
 python -m grath.report --pending --tasks "${tasks[@]}" -- "$RUNS_DIR" >"$list"
 {
     IFS= read -r -d '' run <&3
+    if [[ $DRY_RUN != 1 ]]; then
+        # The loop must not be at work in the same folder.
+        exec 9<>"$(dirname -- "$run")/.${run##*/}.lock"
+        python -m grath.supervise lock "$run" --lock_fd 9
+    fi
     while IFS= read -r -d '' model <&3 && IFS= read -r -d '' output <&3; do
         score "$model" "$output"
     done

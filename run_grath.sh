@@ -96,16 +96,21 @@ RUN="$RUNS_DIR/${RUN_NAME}_seed_$SEED"
 TAIL="arcc_num_${NUM_QUERY}_useGT_$(flag "$USE_GT")_useFS_$(flag "$USE_FS")"
 settings=()
 for name in MODEL_NAME_OR_PATH MODEL_TYPE SEED REFERENCE NUM_QUERY DATA_PATH DATA_NAME SUBDATA_NAME SPLIT USE_FS USE_GT DEMOS \
-    MAX_NEW_TOKENS PAIRS_PRECISION MAX_STEPS WARMUP_STEPS LEARNING_RATE BETA DPO_BATCH_SIZE GRADIENT_ACCUMULATION_STEPS \
+    MAX_NEW_TOKENS PAIRS_PRECISION MAX_STEPS WARMUP_STEPS LEARNING_RATE BETA \
     MAX_LENGTH DPO_PRECISION EVAL_PRECISION LIMIT BACKEND CHAT_TEMPLATE; do
     settings+=("$name=${!name}")
 done
-# Without accumulation steps a step is 16 pairs on any number of GPUs, so a run can go on with another number of them.
-if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then settings+=("NUM_PROCESSES=$NUM_PROCESSES"); fi
+# Of batch, accumulation and GPUs only the pairs of a step matter, so a run can go on with other ones that make as many.
+together=$((DPO_BATCH_SIZE * NUM_PROCESSES))
+settings+=("EFFECTIVE_BATCH=$((together * ${GRADIENT_ACCUMULATION_STEPS:-$((together < 16 ? 16 / together : 1))}))")
 echo "GRATH: $ROUNDS round(s) in $RUN, reference $REFERENCE, tasks: ${TASKS:-none}"
 printf '  %s\n' "${settings[@]}"
 
+# A job that Slurm starts again goes on with what it has made.
+if ((${SLURM_RESTART_COUNT:-0} > 0)); then FRESH=0; fi
+
 # Every command runs in the background, so that a signal reaches this shell at once.
+export GRATH_LOOP=$$ # every process below ends with this one
 child=
 run() {
     local status=0
@@ -118,11 +123,11 @@ run() {
 interrupted() { # SIGNAL
     trap '' HUP INT TERM USR1
     if [[ -n $child ]]; then
-        kill -s "$1" "$child" 2>/dev/null || true
+        kill -s TERM "$child" 2>/dev/null || true # a process that is just starting ignores SIGINT
         wait "$child" || true
     fi
     if [[ $1 == USR1 && -n ${SLURM_JOB_ID:-} ]]; then scontrol requeue "$SLURM_JOB_ID" || true; fi
-    echo "run_grath.sh: ended by SIG$1; start the same command again to go on from here" >&2
+    echo "run_grath.sh: ended by SIG$1; start the same command again (without FRESH=1) to go on from here" >&2
     exit $((128 + $(kill -l "$1")))
 }
 for name in HUP INT TERM USR1; do
@@ -150,7 +155,7 @@ evaluate() { # ROUND MODEL
     for task in "${tasks[@]}"; do outputs+=("--output=$output/$task.json"); done
     stage scores "$1" "scores of M_$1" "--input=$2" "${outputs[@]}" "--output=$output/settings.txt" -- \
         env NUM_PROCESSES="$NUM_PROCESSES" TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
-        LIMIT="$LIMIT" BACKEND="$BACKEND" CHAT_TEMPLATE="$CHAT_TEMPLATE" "$HERE/evaluation.sh" "$2" "$output"
+        LIMIT="$LIMIT" BACKEND="$BACKEND" CHAT_TEMPLATE="$CHAT_TEMPLATE" bash "$HERE/evaluation.sh" "$2" "$output"
     stage samples "$1" "answers of M_$1 to five questions" "--input=$2" "--output=$output/samples.jsonl" -- \
         python -m grath.samples --model_type "$MODEL_TYPE" --precision "$PAIRS_PRECISION" -- "$2" "$output/samples.jsonl"
 }
@@ -186,16 +191,19 @@ if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulatio
 IFS=$' \t\n' read -r -d '' -a tasks <<<"$TASKS" || true
 demos="$HERE/demos/$DEMOS.json"
 if [[ ! -f $demos ]]; then demos=$DEMOS; fi
-inputs=("--input=$MODEL_NAME_OR_PATH") asked=()
-if [[ -n $DATA_PATH ]]; then asked+=("--input=$DATA_PATH"); fi
+asked=()
+if [[ -n $DATA_PATH ]]; then asked+=("--input=$DATA_PATH"); else asked+=("--data=$DATA_NAME"); fi
 if [[ $USE_FS == 1 ]]; then asked+=("--input=$demos"); fi
 
+begin=(python -m grath.supervise begin "$RUN" "--input=$MODEL_NAME_OR_PATH" "${asked[@]}")
 if [[ $DRY_RUN == 0 && $CHECK == 0 ]]; then
     mkdir -p -- "$RUNS_DIR" 2>/dev/null || fail "cannot make the folder $RUNS_DIR: set RUNS_DIR to one that can be written"
     { exec 9<>"$RUNS_DIR/.${RUN_NAME}_seed_$SEED.lock"; } 2>/dev/null ||
         fail "cannot write to $RUNS_DIR: set RUNS_DIR to a folder that can be written"
-    if [[ $FRESH == 1 ]]; then inputs+=(--fresh); fi
-    run python -m grath.supervise begin "$RUN" --lock_fd 9 "${inputs[@]}" ${asked[@]+"${asked[@]}"} -- "${settings[@]}"
+    if [[ $FRESH == 1 ]]; then begin+=(--fresh); fi
+    run "${begin[@]}" --lock_fd 9 -- "${settings[@]}"
+elif [[ $DRY_RUN == 0 && $FRESH == 0 ]]; then
+    run "${begin[@]}" --check -- "${settings[@]}"
 fi
 
 plan=()
@@ -203,7 +211,7 @@ model=$MODEL_NAME_OR_PATH
 evaluate 0 "$model"
 for ((i = 0; i < ROUNDS; i++)); do
     pairs="$RUN/data/iter${i}_$TAIL.json"
-    stage pairs "$((i + 1))" "round $((i + 1)): M_$i writes pairs" "--input=$model" ${asked[@]+"${asked[@]}"} "--output=$pairs" -- \
+    stage pairs "$((i + 1))" "round $((i + 1)): M_$i writes pairs" "--input=$model" "${asked[@]}" "--output=$pairs" -- \
         "${ask[@]}" "$HERE/create_pair_responses.py" --model_name_or_path "$model" --save_prefix "iter${i}_arcc" "${pairs_args[@]}"
     if ((i > 0)); then
         first="$RUN/data/iter0_$TAIL.json" combined="${pairs%.json}_combined.json"

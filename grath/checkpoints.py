@@ -58,7 +58,7 @@ def find_earlier(output_dir, record, overwrite):
     theirs = [path for path in folder.glob("[!.]*") if path.name != "README.md"]
     if overwrite or not theirs:
         return "nothing", None
-    way_out = "choose another --output_dir, or pass --overwrite_output_dir to replace it"
+    way_out = "choose another --output_dir, remove this one, or pass --overwrite_output_dir to replace it"
     earlier = read_record(folder)
     if earlier is None:
         raise UserError(f"{folder} is not empty and holds no training of this program: {way_out}")

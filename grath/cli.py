@@ -16,6 +16,24 @@ from pathlib import Path
 
 BAD_INPUT = 2
 LONGEST_LINE = 1_000_000
+# What each number may be at least and at most.
+RANGES = {
+    "num_sample": (1, 1e9),
+    "lora_r": (1, 4096),
+    "lora_alpha": (1, 1e6),
+    "lora_dropout": (0, 0.99),
+    "learning_rate": (1e-12, 10),
+    "beta": (1e-6, 1e3),
+    "seed": (0, 2**32 - 1),
+    "max_steps": (-1, 1e9),
+    "num_train_epochs": (1e-6, 1e6),
+    "warmup_steps": (0, 1e9),
+    "per_device_train_batch_size": (1, 1e6),
+    "gradient_accumulation_steps": (1, 1e6),
+    "max_length": (2, 1e7),
+    "save_steps": (1e-6, 1e9),
+    "logging_steps": (1e-6, 1e9),
+}
 # A folder in the hub's layout that holds every model and data set by its hub name; then nothing is asked of the hub.
 ROOT = os.environ.get("DATASETS_ROOT")
 if ROOT:
@@ -62,20 +80,26 @@ def positive_int(text):
     return int(text)
 
 
+def check_ranges(values):
+    """Raise `UserError` if one of the numbers in the dict `values` is out of its range. None is left to the library."""
+    for name, (least, most) in RANGES.items():
+        value = values.get(name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} must be from {least:.10g} to {most:.10g}, not {value}")
+
+
 def run(main):
     """Run a script's `main` and exit with its status.
 
     Bad input ends with one line on standard error and status 2, trouble with the machine (disk, rights, memory, GPU)
     with one line and status 1, a signal with 128 + its number. `accelerate launch` turns every child's failure into its
-    own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names; where that is set, the script ends
-    with the loop that started it.
+    own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names.
     """
     # Libraries' warnings about each other's code: a user can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     name = Path(sys.argv[0]).name
-    if os.environ.get("GRATH_STATUS_FILE"):
-        die_with_parent()
+    die_with_loop()
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
@@ -106,10 +130,19 @@ def _end(number, frame):
     raise Ended(number)
 
 
-def die_with_parent():
-    """Let the system kill this process when its parent dies, so that a killed loop leaves nothing running (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+def die_with_loop():
+    """Below the loop (`GRATH_LOOP` is its process) end with it, however it ends: a killed loop leaves nothing running.
+
+    Every process below it asks the system (Linux) to be killed when its parent dies.
+    """
+    loop = os.environ.get("GRATH_LOOP")
+    if not loop or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    try:
+        os.kill(int(loop), 0)
+    except ProcessLookupError:  # it died before the line above
+        os._exit(128 + signal.SIGKILL)
 
 
 # What an error's text says about the machine, and what can be done. The libraries' file writers keep the system's
@@ -125,8 +158,8 @@ TROUBLES = (
     (("Too many open files",), "too many files are open: raise the limit (ulimit -n 4096)"),
     (
         ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
-        "the memory is full: take a smaller --batch_size (--per_device_train_batch_size) or a lower --precision; in "
-        "the loop PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE",
+        "the memory is full: take a smaller --batch_size (--per_device_train_batch_size); in the loop "
+        "PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE, which can change in the middle of a run",
     ),
     (
         ("CUDA error", "No CUDA GPUs are available", "NVIDIA driver", "CUDA-capable device", "invalid device ordinal"),
@@ -179,7 +212,8 @@ def write_whole(path, text):
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grath.cli import UserError, in_root, write_whole
-from grath.models import ADAPTER, RECORD, sha256
+from grath.models import ADAPTER, RECORD, sha256, split_adapter
 from grath.questions import PROJECT
 
 NAME = "manifest.json"
@@ -21,6 +21,14 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "l
 ADAPTER_FILES = (ADAPTER, "adapter_config.json")
 MODEL_FILES = (".safetensors", ".json", ".model", ".jinja", ".txt")
 UNKNOWN = "not in the cache"
+# Settings that matter from a stage on: until a run has come to it they can still be changed.
+MATTERS_FROM = {
+    **dict.fromkeys(("EVAL_PRECISION", "LIMIT", "BACKEND", "CHAT_TEMPLATE"), "scores"),
+    **dict.fromkeys(
+        ("MAX_STEPS", "WARMUP_STEPS", "LEARNING_RATE", "BETA", "EFFECTIVE_BATCH", "MAX_LENGTH", "DPO_PRECISION"), "dpo"
+    ),
+    "REFERENCE": "dpo",
+}
 WAYS_ON = "set another RUN_NAME, or FRESH=1 to move the old run aside and start again"
 
 
@@ -33,7 +41,9 @@ def read(run):
     path = Path(run) / NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        parts = [manifest[name] for name in ("settings", "inputs", "known")]
         sound = manifest["format"] == FORMAT and isinstance(manifest["stages"], list)
+        sound = sound and all(isinstance(part, dict) for part in parts)
     except FileNotFoundError:
         if any(Path(run).glob("[!.]*")):
             raise UserError(f"{run} is not empty and holds no {NAME}: {WAYS_ON}") from None
@@ -49,28 +59,31 @@ def write(run, manifest):
     write_whole(Path(run) / NAME, json.dumps(manifest, indent=2) + "\n")
 
 
-def begin(run, settings, inputs):
+def begin(run, settings, inputs, data=()):
     """The manifest of a run with these settings, new or as it is.
 
     Args:
         settings: dict of str, all that the pairs, models and scores of the run depend on.
-        inputs: names of files, model folders and hub names outside the run that do not change in the run's life.
+        inputs, data: as in `hashes`; outside the run, they do not change in its life.
 
     Raises:
         UserError: the folder holds a run with other settings, or an input has changed since it was started.
     """
     manifest = read(run)
     if manifest is None or not _anything_made(run):
-        manifest = {"format": FORMAT, "settings": settings, "inputs": None, "known": {}, "stages": []}
+        manifest = {"format": FORMAT, "settings": settings, "inputs": {}, "known": {}, "stages": []}
+    reached = {entry["stage"] for entry in manifest["stages"]}
     for name in sorted(settings.keys() | manifest["settings"].keys()):
         was, now = (values.get(name, "") for values in (manifest["settings"], settings))
-        if was != now:
+        if was != now and MATTERS_FROM.get(name, "") in ("", *reached):
             raise UserError(f"{run} holds a run with {name}={was}, not {now}: {WAYS_ON}")
-    present = hashes(run, inputs, manifest["known"])
-    changed = manifest["inputs"] and changed_input(manifest["inputs"], present)
+    before = manifest["inputs"]
+    present = hashes(run, inputs, manifest["known"], data)
+    changed = before and changed_input(before, present)
     if changed:
         raise UserError(f"{changed} has changed since the run in {run} was started: {WAYS_ON}")
-    return {**manifest, "inputs": present}
+    present = {name: before.get(name, value) if value == UNKNOWN else value for name, value in present.items()}
+    return {**manifest, "settings": settings, "inputs": present}
 
 
 def _anything_made(run):
@@ -78,53 +91,61 @@ def _anything_made(run):
     return any(path.is_file() for path in Path(run).rglob("*") if path.name not in (NAME, "settings.txt"))
 
 
-def hashes(run, names, known=None):
-    """The SHA-256 of files, and of the files of model and adapter folders: path -> hash in hexadecimal.
+def hashes(run, names, known=None, data=()):
+    """The SHA-256 of files, and of the files of model, adapter and data folders: path -> hash in hexadecimal.
 
     Args:
-        run: the run's folder; paths inside it are given relative to it.
-        names: files, folders or hub names; of a hub name the commit in the local cache stands for the hash.
+        run: the run's folder; paths inside it are given relative to it, of others the last two parts.
+        names: files, model folders or hub names; of a hub name the commit in the local cache stands for the hash.
         known: dict that keeps size, time of change and hash of files outside the run, so that gigabytes of weights are
             read once; it is brought up to date.
+        data: folders or hub names of data sets.
     """
     found = {}
-    for name in names:
+    for kind, name in [*(("model", name) for name in names), *(("dataset", name) for name in data)]:
         path = Path(in_root(str(name))).expanduser()
-        if path.is_dir():
-            own = [path / file for file in ADAPTER_FILES if (path / file).is_file()]
-            files = own or [file for file in sorted(path.iterdir()) if file.suffix in MODEL_FILES and file.is_file()]
-        elif path.is_file():
+        if path.is_file():
             files = [path]
+        elif path.is_dir() and kind == "dataset":
+            files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+        elif path.is_dir():
+            files = [path / file for file in ADAPTER_FILES if (path / file).is_file()]
+            if files and inside(run, path) is None:
+                found |= hashes(run, [split_adapter(path)[0]], known)
+            files = files or sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
         else:
-            found[str(name)] = _commit_in_cache(str(name))
+            found[str(name)] = _commit_in_cache(str(name), kind)
             continue
         for file in files:
-            key = inside(run, file)
-            found[key] = sha256(file) if key != str(file) or known is None else _known_hash(file, known)
+            relative = inside(run, file)
+            found[relative or "/".join(file.absolute().parts[-2:])] = (
+                sha256(file) if relative or known is None else _known_hash(file, known)
+            )
     return found
 
 
 def inside(run, path):
-    """The path relative to the run's folder if it is inside, else as it is: str."""
+    """The path relative to the run's folder, or None if it is not inside."""
     try:
         return Path(path).resolve().relative_to(Path(run).resolve()).as_posix()
     except ValueError:
-        return str(path)
+        return None
 
 
 def _known_hash(file, known):
     stat = file.stat()
     stamp = [stat.st_size, stat.st_mtime_ns]
-    if known.get(str(file), [])[:2] != stamp:
-        known[str(file)] = [*stamp, sha256(file)]
-    return known[str(file)][2]
+    key = str(file.absolute())
+    if known.get(key, [])[:2] != stamp:
+        known[key] = [*stamp, sha256(file)]
+    return known[key][2]
 
 
-def _commit_in_cache(name):
+def _commit_in_cache(name, kind):
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        path = try_to_load_from_cache(name, "config.json")
+        path = try_to_load_from_cache(name, "config.json" if kind == "model" else "README.md", repo_type=kind)
     except ValueError:  # no hub name
         path = None
     return Path(path).parent.name if isinstance(path, str) else UNKNOWN
@@ -144,10 +165,19 @@ def changed_input(was, now):
     return None
 
 
-def damage(run, entry):
-    """What has become of the outputs of an entry: list of (path relative to the run, "is missing" or "has changed")."""
+def not_as_made(manifest, inputs):
+    """The first of the `inputs` inside the run that is not as its stage has left it, or None."""
+    made = {name: value for entry in manifest["stages"] for name, value in entry["outputs"].items()}
+    return next((name for name, value in inputs.items() if made.get(name, value) != value), None)
+
+
+def damage(run, entry, outputs):
+    """The `outputs` of an entry that are not as they were: list of (path relative to the run, what became of it)."""
     found = []
-    for name, expected in entry["outputs"].items():
+    for name in outputs:
+        expected = entry["outputs"].get(name)
+        if expected is None:
+            continue
         path = Path(run) / name
         if not path.is_file():
             found.append((name, "is missing"))

@@ -75,6 +75,7 @@ def read_model(name):
     folder = Path(base)
     try:
         if folder.is_dir():
+            _check_shards(folder)
             config, parameters = folder / "config.json", _parameters(folder)
         else:
             from huggingface_hub import get_safetensors_metadata, hf_hub_download
@@ -86,6 +87,15 @@ def read_model(name):
     except Exception as error:  # the hub client raises many kinds
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
+
+
+def _check_shards(folder):
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} of {len(shards)} weight files are missing, {missing[0]} first")
 
 
 def _parameters(folder):
@@ -162,6 +172,9 @@ def sizes(config, args, tokenizer):
         config: dict of the model's config.json.
         tokenizer: bytes of the tokenizer's files, which lie in every checkpoint.
     """
+    config = config.get("text_config", config)
+    if not {"hidden_size", "num_attention_heads", "num_hidden_layers"} <= config.keys():
+        raise UserError("the model's config.json does not tell its sizes")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     wide, narrow = heads * head, (config.get("num_key_value_heads") or heads) * head
@@ -234,7 +247,9 @@ def main():
     if model:
         base = Path(split_adapter(args.model)[0])
         tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*")) or 4_000_000
-        each = sizes(model[1], args, tokenizer)
+        found = check("sizes", lambda: (f"{len(stages)} stages", sizes(model[1], args, tokenizer)))
+        each = found[1] if found else {}
+    if each:
         check("disk", check_disk, args.run, sum(each[name] for name, _ in stages))
     print(f"The plan, {len(stages)} stages in {args.run}, and about what each writes:")
     for name, title in stages:

@@ -90,7 +90,7 @@ def load_demos(name):
     path = PROJECT / "demos" / f"{name}.json"
     path = path if path.is_file() else Path(name)
     try:
-        demos = json.loads(path.read_text(encoding="utf-8"))
+        demos = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError:
         known = ", ".join(sorted(file.stem for file in (PROJECT / "demos").glob("*.json")))
         raise UserError(f"--demos {name}: neither a known set ({known}) nor a readable file") from None

@@ -120,6 +120,8 @@ def read_training(folder):
 def newest_run(runs_dir):
     """The run below `runs_dir` whose models changed last, or None."""
     models = [folder for folder in Path(runs_dir).glob("*/models") if any(folder.glob("iter_*"))]
+    # Runs that FRESH=1 has moved aside are not gone on with.
+    models = [folder for folder in models if not re.search(r"\.old-\d+$", folder.parent.name)]
     return max(models, key=lambda folder: folder.stat().st_mtime).parent if models else None
 
 

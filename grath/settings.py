@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from grath.cli import UserError
+from grath.cli import UserError, check_ranges
 from grath.models import DTYPES, PRECISIONS, resolve_precision
 
 PAPERS_BATCH = 16
@@ -14,34 +14,6 @@ PAPERS_BATCH = 16
 def papers_accumulation(batch, processes):
     """Forward passes of `batch` pairs on each of the processes that make the paper's 16 pairs, or the next below it."""
     return max(1, PAPERS_BATCH // (batch * processes))
-
-
-# What each number may be at least and at most.
-RANGES = {
-    "num_sample": (1, 1e9),
-    "lora_r": (1, 4096),
-    "lora_alpha": (1, 1e6),
-    "lora_dropout": (0, 0.99),
-    "learning_rate": (1e-12, 10),
-    "beta": (1e-6, 1e3),
-    "seed": (0, 2**32 - 1),
-    "max_steps": (-1, 1e9),
-    "num_train_epochs": (1e-6, 1e6),
-    "warmup_steps": (0, 1e9),
-    "per_device_train_batch_size": (1, 1e6),
-    "gradient_accumulation_steps": (1, 1e6),
-    "max_length": (2, 1e7),
-    "save_steps": (1e-6, 1e9),
-    "logging_steps": (1e-6, 1e9),
-}
-
-
-def check_ranges(values):
-    """Raise `UserError` if one of the numbers in the dict `values` is out of its range. None is left to the library."""
-    for name, (least, most) in RANGES.items():
-        value = values.get(name)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} must be from {least:.10g} to {most:.10g}, not {value}")
 
 
 @dataclass

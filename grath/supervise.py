@@ -1,6 +1,6 @@
 """Runs the stages of `run_grath.sh` by the run's manifest: each once, whole, and all of its processes or none.
 
-    python -m grath.supervise begin RUN [--fresh] [--lock_fd 9] [--input FILE ...] -- NAME=VALUE ...
+    python -m grath.supervise begin RUN [--fresh] [--check] [--lock_fd 9] [--input FILE ...] -- NAME=VALUE ...
     python -m grath.supervise stage RUN --title TITLE --round N --stage NAME --output FILE ... -- COMMAND ...
 
 The first takes the run's folder for these settings. The second runs the command unless the manifest records that its
@@ -19,7 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from grath import manifest as manifests
-from grath.cli import Ended, Parser, UserError, check_writable, die_with_parent, run
+from grath.chat import MODEL_TYPES
+from grath.cli import RANGES, Ended, Parser, UserError, check_ranges, check_writable, die_with_loop, run
+from grath.models import DTYPES, PRECISIONS, resolve_precision
+from grath.questions import PROJECT
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_TO_END = 15
@@ -33,17 +36,49 @@ def begin(args):
         raise UserError(f"{folder} is a file, not a folder: set RUNS_DIR or RUN_NAME")
     check_writable(folder)
     settings = dict(setting.split("=", 1) for setting in args.rest)
+    check_values(settings)
+    settings = settle(settings)
     if args.lock_fd is not None:
         lock(args.lock_fd, folder)
-    if args.fresh and folder.exists():
+    if args.fresh and not args.check and folder.exists():
         aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.old-{n}")).exists())
         folder.rename(aside)
         print(f"FRESH=1: the run that was in {folder} is in {aside} now")
     # Read before anything is made: a refused start touches nothing.
-    manifest = manifests.begin(folder, settings, args.input)
+    manifest = manifests.begin(folder, settings, args.input, args.data)
+    if args.check:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     manifests.sweep(folder)
     manifests.write(folder, manifest)
+
+
+def check_values(settings):
+    """Raise `UserError` for what a later stage would refuse after hours."""
+    choices = {"MODEL_TYPE": MODEL_TYPES, "BACKEND": ("hf", "hf-shared"), "EVAL_PRECISION": ("auto", *DTYPES)}
+    choices |= dict.fromkeys(("PAIRS_PRECISION", "DPO_PRECISION"), PRECISIONS)
+    for name, possible in choices.items():
+        if name in settings and settings[name] not in possible:
+            raise UserError(f"{name} must be one of {', '.join(possible)}, not '{settings[name]}'")
+    for name in {"LEARNING_RATE", "BETA", "MAX_LENGTH"} & settings.keys():
+        try:
+            check_ranges({name.lower(): float(settings[name])})
+        except (ValueError, UserError):
+            least, most = RANGES[name.lower()]
+            raise UserError(f"{name} must be from {least:g} to {most:g}, not '{settings[name]}'") from None
+
+
+def settle(settings):
+    """The settings as they are compared: `auto` as what it means on this machine, places in the project without it."""
+    settled = dict(settings)
+    for name, stage in (("PAIRS_PRECISION", "pairs"), ("DPO_PRECISION", "dpo"), ("EVAL_PRECISION", "scores")):
+        if settings.get(name) == "auto":
+            settled[name] = resolve_precision("auto", stage)
+    for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS"):
+        path = Path(settings.get(name) or "")
+        if path.is_absolute() and path.is_relative_to(PROJECT):
+            settled[name] = path.relative_to(PROJECT).as_posix()
+    return settled
 
 
 def lock(descriptor, folder):
@@ -77,10 +112,16 @@ def stage(args):
     """Run one stage, or find that it need not be run. Returns its exit status."""
     folder, title, command = args.run, args.title, args.rest
     for number in SIGNALS:
-        signal.signal(number, _raise)
+        # The shell lets its background processes ignore SIGINT; what the user has made the run ignore (nohup) stays so.
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _raise)
     manifest = manifests.read(folder)
+    if manifest is None:
+        raise UserError(f"{folder / manifests.NAME} has gone since this start began: {AGAIN}")
     outputs = [manifests.inside(folder, path) for path in args.output]
-    inputs = manifests.hashes(folder, args.input, manifest["known"])
+    inputs = manifests.hashes(folder, args.input, manifest["known"], args.data)
+    if changed := manifests.not_as_made(manifest, inputs):
+        raise UserError(f"{folder / changed} is no longer as it was made: {AGAIN}")
     entry = manifests.find(manifest, args.round, args.stage)
     if entry is None:
         entry = {"round": args.round, "stage": args.stage, "title": title, "start": time.time()}
@@ -111,7 +152,8 @@ def stage(args):
         status = 1
     if status:
         finish(folder, manifest, entry, [], f"failed with status {status}")
-        print(f"run_grath.sh: error: {title} failed; {AGAIN}", file=sys.stderr)
+        killed = " (killed from outside: is the machine's memory full?)" if status == 128 + signal.SIGKILL else ""
+        print(f"run_grath.sh: error: {title} failed{killed}; {AGAIN}", file=sys.stderr)
         return status
     finish(folder, manifest, entry, outputs, "done")
     return 0
@@ -129,11 +171,14 @@ def what_is_there(folder, entry, inputs, outputs):
         manifests.remove(folder, {*outputs, *entry["outputs"]})
         entry["outputs"] = {}
         return False
-    damaged = manifests.damage(folder, entry)
+    damaged = manifests.damage(folder, entry, outputs)
     for name, what in damaged:
         print(f"{title}: made again, for {folder / name} {what}", flush=True)
-    manifests.remove(folder, [name for name, _ in damaged])
     if damaged:
+        manifests.remove(folder, [name for name, _ in damaged])
+        # What is left of a training's files will be written anew beside the adapter.
+        whole = {name: value for name, value in entry["outputs"].items() if (folder / name).is_file()}
+        entry["outputs"] = {} if entry["stage"] == "dpo" else whole
         return False
     # Outputs appear whole: one that is there but not recorded was made by a start that was killed right behind it.
     new = [folder / name for name in outputs if name not in entry["outputs"]]
@@ -158,16 +203,16 @@ def run_command(command, status_file):
     status_file.write_bytes(b"")
     environment = {**os.environ, "GRATH_STATUS_FILE": str(status_file.resolve())}
     try:
-        process = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=die_with_parent)
+        process = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=die_with_loop)
     except FileNotFoundError:
         raise UserError(f"there is no program {command[0]}: are the packages of requirements.txt installed?") from None
     try:
         status = process.wait()
         # accelerate turns every status into 1; the stage has left its own.
-        return int(status_file.read_text() or status if status > 0 else status if status == 0 else 128 - status)
+        if status < 0:
+            return 128 - status
+        return int(status_file.read_text() or status) if status else 0
     except Ended:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
         end_all(process.pid)
         raise
     finally:
@@ -188,6 +233,8 @@ def end_all(pid):
     _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_END)
     for process in alive:
         _send(process.kill)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
     psutil.wait_procs(alive, timeout=SECONDS_TO_END)
 
 
@@ -199,17 +246,20 @@ def _send(method):
 
 
 def _raise(number, frame):
+    for other in SIGNALS:  # a second one must not stop the first one's work
+        signal.signal(other, signal.SIG_IGN)
     raise Ended(number)
 
 
 def main():
-    die_with_parent()
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("begin", "stage"))
+    parser.add_argument("what", choices=("begin", "lock", "stage"))
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--fresh", action="store_true", help="begin: move an old run aside first")
     parser.add_argument("--lock_fd", type=int, help="begin: open file of the loop that is locked as long as it lives")
+    parser.add_argument("--check", action="store_true", help="begin: only compare the settings, and write nothing")
     parser.add_argument("--input", action="append", default=[], help="file, model folder or hub name it is made from")
+    parser.add_argument("--data", action="append", default=[], help="folder or hub name of a data set it is made from")
     parser.add_argument("--output", action="append", default=[], help="stage: a file that is there afterwards")
     parser.add_argument("--title", help="stage: what is printed")
     parser.add_argument("--round", type=int, help="stage: the round, from 0 for the base's scores")
@@ -218,6 +268,9 @@ def main():
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:at])
     args.rest = sys.argv[at + 1 :]
+    if args.what == "lock":
+        lock(args.lock_fd, args.run)
+        return None
     return begin(args) if args.what == "begin" else stage(args)
 
 

@@ -97,7 +97,7 @@ def test_the_manifest_tells_what_was_made_from_what(llama_run, tiny_llama):
     adapter = {name: value for name, value in stages[1, "dpo"]["outputs"].items() if "adapter" in name}
     assert len(adapter) == 2 and adapter.items() <= dpo["inputs"].items()
     weights = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
-    assert stages[1, "pairs"]["inputs"][f"{tiny_llama}/model.safetensors"] == weights
+    assert stages[1, "pairs"]["inputs"][f"{tiny_llama.name}/model.safetensors"] == weights
 
 
 def test_the_same_command_does_nothing_twice(copied):

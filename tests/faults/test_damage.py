@@ -50,9 +50,12 @@ def test_every_damaged_output_is_named_and_goes_with_what_was_made_last(kind, co
             path, kept = run / name, run.parent / "kept"
             shutil.copytree(path.parent, kept)
             kind(path)
-            assert damage(run, entry) == [(name, KINDS[kind])]
+            assert damage(run, entry, list(entry["outputs"])) == [(name, KINDS[kind])]
             capsys.readouterr()
-            assert not what_is_there(run, entry, entry["inputs"], list(entry["outputs"]))
+            outputs = dict(entry["outputs"])
+            assert not what_is_there(run, entry, entry["inputs"], list(outputs))
+            assert name not in entry["outputs"]
+            entry["outputs"] = outputs
             assert f"{entry['title']}: made again, for {path} {KINDS[kind]}" in capsys.readouterr().out
             assert not path.exists()
             assert not (path.parent / "adapter_model.safetensors").exists()
@@ -110,10 +113,10 @@ def test_an_input_that_has_changed_stops_the_run(llama_run, copied, tmp_path):
     run, manifest = copied
     manifest["settings"]["DATA_PATH"] = str(questions)
     known = hashes(run, [questions])
-    manifest["inputs"] = {**manifest["inputs"], str(questions): known[str(questions)]}
-    del manifest["inputs"][settings["DATA_PATH"]]
+    manifest["inputs"] |= known
+    del manifest["inputs"]["data/questions.jsonl"]
     (run / "manifest.json").write_text(json.dumps(manifest))
     questions.write_text(questions.read_text() + "\n")
     status, output = start({**settings, "DATA_PATH": str(questions)}, run.parent)
     assert status == 2
-    assert f"{questions} has changed since the run in {run} was started: set another RUN_NAME, or FRESH=1" in output
+    assert "questions.jsonl has changed since the run in {run} was started: set another RUN_NAME, or FRESH=1" in output

@@ -88,7 +88,9 @@ def test_two_starts_at_once(llama_run, tmp_path):
     first = threading.Thread(target=lambda: found.append(start(settings, tmp_path, held)))
     first.start()
     lock = tmp_path / ".llama2_seed_0.lock"
+    deadline = time.monotonic() + 60
     while not (tmp_path / "llama2_seed_0" / "manifest.json").exists():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     holder = int(re.match(r"process (\d+) on ", lock.read_text())[1])
     status, output = start(settings, tmp_path)
@@ -104,10 +106,17 @@ def test_two_starts_at_once(llama_run, tmp_path):
 def test_a_lock_whose_owner_is_dead_is_taken_over(llama_run, tmp_path):
     undisturbed, settings, _ = llama_run
     copy_without(undisturbed, tmp_path)
-    (tmp_path / ".llama2_seed_0.lock").write_text("process 1 on elsewhere since 2020-01-01\n")
+    lock = tmp_path / ".llama2_seed_0.lock"
+    lock.write_text("process 1 on elsewhere since 2020-01-01\n")
+    hold = "import fcntl, sys, time; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        status, output = start(settings, tmp_path)
+        assert status == 2 and "is in use by process 1 on elsewhere since 2020-01-01: wait for it" in output
+        holder.kill()
     status, output = start(settings, tmp_path)
     assert status == 0, output
-    assert "elsewhere" not in (tmp_path / ".llama2_seed_0.lock").read_text()
+    assert "elsewhere" not in lock.read_text()
 
 
 @pytest.mark.faults

@@ -56,9 +56,7 @@ def hook(event, args):
         return
     number = signal.Signals[FAULT["signal"]]
     os.kill(loop_pid(), number)
-    if number == signal.SIGKILL:
-        os.kill(os.getpid(), number)
-    time.sleep(60)  # until the loop has passed the signal on
+    time.sleep(60)  # until this process is ended too
 
 
 if FAULT and FAULT["program"] in " ".join(sys.orig_argv):

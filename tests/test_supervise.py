@@ -1,0 +1,225 @@
+"""How a stage is run by the manifest, with commands that take no time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PROJECT, call
+
+from grath.manifest import hashes
+from grath.supervise import settle
+
+SUPERVISE = (sys.executable, "-m", "grath.supervise")
+
+
+def begin(run, *settings, status=0, options=()):
+    return call(*SUPERVISE, "begin", run, *options, "--", *settings, status=status)
+
+
+def command_of(run, name, script, outputs, inputs=(), number=1):
+    files = [f"--output={run / file}" for file in outputs] + [f"--input={run / file}" for file in inputs]
+    return [
+        *SUPERVISE,
+        "stage",
+        run,
+        "--round",
+        number,
+        "--stage",
+        name,
+        "--title",
+        name,
+        *files,
+        "--",
+        "bash",
+        "-c",
+        script,
+    ]
+
+
+def stage(run, *arguments, status=0, **options):
+    return call(*command_of(run, *arguments, **options), cwd=run, status=status)
+
+
+@pytest.fixture
+def run(tmp_path):
+    begin(tmp_path / "run", "A=1")
+    return tmp_path / "run"
+
+
+def entries(run):
+    return {entry["stage"]: entry for entry in json.loads((run / "manifest.json").read_text())["stages"]}
+
+
+def test_a_stage_runs_once(run):
+    for _ in range(2):
+        stage(run, "a", "echo x >>f", ["f"])
+    assert (run / "f").read_text() == "x\n"
+    assert entries(run)["a"]["starts"] == 1
+
+
+def test_a_failed_stage_is_run_again_and_its_status_is_kept(run):
+    done = stage(run, "a", "exit 7", ["f"], status=7)
+    assert done.stderr == "run_grath.sh: error: a failed; start the same command again to go on from here\n"
+    assert entries(run)["a"]["outcome"] == "failed with status 7"
+    done = stage(run, "a", "true", ["f"], status=1)
+    assert f"a: {run}/f was not written" in done.stderr
+    done = stage(run, "a", "kill -9 $$", ["f"], status=137)
+    assert "killed from outside: is the machine's memory full?" in done.stderr
+    stage(run, "a", "echo x >f", ["f"])
+    assert entries(run)["a"]["outcome"] == "done" and entries(run)["a"]["starts"] == 4
+
+
+def test_an_input_that_was_altered_on_the_way_is_not_used(run):
+    stage(run, "a", "echo x >f", ["f"])
+    (run / "f").write_text("y\n")
+    done = stage(run, "b", "cp f g", ["g"], ["f"], status=2)
+    assert f"{run}/f is no longer as it was made: start the same command again" in done.stderr
+    assert not (run / "g").exists()
+    assert "made again" in stage(run, "a", "echo x >f", ["f"]).stdout
+    stage(run, "b", "cp f g", ["g"], ["f"])
+    assert (run / "g").read_text() == "x\n"
+
+
+def test_other_bytes_make_everything_behind_them_again_and_the_same_bytes_nothing(run):
+    stage(run, "a", "echo x >f", ["f"])
+    stage(run, "b", "cp f g; echo b >>log", ["g"], ["f"])
+    for word, times in (("x", 1), ("y", 2)):
+        (run / "f").unlink()
+        stage(run, "a", f"echo {word} >f", ["f"])
+        stage(run, "b", "cp f g; echo b >>log", ["g"], ["f"])
+        assert (run / "log").read_text() == "b\n" * times
+        assert (run / "g").read_text() == (run / "f").read_text()
+
+
+def test_a_repair_that_is_killed_is_gone_on_with(run):
+    files = [f"m/{name}" for name in ("adapter_model.safetensors", "grath.json")]
+    stage(run, "dpo", "mkdir m; echo 1 >m/grath.json; echo 1 >m/adapter_model.safetensors; mkdir m/checkpoint-1", files)
+    (run / files[0]).unlink()
+    # The repair writes the record anew and is killed before the adapter.
+    stage(run, "dpo", "echo 2 >m/grath.json; exit 9", files, status=9)
+    done = stage(run, "dpo", "test -d m/checkpoint-1 && echo 1 >m/adapter_model.safetensors", files)
+    assert "grath.json has changed" not in done.stdout
+    assert (run / "m" / "grath.json").read_text() == "2\n"
+
+
+def test_an_output_that_is_no_longer_asked_for_is_not_missed(run):
+    stage(run, "scores", "echo >f; echo >g; echo >>log", ["f", "g"])
+    (run / "g").unlink()
+    stage(run, "scores", "echo >>log", ["f"])
+    assert (run / "log").read_text() == "\n"
+    stage(run, "scores", "echo >>log; echo >h", ["f", "h"])  # one more is made
+    assert (run / "log").read_text() == "\n\n"
+
+
+@pytest.mark.parametrize(("number", "ignored"), [("TERM", False), ("HUP", False), ("HUP", True), ("INT", True)])
+def test_signals_end_a_stage_unless_they_are_ignored(number, ignored, run):
+    """nohup lets SIGHUP be ignored; a shell does the same with SIGINT for what it starts in the background."""
+    script = "trap 'touch cleaned; exit' TERM; touch started; sleep 3 & wait; echo >f"
+    inner = command_of(run, "a", script, ["f"])
+    trap = f"trap '' {number}; " if ignored else ""
+    process = subprocess.Popen(
+        ["bash", "-c", trap + 'exec "$@"', "bash", *map(str, inner)],
+        cwd=run,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
+    deadline = time.monotonic() + 30
+    while not (run / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.Signals[f"SIG{number}"])
+    process.wait(timeout=30)
+    ends = number != "HUP" or not ignored
+    assert process.returncode == (128 + signal.Signals[f"SIG{number}"] if ends else 0)
+    assert (run / "cleaned").exists() == ends and (run / "f").exists() != ends
+    assert entries(run)["a"]["outcome"] == (f"ended by SIG{number}" if ends else "done")
+
+
+def test_a_stage_whose_loop_is_dead_does_not_begin(run):
+    """A loop that is killed just behind the start of a stage."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    command = [str(part) for part in command_of(run, "a", "echo >f", ["f"])]
+    done = subprocess.run(command, cwd=run, env={**os.environ, "PYTHONPATH": str(PROJECT), "GRATH_LOOP": str(dead.pid)})
+    assert done.returncode == 137
+    assert not (run / "f").exists() and entries(run) == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("BETA=0", "BETA must be from 1e-06 to 1000, not '0'"),
+        ("LEARNING_RATE=fast", "LEARNING_RATE must be from 1e-12 to 10, not 'fast'"),
+        ("MAX_LENGTH=1", "MAX_LENGTH must be from 2 to 1e+07, not '1'"),
+        ("MODEL_TYPE=gpt2", "MODEL_TYPE must be one of auto, llama2, zephyr, smollm2, not 'gpt2'"),
+        ("EVAL_PRECISION=int8", "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, not 'int8'"),
+        ("DPO_PRECISION=4", "DPO_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '4'"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_once(setting, line, tmp_path):
+    done = begin(tmp_path / "run", setting, status=2)
+    assert done.stderr == f"supervise.py: error: {line}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_can_be_changed_until_they_matter(run):
+    stage(run, "pairs", "echo >f", ["f"])
+    begin(run, "A=1", "BETA=0.1", "LIMIT=3")
+    begin(run, "A=1", "BETA=0.2", "LIMIT=4")
+    assert "A=1, not 2" in begin(run, "A=2", "BETA=0.2", status=2).stderr
+    stage(run, "dpo", "echo >g", ["g"])
+    assert "BETA=0.2, not 0.1" in begin(run, "A=1", "BETA=0.1", "LIMIT=5", status=2).stderr
+    begin(run, "A=1", "BETA=0.2", "LIMIT=5")
+    assert json.loads((run / "manifest.json").read_text())["settings"] == {"A": "1", "BETA": "0.2", "LIMIT": "5"}
+
+
+def test_a_changed_or_lost_input_stops_a_run(run, tmp_path):
+    (tmp_path / "q.jsonl").write_text("a")
+    options = (f"--input={tmp_path / 'q.jsonl'}",)
+    stage(run, "pairs", "echo >f", ["f"])
+    begin(run, "A=1", options=options)
+    os.utime(tmp_path / "q.jsonl", (1, 1))  # another time, the same bytes
+    begin(run, "A=1", options=options)
+    (tmp_path / "q.jsonl").write_text("b")
+    assert "q.jsonl has changed since the run" in begin(run, "A=1", status=2, options=options).stderr
+    (tmp_path / "q.jsonl").unlink()
+    assert "q.jsonl has changed since the run" in begin(run, "A=1", status=2, options=options).stderr
+
+
+def test_a_run_does_not_depend_on_where_the_project_is(tmp_path):
+    assert list(hashes(tmp_path, [PROJECT / "demos" / "truthfulqa.json"])) == ["demos/truthfulqa.json"]
+    settings = {
+        "DATA_PATH": str(PROJECT / "data" / "questions.jsonl"),
+        "MODEL_NAME_OR_PATH": "a/b",
+        "DEMOS": "truthfulqa",
+    }
+    assert settle(settings) == {**settings, "DATA_PATH": "data/questions.jsonl"}
+
+
+def test_auto_is_kept_as_what_it_means_here(monkeypatch):
+    import torch
+
+    for gpu, precisions in ((False, ("bf16", "bf16", "fp32")), (True, ("int8", "fp4", "fp16"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        names = ("PAIRS_PRECISION", "DPO_PRECISION", "EVAL_PRECISION")
+        assert tuple(settle(dict.fromkeys(names, "auto")).values()) == precisions
+
+
+@pytest.mark.parametrize(("processes", "batch"), [("1", 16), ("2", 16), ("3", 12), ("8", 32)])
+def test_of_batch_and_gpus_only_the_pairs_of_a_step_matter(processes, batch):
+    done = call("run_llama2.sh", env={"NUM_PROCESSES": processes, "DRY_RUN": "1"})
+    assert f"  EFFECTIVE_BATCH={batch}\n" in done.stdout
+
+
+def test_a_job_that_slurm_starts_again_is_not_fresh(tmp_path):
+    run = tmp_path / "llama2_seed_0"
+    settings = {"RUNS_DIR": str(tmp_path), "MODEL_NAME_OR_PATH": "nobody/nothing", "TASKS": "", "FRESH": "1"}
+    run.mkdir()
+    (run / "mine.txt").write_text("")
+    done = call("run_llama2.sh", env={**settings, "SLURM_RESTART_COUNT": "1"}, status=2)
+    assert "is not empty and holds no manifest.json" in done.stderr and (run / "mine.txt").exists()
+    call("run_llama2.sh", env=settings, status=2)
+    assert (tmp_path / "llama2_seed_0.old-1" / "mine.txt").exists()
