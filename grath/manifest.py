@@ -28,6 +28,10 @@ MATTERS_FROM = {
         ("MAX_STEPS", "WARMUP_STEPS", "LEARNING_RATE", "BETA", "EFFECTIVE_BATCH", "MAX_LENGTH", "DPO_PRECISION"), "dpo"
     ),
     "REFERENCE": "dpo",
+    **dict.fromkeys(
+        ("NUM_QUERY", "DATA_PATH", "DATA_NAME", "SUBDATA_NAME", "SPLIT", "USE_FS", "USE_GT", "DEMOS", "MAX_NEW_TOKENS"),
+        "pairs",
+    ),
 }
 WAYS_ON = "set another RUN_NAME, or FRESH=1 to move the old run aside and start again"
 
@@ -79,7 +83,10 @@ def begin(run, settings, inputs, data=()):
             raise UserError(f"{run} holds a run with {name}={was}, not {now}: {WAYS_ON}")
     before = manifest["inputs"]
     present = hashes(run, inputs, manifest["known"], data)
-    changed = before and changed_input(before, present)
+    names = before.keys() & present.keys()
+    if before and "pairs" in reached:  # earlier, the questions can be others
+        names = before.keys() | present.keys()
+    changed = changed_input(*({name: files.get(name) for name in names} for files in (before, present)))
     if changed:
         raise UserError(f"{changed} has changed since the run in {run} was started: {WAYS_ON}")
     present = {name: before.get(name, value) if value == UNKNOWN else value for name, value in present.items()}

@@ -166,14 +166,18 @@ def test_what_a_later_stage_would_refuse_is_refused_at_once(setting, line, tmp_p
 
 
 def test_settings_can_be_changed_until_they_matter(run):
+    stage(run, "samples", "echo >e", ["e"])
+    begin(run, "A=1", "USE_GT=0", "BETA=0.1", "LIMIT=3")
+    begin(run, "A=1", "USE_GT=1", "BETA=0.1", "LIMIT=3")
     stage(run, "pairs", "echo >f", ["f"])
-    begin(run, "A=1", "BETA=0.1", "LIMIT=3")
-    begin(run, "A=1", "BETA=0.2", "LIMIT=4")
-    assert "A=1, not 2" in begin(run, "A=2", "BETA=0.2", status=2).stderr
+    assert "USE_GT=1, not 0" in begin(run, "A=1", "USE_GT=0", "BETA=0.1", status=2).stderr
+    begin(run, "A=1", "USE_GT=1", "BETA=0.2", "LIMIT=4")
     stage(run, "dpo", "echo >g", ["g"])
-    assert "BETA=0.2, not 0.1" in begin(run, "A=1", "BETA=0.1", "LIMIT=5", status=2).stderr
-    begin(run, "A=1", "BETA=0.2", "LIMIT=5")
-    assert json.loads((run / "manifest.json").read_text())["settings"] == {"A": "1", "BETA": "0.2", "LIMIT": "5"}
+    assert "BETA=0.2, not 0.1" in begin(run, "A=1", "USE_GT=1", "BETA=0.1", "LIMIT=5", status=2).stderr
+    begin(run, "A=1", "USE_GT=1", "BETA=0.2", "LIMIT=5")
+    stage(run, "scores", "echo >h", ["h"])
+    assert "LIMIT=5, not 6" in begin(run, "A=1", "USE_GT=1", "BETA=0.2", "LIMIT=6", status=2).stderr
+    assert "A=1, not 2" in begin(run, "A=2", "USE_GT=1", "BETA=0.2", "LIMIT=5", status=2).stderr
 
 
 def test_a_changed_or_lost_input_stops_a_run(run, tmp_path):
