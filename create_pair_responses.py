@@ -132,7 +132,8 @@ def ask(model, tokenizer, prompts, indices, args, path, settings, done_before):
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from grath.shared_prefix import generate, generate_plainly, unsupported
+    from grath.generation import generate, generate_plainly
+    from grath.shared_prefix import unsupported
 
     state = PartialState()
     own = [prompts[i] for i in indices]

@@ -124,7 +124,7 @@ def main():
 
     from grath.checkpoints import PLOT, Bar, TrainingLog, clear, find_earlier, save_adapter, write_record
     from grath.models import float32_products
-    from grath.report import plot_training
+    from grath.plots import plot_training
     from grath.settings import PAPERS_BATCH
     from grath.trainer import LORA_TARGETS, GrathDPOTrainer, print_once
 

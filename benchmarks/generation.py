@@ -58,7 +58,7 @@ def copied(model, prompts, settings):
 
 def engine(model, prompts, settings):
     """The shared-prefix engine."""
-    from grath.shared_prefix import generate
+    from grath.generation import generate
 
     completions = {}
     generate(

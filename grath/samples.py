@@ -19,7 +19,8 @@ MAX_NEW_TOKENS = 60
 
 def answers(model, tokenizer, template, questions):
     """Greedy answers, as strings, to bare questions between the chat tags, as they stand in DPO's prompts."""
-    from grath.shared_prefix import generate, generate_plainly, unsupported
+    from grath.generation import generate, generate_plainly
+    from grath.shared_prefix import unsupported
 
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": question}], template) for question in questions]
     run_engine = generate_plainly if unsupported(model, max(map(len, prompts)) + MAX_NEW_TOKENS) else generate

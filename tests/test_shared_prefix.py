@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import PROJECT, call
 
+from grath.generation import generate, generate_plainly
 from grath.models import float32_products
-from grath.shared_prefix import common_prefix, generate, generate_plainly, score, unsupported
+from grath.shared_prefix import common_prefix, score, unsupported
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

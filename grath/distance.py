@@ -1,0 +1,113 @@
+"""How far apart correct and incorrect answers are in a model's own space: the paper relates it to what DPO can learn.
+
+    python -m grath.distance PAIRS... --model_name_or_path MODEL
+
+For each pair file it prints two figures and keeps them beside it, in {PAIRS without .json}.distance.json, from where
+`grath.report` takes them:
+
+distance    |mean correct - mean incorrect| / sqrt(trace of the mean covariance within the two): 0 where both are alike
+probe       accuracy of a linear classifier that tells the two apart, five-fold, questions never split: 0.5 is chance
+
+An answer's place is the mean of the model's last hidden states over its tokens, with the question before it between the
+chat tags, as DPO sees it. Pairs with identical answers are left out, as in DPO.
+"""
+
+import json
+from pathlib import Path
+
+from grath.chat import MODEL_TYPES, answer_ids, template_for
+from grath.cli import Parser, UserError, check_writable, positive_int, run, write_whole
+from grath.models import PRECISIONS, load_model, load_tokenizer, resolve_precision
+from grath.pairs import read_pairs
+
+FOLDS = 5
+
+
+def embed(model, sequences, batch_size):
+    """Mean last hidden states of answers.
+
+    Args:
+        sequences: list of (prompt, answer), lists of token ids.
+
+    Returns:
+        float32 array (number of sequences, hidden size).
+    """
+    import numpy
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    from tqdm import tqdm
+
+    backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+    places = numpy.zeros((len(sequences), model.config.get_text_config().hidden_size), dtype=numpy.float32)
+    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+    for at in tqdm(range(0, len(order), batch_size), desc="Embedding answers", unit="batch"):
+        batch = order[at : at + batch_size]
+        rows = [torch.tensor([*sequences[i][0], *sequences[i][1]]) for i in batch]
+        ids = pad_sequence(rows, batch_first=True).to(model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+        with torch.inference_mode():
+            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        for i, states in zip(batch, hidden, strict=True):
+            start = len(sequences[i][0])
+            places[i] = states[start : start + len(sequences[i][1])].mean(0).cpu().numpy()
+    return places
+
+
+def distance(correct, incorrect):
+    """Distance of the two means over the spread within the two; arrays (n, hidden size)."""
+    import numpy
+
+    within = (correct.var(0).sum() + incorrect.var(0).sum()) / 2
+    return float(numpy.linalg.norm(correct.mean(0) - incorrect.mean(0)) / numpy.sqrt(within))
+
+
+def probe(correct, incorrect):
+    """Accuracy of a logistic regression over folds that keep the two answers to a question together."""
+    import numpy
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    count = len(correct)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    labels, groups = numpy.repeat([1, 0], count), numpy.tile(numpy.arange(count), 2)
+    features = numpy.concatenate([correct, incorrect])
+    return float(cross_val_score(classifier, features, labels, groups=groups, cv=GroupKFold(FOLDS)).mean())
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("pairs", type=Path, nargs="+", help="pair files")
+    parser.add_argument("--model_name_or_path", required=True, help="hub name, model folder or LoRA adapter's folder")
+    parser.add_argument("--model_type", choices=MODEL_TYPES, default="auto", help="chat tags")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU"
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="answers at once")
+    args = parser.parse_args()
+    files = {}
+    for path in args.pairs:
+        rows = [row for row in read_pairs(path) if row["correct"] != row["incorrect"]]
+        if len(rows) < FOLDS:
+            raise UserError(f"{path} has {len(rows)} pairs of different answers: {FOLDS} are the least")
+        check_writable(path.parent)
+        files[path] = rows
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    template = template_for(tokenizer, args.model_type)
+    model = load_model(args.model_name_or_path, resolve_precision(args.precision, "pairs"))
+    for path, rows in files.items():
+        sides = []
+        for side in ("correct", "incorrect"):
+            turns = [([{"role": "user", "content": row["question"]}], row[side]) for row in rows]
+            sequences = [answer_ids(tokenizer, turn, answer, template) for turn, answer in turns]
+            sides.append(embed(model, sequences, args.batch_size))
+        found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
+        found["model"] = args.model_name_or_path
+        out = path.with_suffix(".distance.json")
+        write_whole(out, json.dumps(found, indent=2) + "\n")
+        print(f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, {len(rows)} pairs; wrote {out}")
+
+
+if __name__ == "__main__":
+    run(main)
