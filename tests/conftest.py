@@ -44,11 +44,11 @@ def call(*command, cwd=PROJECT, env=None, status=0):
 
 
 def call_here(script, *command, cwd=PROJECT, status=0):
-    """What `call` does with a script, in this process: for scripts whose imports take longer than their work."""
+    """What `call` does with a script or module, in this process: where imports take longer than the work."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    module = importlib.import_module(Path(script).stem)
+    module = importlib.import_module(script.removesuffix(".py"))
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [script, *map(str, command)]
     try:

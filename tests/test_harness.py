@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import HUB, PROJECT, call, call_here, needs_hub, rows, write_rows
+from conftest import HUB, PROJECT, call, call_here, needs_hub, rows
 from test_shared_prefix import FAMILIES, tiny
 
 from grath.harness import group_by_prefix, register, score_windows
@@ -282,70 +282,3 @@ def test_the_evaluation_benchmark(tiny_llama):
     assert [line[1] for line in table] == ["hf", "hf-shared"]
     assert float(table[1][6]) < 2e-4
     assert done.stdout.rstrip().endswith("scores equal")
-
-
-def result(task, score, stderr=1.0, chat=None):
-    return {
-        "results": {task: {"acc,none": score, "acc_stderr,none": stderr / 100}},
-        "versions": {task: 2.0},
-        "lm_eval_version": "0.4.13",
-        "chat_template": chat,
-    }
-
-
-@pytest.fixture
-def made_run(tmp_path):
-    """A run folder of three rounds, by hand: M_1 is best, M_3 lacks MC2."""
-    run = tmp_path / "a run"
-    values = {0: (0.30, 0.45), 1: (0.40, 0.50), 2: (0.35, 0.49), 3: (0.2, None)}
-    for number, pair in values.items():
-        folder = run / "results" / f"iter_{number}"
-        folder.mkdir(parents=True)
-        for task, value in zip(("truthfulqa_mc1", "truthfulqa_mc2"), pair, strict=True):
-            if value is not None:
-                (folder / f"{task}.json").write_text(json.dumps(result(task, value)))
-        write_rows(folder / "samples.jsonl", [{"question": "Is ice cold?", "answer": f"Answer {number}"}])
-        if number:
-            model = run / "models" / f"iter_{number}_arcc"
-            model.mkdir(parents=True)
-            (model / "adapter_model.safetensors").write_bytes(b"")
-            (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/Llama-2-7b-chat-hf"}))
-            write_rows(model / "training_log.jsonl", [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}])
-            (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}, "warnings": ["too many steps"]}))
-    (run / "data").mkdir()
-    pairs = [("q", "a", "a"), ("r", "a", "b"), ("s", "a", "b")]
-    write_rows(
-        run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json",
-        [{"question": q, "correct": c, "incorrect": i} for q, c, i in pairs],
-    )
-    return run
-
-
-def test_the_report_of_a_made_run(made_run):
-    done = call(sys.executable, "-m", "grath.report", made_run)
-    text = (made_run / "report.md").read_text()
-    assert "| M_1        | 40.00 ± 1.00 (+10.00) | 50.00 ± 1.00 (+5.00) |" in text
-    assert "| M_3        | 20.00 ± 1.00 (-10.00) | -                    |" in text
-    assert "Best by MC1 + MC2: M_1 (90.00); from M_2 on it is lower again, 84.00 at last." in text
-    assert "No score of M_3 yet: MC2." in text
-    assert "MC1 30.23 -> 54.71" in text
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "->" in line]
-    assert cells[1][:4] == ["M_0 -> M_1", "5", "3", "1"] and "0.125" in cells[1]
-    assert "- M_2: too many steps" in text
-    assert "- M_3: Answer 3" in text
-    assert "truthfulqa_mc1 2.0; truthfulqa_mc2 2.0; chat template off" in text
-    assert (made_run / "iterations.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (made_run / "iterations.svg").read_text()
-    assert "Best by MC1 + MC2: M_1" in done.stdout
-
-
-def test_the_report_of_a_run_with_one_round_and_no_scores(made_run):
-    import shutil
-
-    shutil.rmtree(made_run / "results")
-    for number in (2, 3):
-        shutil.rmtree(made_run / "models" / f"iter_{number}_arcc")
-    done = call(sys.executable, "-m", "grath.report", made_run)
-    assert "No score of M_0 (base) yet." in done.stdout and "No score of M_1 yet." in done.stdout
-    assert "Best by" not in done.stdout
-    assert not (made_run / "iterations.png").exists()

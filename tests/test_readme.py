@@ -36,7 +36,7 @@ RUN_BY = {
         "test_pipeline.py::test_smollm2_on_arc_by_its_hub_name"
     ),
     "./prefetch.sh": "test_harness.py::test_prefetch_names_what_it_fetches",
-    "python -m grath.report": "test_harness.py::test_the_report_of_a_made_run",
+    "python -m grath.report": "test_report.py::test_the_report_of_a_made_run",
     "python -m grath.export --precision bf16": "test_dpo.py::test_export_is_a_model_as_any_other",
     "accelerate launch --config_file accelerate_configs/data_parallel.yaml --num_processes 2 dpo.py --dataset_path "
     "--model_name_or_path --output_dir": "test_dpo.py::test_a_training_by_a_configuration_file",

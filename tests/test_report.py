@@ -1,0 +1,153 @@
+"""The report of a run and of several runs, and the distance between correct and incorrect answers."""
+
+import json
+import shutil
+
+import pytest
+from conftest import call_here, pair, write_rows
+
+
+def result(task, score, stderr=1.0, chat=None):
+    return {
+        "results": {task: {"acc,none": score, "acc_stderr,none": stderr / 100}},
+        "versions": {task: 2.0},
+        "lm_eval_version": "0.4.13",
+        "chat_template": chat,
+    }
+
+
+@pytest.fixture
+def made_run(tmp_path):
+    """A run folder of three rounds, by hand: M_1 is best, M_3 lacks MC2."""
+    run = tmp_path / "a run"
+    values = {0: (0.30, 0.45), 1: (0.40, 0.50), 2: (0.35, 0.49), 3: (0.2, None)}
+    for number, scores in values.items():
+        folder = run / "results" / f"iter_{number}"
+        folder.mkdir(parents=True)
+        for task, value in zip(("truthfulqa_mc1", "truthfulqa_mc2"), scores, strict=True):
+            if value is not None:
+                (folder / f"{task}.json").write_text(json.dumps(result(task, value)))
+        write_rows(folder / "samples.jsonl", [{"question": "Is ice cold?", "answer": f"Answer {number}"}])
+        if number:
+            model = run / "models" / f"iter_{number}_arcc"
+            model.mkdir(parents=True)
+            (model / "adapter_model.safetensors").write_bytes(b"")
+            (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/Llama-2-7b-chat-hf"}))
+            write_rows(model / "training_log.jsonl", [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}])
+            (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}, "warnings": ["too many steps"]}))
+    (run / "data").mkdir()
+    pairs = [("q", "a", "a"), ("r", "a", "b"), ("s", "a", "b")]
+    write_rows(
+        run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json",
+        [{"question": q, "correct": c, "incorrect": i} for q, c, i in pairs],
+    )
+    return run
+
+
+def test_the_report_of_a_made_run(made_run):
+    done = call_here("grath.report", made_run)
+    text = (made_run / "report.md").read_text()
+    assert "| M_1        | 40.00 ± 1.00 (+10.00) | 50.00 ± 1.00 (+5.00) |" in text
+    assert "| M_3        | 20.00 ± 1.00 (-10.00) | -                    |" in text
+    assert "Best by MC1 + MC2: M_1 (90.00); from M_2 on it is lower again, 84.00 at last." in text
+    assert "No score of M_3 yet: MC2." in text
+    assert "MC1 30.23 -> 54.71" in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "->" in line]
+    assert cells[1][:4] == ["M_0 -> M_1", "5", "3", "1"] and "0.125" in cells[1]
+    assert "- M_2: too many steps" in text
+    assert "- M_3: Answer 3" in text
+    assert "truthfulqa_mc1 2.0; truthfulqa_mc2 2.0; chat template off" in text
+    assert (made_run / "iterations.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (made_run / "iterations.svg").read_text()
+    assert "Best by MC1 + MC2: M_1" in done.stdout
+
+
+def test_the_report_of_a_run_with_one_round_and_no_scores(made_run):
+    shutil.rmtree(made_run / "results")
+    for number in (2, 3):
+        shutil.rmtree(made_run / "models" / f"iter_{number}_arcc")
+    done = call_here("grath.report", made_run)
+    assert "No score of M_0 (base) yet." in done.stdout and "No score of M_1 yet." in done.stdout
+    assert "Best by" not in done.stdout
+    assert not (made_run / "iterations.png").exists()
+
+
+@pytest.fixture
+def two_runs(made_run):
+    """Two runs that differ in their demonstrations and in the score of M_1."""
+    other = made_run.with_name("another run")
+    shutil.copytree(made_run, other)
+    (other / "results" / "iter_1" / "truthfulqa_mc1.json").write_text(json.dumps(result("truthfulqa_mc1", 0.38)))
+    for folder, demos in ((made_run, "truthfulqa"), (other, "halueval")):
+        settings = {"DEMOS": demos, "SEED": "0"}
+        manifest = {"format": 1, "settings": settings, "inputs": {}, "known": {}, "stages": []}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = {"distance": 0.25, "probe": 0.875, "pairs": 2, "model": "m"}
+    (other / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.distance.json").write_text(json.dumps(found))
+    return made_run, other
+
+
+def test_two_runs_side_by_side(two_runs):
+    done = call_here("grath.report", *two_runs)
+    text = (two_runs[0].parent / "comparison.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["run", "DEMOS"] in lines  # and not SEED, which is the same
+    assert ["a run", "truthfulqa"] in lines and ["another run", "halueval"] in lines
+    assert ["a run: M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in lines
+    assert ["another run: M_1", "38.00 ± 1.00 (+8.00)", "50.00 ± 1.00 (+5.00)"] in lines
+    assert sum("M_0" in line[0] for line in lines) == 1  # the base once
+    assert ["another run", "M_0", "5", "3", "1", "0.250", "0.875"] in lines
+    assert ["a run", "M_0", "5", "3", "1", "-", "-"] in lines
+    assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "Wrote comparison.md and comparison.png in" in done.stdout
+    done = call_here("grath.report", *two_runs, two_runs[0].parent, status=2)
+    assert "is no run's folder: it holds no manifest.json" in done.stderr
+
+
+def test_distance_and_probe_of_made_clouds():
+    import numpy
+
+    from grath.distance import distance, probe
+
+    draw = numpy.random.default_rng(0)
+    here, there = draw.normal(size=(200, 5)), draw.normal(size=(200, 5))
+    assert distance(here, here) == 0
+    assert distance(here, there) < 0.15
+    assert 0.4 < probe(here, there) < 0.6
+    there[:, 0] += 20
+    # One standard deviation in each of five directions within, 20 between.
+    assert distance(here, there) == pytest.approx(20 / 5**0.5, rel=0.1)
+    assert probe(here, there) > 0.99
+
+
+def test_the_distance_of_a_pair_file_and_its_place_in_the_report(tiny_llama, made_run):
+    import torch
+
+    from grath.chat import answer_ids, template_for
+    from grath.distance import distance
+    from grath.models import load_model, load_tokenizer
+
+    file = made_run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json"
+    done = call_here("grath.distance", file, "--model_name_or_path", tiny_llama, status=2)
+    assert f"{file} has 2 pairs of different answers: 5 are the least" in done.stderr
+    rows = [pair(f"Is it {i}?", f"Yes, it is {i} indeed.", "No." if i else "Never, ever.") for i in range(7)]
+    write_rows(file, [*rows, pair("q", "same", "same")])
+    flags = ("--model_name_or_path", tiny_llama, "--precision", "fp32", "--batch_size", "3")
+    done = call_here("grath.distance", file, *flags)
+    found = json.loads(file.with_suffix(".distance.json").read_text())
+    assert found["pairs"] == 7 and f"distance {found['distance']:.3f}" in done.stdout
+
+    tokenizer = load_tokenizer(tiny_llama)
+    template = template_for(tokenizer, "auto")
+    model = load_model(tiny_llama, "fp32")
+
+    def place(question, answer):
+        prompt, ids = answer_ids(tokenizer, [{"role": "user", "content": question}], answer, template)
+        with torch.inference_mode():
+            hidden = model(torch.tensor([[*prompt, *ids]]), output_hidden_states=True).hidden_states[-1]
+        return hidden[0, len(prompt) :].mean(0)
+
+    sides = [torch.stack([place(row["question"], row[side]) for row in rows]) for side in ("correct", "incorrect")]
+    assert found["distance"] == pytest.approx(distance(*(side.numpy() for side in sides)), rel=1e-4)
+    call_here("grath.report", made_run)
+    assert f"{found['distance']:.3f}" in (made_run / "report.md").read_text()
