@@ -119,6 +119,10 @@ def save_adapter(trainer, record):
     trainer.drop_ref_adapter()
     trainer.save_model(str(partial))
     if trainer.accelerator.is_main_process:
+        # PEFT writes a set, in an order that differs from process to process.
+        config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
+        config["target_modules"] = sorted(config["target_modules"])
+        write_whole(partial / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         write_record(folder, {**record, "adapter_sha256": sha256(partial / ADAPTER)})
         for name in ("adapter_config.json", ADAPTER):
             with (partial / name).open("rb") as file:
