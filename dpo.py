@@ -119,14 +119,14 @@ def main():
     if args.dataset_path:
         read_pairs(args.dataset_path)
 
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import ProgressCallback
 
     from grath.checkpoints import PLOT, Bar, TrainingLog, clear, find_earlier, save_adapter, write_record
     from grath.models import float32_products
     from grath.plots import plot_training
     from grath.settings import PAPERS_BATCH
-    from grath.trainer import LORA_TARGETS, GrathDPOTrainer, print_once
+    from grath.trainer import GrathDPOTrainer, lora_config, print_once
 
     start = time.monotonic()
     record = describe(args, config)
@@ -151,14 +151,7 @@ def main():
     )
     if batch != PAPERS_BATCH:
         print_once(f"The paper trains with {PAPERS_BATCH} pairs a step, not {batch}")
-    lora = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=LORA_TARGETS,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    lora = lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
     continued = isinstance(model, PeftModel)
     if continued:
         incoming = model.peft_config["default"]

@@ -76,6 +76,8 @@ def _generate(model, prompts, settings, prefix_length=0, cache=None):
     """`model.generate` on a padded batch; the padding stands behind the prefix. Completions without the stop id."""
     import torch
 
+    from grath.generation import until_stop
+
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
     ids = [
@@ -93,8 +95,7 @@ def _generate(model, prompts, settings, prefix_length=0, cache=None):
             eos_token_id=stops,
             pad_token_id=stops[0],
         )
-    completions = output[:, longest:].tolist()
-    return [completion[: next((i for i, t in enumerate(completion) if t in stops), None)] for completion in completions]
+    return [until_stop(completion, stops) for completion in output[:, longest:].tolist()]
 
 
 def llama_cpp(gguf, prompts, settings):

@@ -27,17 +27,15 @@ from grath.pairs import read_pairs  # noqa: E402
 from grath.questions import KEYED_SETS, PROJECT, keyed_pairs  # noqa: E402
 
 WAYS = ("trl", "second_model", "ours")
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM"}
 
 
 def train(way, args, folder):
     """Train in one way: dict of `seconds`, `tokens` (of the pairs trained on), `losses`, `peak`."""
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
     from grath.settings import GrathDPOConfig
-    from grath.trainer import LORA_TARGETS, GrathDPOTrainer, keep_trainable, tokenise
+    from grath.trainer import GrathDPOTrainer, keep_trainable, lora_config, tokenise
 
     class Plain(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
@@ -57,7 +55,7 @@ def train(way, args, folder):
         "model": model,
         "train_dataset": dataset,
         "processing_class": tokenizer,
-        "peft_config": LoraConfig(target_modules=LORA_TARGETS, **LORA),
+        "peft_config": lora_config(),
     }
     if way == "ours":
         order = {"train_sampling_strategy": "random"} if args.same_order else {}

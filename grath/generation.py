@@ -59,8 +59,12 @@ def generate_plainly(model, prompts, max_new_tokens, batch_size, stop_ids, on_do
             pad_token_id=stop_ids[0],
         )
         for i, completion in zip(batch, output[:, longest:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(completion) if token in stop_ids), len(completion))
-            on_done(i, completion[:end])
+            on_done(i, until_stop(completion, stop_ids))
+
+
+def until_stop(completion, stop_ids):
+    """A completion's token ids up to its first stop id, which is left out with all behind it."""
+    return completion[: next((at for at, token in enumerate(completion) if token in stop_ids), len(completion))]
 
 
 class _Rows:

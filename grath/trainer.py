@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 from datasets import Dataset
+from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -22,7 +23,6 @@ from grath.cli import UserError
 from grath.models import split_adapter
 from grath.shared_prefix import unsupported
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj"]
 NOT_COMPUTED = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 # Settings by which some families change the logits behind their head, or add to the loss.
 CHANGES_LOGITS = (
@@ -214,6 +214,18 @@ def _answer_scores(hidden, labels, lm_head):
     nothing = torch.zeros_like(log_probs)
     return FusedCausalLMOutput(
         loss=-scores.mean(), log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
+    )
+
+
+def lora_config(r=8, alpha=16, dropout=0.05):
+    """PEFT's `LoraConfig` with the paper's values: on the projections of q, k and v, without biases."""
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        bias="none",
+        task_type="CAUSAL_LM",
     )
 
 

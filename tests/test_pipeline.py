@@ -122,7 +122,9 @@ def test_other_settings_do_not_mix_into_a_run(copied):
 
 def test_fresh_moves_the_old_run_aside(copied, llama_run):
     run, settings, _ = copied
-    done = call("run_llama2.sh", env={**settings, "FRESH": "1", "MAX_STEPS": "3", "NUM_QUERY": "500"}, status=2)
+    done = call(
+        "run_llama2.sh", env={**settings, "FRESH": "1", "MAX_STEPS": "3", "NUM_QUERY": "500", "TASKS": ""}, status=2
+    )
     aside = run.with_name(f"{run.name}.old-1")
     assert f"FRESH=1: the run that was in {run} is in {aside} now" in done.stdout
     old = {path.relative_to(aside) for path in aside.rglob("*")}
