@@ -119,4 +119,4 @@ def test_an_input_that_has_changed_stops_the_run(llama_run, copied, tmp_path):
     questions.write_text(questions.read_text() + "\n")
     status, output = start({**settings, "DATA_PATH": str(questions)}, run.parent)
     assert status == 2
-    assert "questions.jsonl has changed since the run in {run} was started: set another RUN_NAME, or FRESH=1" in output
+    assert f"questions.jsonl has changed since the run in {run} was started: set another RUN_NAME, or FRESH=1" in output

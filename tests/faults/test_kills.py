@@ -142,7 +142,7 @@ def test_signals_end_every_process(llama_run, tmp_path):
         for checkpoint in run.glob("models/*/checkpoint-*"):
             assert (checkpoint / "trainer_state.json").is_file(), name
         if name != "the end":
-            assert "start the same command again to go on from here" in output
+            assert "start the same command again (without FRESH=1) to go on from here" in output
 
     run = hit_and_restart(SIGNALS, settings, tmp_path, each=nothing_half_is_left)
     same_as(run, undisturbed)
