@@ -9,7 +9,9 @@ harness's `--model_args` as JSON, which holds any folder's name, and what else a
 result file a task in FOLDER out of a file of several tasks.
 """
 
+import errno
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -152,7 +154,10 @@ def split(arguments):
     parser.add_argument("results", type=Path, help="a result file of the harness")
     parser.add_argument("folder", type=Path, help="where the files go")
     args = parser.parse_args(arguments)
-    content = json.loads(args.results.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(args.results.read_text(encoding="utf-8"))
+    except ValueError:  # the harness only logs that it could not write
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {args.results} is cut off") from None
     members = {task for tasks in content.get("group_subtasks", {}).values() for task in tasks}
     for task in content["results"]:
         if task in members:

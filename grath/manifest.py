@@ -1,8 +1,8 @@
 """The record of a run, `manifest.json`: what every stage was made from, what it gave, and whether that is still so.
 
 A stage is an entry with round, stage, title, command, inputs and outputs (path -> SHA-256), settings, seed, versions,
-commit, start, seconds (of all starts), starts, and outcome: "started", "done", "failed with status N" or "ended by
-SIGNAL". Paths inside the run's folder are relative to it, so a run can be moved.
+commit, start, seconds (of all starts), starts, and outcome: "started", "done", "damaged", "failed with status N" or
+"ended by SIGNAL". Paths inside the run's folder are relative to it, so a run can be moved.
 """
 
 import json

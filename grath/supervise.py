@@ -50,6 +50,9 @@ def begin(args):
         return
     folder.mkdir(parents=True, exist_ok=True)
     manifests.sweep(folder)
+    # All at once, for the report reads what later rounds have left.
+    for entry in manifest["stages"]:
+        drop_damaged(folder, entry, entry["outputs"])
     manifests.write(folder, manifest)
 
 
@@ -171,20 +174,27 @@ def what_is_there(folder, entry, inputs, outputs):
         manifests.remove(folder, {*outputs, *entry["outputs"]})
         entry["outputs"] = {}
         return False
-    damaged = manifests.damage(folder, entry, outputs)
-    for name, what in damaged:
-        print(f"{title}: made again, for {folder / name} {what}", flush=True)
-    if damaged:
-        manifests.remove(folder, [name for name, _ in damaged])
-        # What is left of a training's files will be written anew beside the adapter.
-        whole = {name: value for name, value in entry["outputs"].items() if (folder / name).is_file()}
-        entry["outputs"] = {} if entry["stage"] == "dpo" else whole
+    if drop_damaged(folder, entry, outputs):
         return False
     # Outputs appear whole: one that is there but not recorded was made by a start that was killed right behind it.
     new = [folder / name for name in outputs if name not in entry["outputs"]]
     if entry["outcome"] == "done" and new:
         return False
     return all(path.is_file() and path.stat().st_mtime >= entry["start"] for path in new)
+
+
+def drop_damaged(folder, entry, outputs):
+    """Name and remove the `outputs` of a stage that are not as they were. Returns whether there were any."""
+    damaged = manifests.damage(folder, entry, outputs)
+    for name, what in damaged:
+        print(f"{entry['title']}: made again, for {folder / name} {what}", flush=True)
+    if damaged:
+        manifests.remove(folder, [name for name, _ in damaged])
+        # What is left of a training's files will be written anew beside the adapter.
+        whole = {name: value for name, value in entry["outputs"].items() if (folder / name).is_file()}
+        entry["outputs"] = {} if entry["stage"] == "dpo" else whole
+        entry["outcome"] = "damaged"
+    return bool(damaged)
 
 
 def finish(folder, manifest, entry, outputs, outcome):
