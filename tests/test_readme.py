@@ -37,6 +37,9 @@ RUN_BY = {
     ),
     "./prefetch.sh": "test_harness.py::test_prefetch_names_what_it_fetches",
     "python -m grath.report": "test_report.py::test_the_report_of_a_made_run",
+    "python -m grath.distance --model_name_or_path": (
+        "test_report.py::test_the_distance_of_a_pair_file_and_its_place_in_the_report"
+    ),
     "python -m grath.export --precision bf16": "test_dpo.py::test_export_is_a_model_as_any_other",
     "accelerate launch --config_file accelerate_configs/data_parallel.yaml --num_processes 2 dpo.py --dataset_path "
     "--model_name_or_path --output_dir": "test_dpo.py::test_a_training_by_a_configuration_file",
@@ -87,3 +90,13 @@ def test_the_lines_of_the_troubleshooting_table_are_in_the_code():
     code = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "grath").glob("*.py"))
     assert len(lines) > 5
     assert [line for line in lines if " ".join(line.split()[:4]) not in code] == []
+
+
+def test_the_functions_that_the_method_names_exist():
+    text = (PROJECT / "docs" / "method.md").read_text(encoding="utf-8")
+    files = {PROJECT / "docs" / name for name in re.findall(r"\]\((\.\./[^)]+)\)", text)}
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
+    names = [name.split(".")[-1] for name in re.findall(r"`([A-Za-z_.]+)`", text)]
+    names = [name for name in names if name not in ("rolling", "fixed", "DPOTrainer")]
+    assert len(names) > 15
+    assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
