@@ -4,7 +4,6 @@
 #
 #   MODEL_NAME_OR_PATH=MODEL NUM_QUERY=1119 ./run_grath.sh        (the presets run_*.sh set all this)
 #   DRY_RUN=1 ./run_llama2.sh                                     prints the commands and runs none
-#
 #   CHECK=1 ./run_llama2.sh                                       checks the machine for it in seconds and prints the plan
 #   FRESH=1 ./run_llama2.sh                                       moves an old run of that name aside and starts again
 #
@@ -96,8 +95,8 @@ RUN="$RUNS_DIR/${RUN_NAME}_seed_$SEED"
 TAIL="arcc_num_${NUM_QUERY}_useGT_$(flag "$USE_GT")_useFS_$(flag "$USE_FS")"
 settings=()
 for name in MODEL_NAME_OR_PATH MODEL_TYPE SEED REFERENCE NUM_QUERY DATA_PATH DATA_NAME SUBDATA_NAME SPLIT USE_FS USE_GT DEMOS \
-    MAX_NEW_TOKENS PAIRS_PRECISION MAX_STEPS WARMUP_STEPS LEARNING_RATE BETA \
-    MAX_LENGTH DPO_PRECISION EVAL_PRECISION LIMIT BACKEND CHAT_TEMPLATE; do
+    MAX_NEW_TOKENS PAIRS_PRECISION MAX_STEPS WARMUP_STEPS LEARNING_RATE BETA MAX_LENGTH DPO_PRECISION \
+    EVAL_PRECISION LIMIT BACKEND CHAT_TEMPLATE; do
     settings+=("$name=${!name}")
 done
 # Of batch, accumulation and GPUs only the pairs of a step matter, so a run can go on with other ones that make as many.
@@ -107,7 +106,7 @@ echo "GRATH: $ROUNDS round(s) in $RUN, reference $REFERENCE, tasks: ${TASKS:-non
 printf '  %s\n' "${settings[@]}"
 
 # A job that Slurm starts again goes on with what it has made.
-if ((${SLURM_RESTART_COUNT:-0} > 0)); then FRESH=0; fi
+if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then FRESH=0; fi
 
 # Every command runs in the background, so that a signal reaches this shell at once.
 export GRATH_LOOP=$$ # every process below ends with this one

@@ -157,7 +157,7 @@ def test_a_check_before_the_night(tiny_llama, tmp_path):
     env |= {"RUNS_DIR": str(tmp_path / "runs"), "TASKS": "grath_mc1"}
     done = call("run_llama2.sh", env=env)
     checked = [line.split(":")[0].split() for line in done.stdout.splitlines() if line.startswith("ok ")]
-    assert checked == [["ok", name] for name in ("packages", "model", "memory", "data", "disk")]
+    assert checked == [["ok", name] for name in ("packages", "model", "memory", "data", "sizes", "disk")]
     plan = done.stdout.split("The plan, 11 stages")[1].splitlines()[1:-1]
     assert [line.split("  ")[1] for line in plan][2:4] == ["round 1: M_0 writes pairs", "round 1: DPO gives M_1"]
     assert all(re.search(r"\d (B|kB|MB)$", line) for line in plan)

@@ -225,5 +225,6 @@ def test_a_job_that_slurm_starts_again_is_not_fresh(tmp_path):
     (run / "mine.txt").write_text("")
     done = call("run_llama2.sh", env={**settings, "SLURM_RESTART_COUNT": "1"}, status=2)
     assert "is not empty and holds no manifest.json" in done.stderr and (run / "mine.txt").exists()
-    call("run_llama2.sh", env=settings, status=2)
+    call("run_llama2.sh", env={**settings, "SLURM_RESTART_COUNT": f"x[$(touch {tmp_path}/pwned)]"}, status=2)
+    assert not (tmp_path / "pwned").exists()
     assert (tmp_path / "llama2_seed_0.old-1" / "mine.txt").exists()
