@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
+from hitting import WITHOUT_SCORES, copy_without, same_as, same_scores, start
 
 from grath.manifest import damage, find, hashes
 from grath.supervise import what_is_there
-from runs import WITHOUT_SCORES, copy_without, same_as, same_scores, start
 
 
 def delete(path):

@@ -4,8 +4,7 @@ import signal
 
 import pytest
 from conftest import weights
-
-from runs import (
+from hitting import (
     ASK,
     STAGE,
     TRAIN,

@@ -11,8 +11,7 @@ import time
 
 import pytest
 from conftest import BUNDLED, call, call_here
-
-from runs import ASK, TRAIN, WITHOUT_SCORES, copy_without, hit_and_restart, point, same_as, start
+from hitting import ASK, TRAIN, WITHOUT_SCORES, copy_without, hit_and_restart, point, same_as, start
 
 FULL = "raise the limit (ulimit -f)"
 
