@@ -72,6 +72,14 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
+    def parse_with_rest(self):
+        """The arguments before the first `--`, and as `rest` the list of those behind it, as they are.
+
+        argparse itself would take the first of two groups of positional arguments for both.
+        """
+        at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+        return self.parse_args(sys.argv[1:at], argparse.Namespace(rest=sys.argv[at + 1 :]))
+
 
 def positive_int(text):
     """An integer of at least 1, for `argparse`."""

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -218,9 +217,8 @@ def main():
     parser.add_argument("--tasks", default="", help="what is scored")
     parser.add_argument("--num_processes", type=positive_int, default=1, help="processes, one a GPU")
     parser.add_argument("--precisions", nargs=3, required=True, help="of pairs, DPO and scores")
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args = parser.parse_args(sys.argv[1:at])
-    stages = [stage.split("=", 1) for stage in sys.argv[at + 1 :]]
+    args = parser.parse_with_rest()
+    stages = [stage.split("=", 1) for stage in args.rest]
     if not hub_is_there():
         os.environ["HF_HUB_OFFLINE"] = "1"
         print("The hub cannot be reached: what is on this machine counts")

@@ -274,10 +274,7 @@ def main():
     parser.add_argument("--title", help="stage: what is printed")
     parser.add_argument("--round", type=int, help="stage: the round, from 0 for the base's scores")
     parser.add_argument("--stage", help="stage: its name")
-    # argparse would take the first of two groups of positional arguments for both.
-    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args = parser.parse_args(sys.argv[1:at])
-    args.rest = sys.argv[at + 1 :]
+    args = parser.parse_with_rest()
     if args.what == "lock":
         lock(args.lock_fd, args.run)
         return None
