@@ -171,7 +171,7 @@ fi
 if [[ $USE_FS == 1 ]]; then pairs_args+=(--useFS); fi
 if [[ $USE_GT == 1 ]]; then pairs_args+=(--useGT); fi
 
-threads=$(($(getconf _NPROCESSORS_ONLN) / NUM_PROCESSES))
+threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NUM_PROCESSES)) # nproc goes by taskset and OMP_NUM_THREADS
 several=() ask=(python)
 if ((NUM_PROCESSES > 1)); then several=(--multi_gpu); fi
 launch=(
