@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grath.chat import MODEL_TYPES, template_for
-from grath.cli import HelpFormatter, OneLineErrors, UserError, check_ranges, check_writable, run
+from grath.cli import PAPERS_BATCH, HelpFormatter, OneLineErrors, UserError, check_ranges, check_writable, run
 from grath.models import ADAPTER, load_model, load_tokenizer, sha256, split_adapter
 from grath.pairs import read_pairs
 from grath.questions import KEYED_SETS, keyed_pairs, load_hub_split
@@ -125,7 +125,6 @@ def main():
     from grath.checkpoints import PLOT, Bar, TrainingLog, clear, find_earlier, save_adapter, write_record
     from grath.models import float32_products
     from grath.plots import plot_training
-    from grath.settings import PAPERS_BATCH
     from grath.trainer import GrathDPOTrainer, lora_config, print_once
 
     start = time.monotonic()

@@ -96,12 +96,9 @@ TAIL="arcc_num_${NUM_QUERY}_useGT_$(flag "$USE_GT")_useFS_$(flag "$USE_FS")"
 settings=()
 for name in MODEL_NAME_OR_PATH MODEL_TYPE SEED REFERENCE NUM_QUERY DATA_PATH DATA_NAME SUBDATA_NAME SPLIT USE_FS USE_GT DEMOS \
     MAX_NEW_TOKENS PAIRS_PRECISION MAX_STEPS WARMUP_STEPS LEARNING_RATE BETA MAX_LENGTH DPO_PRECISION \
-    EVAL_PRECISION LIMIT BACKEND CHAT_TEMPLATE; do
+    EVAL_PRECISION LIMIT BACKEND CHAT_TEMPLATE DPO_BATCH_SIZE NUM_PROCESSES GRADIENT_ACCUMULATION_STEPS; do
     settings+=("$name=${!name}")
 done
-# Of batch, accumulation and GPUs only the pairs of a step matter, so a run can go on with other ones that make as many.
-together=$((DPO_BATCH_SIZE * NUM_PROCESSES))
-settings+=("EFFECTIVE_BATCH=$((together * ${GRADIENT_ACCUMULATION_STEPS:-$((together < 16 ? 16 / together : 1))}))")
 echo "GRATH: $ROUNDS round(s) in $RUN, reference $REFERENCE, tasks: ${TASKS:-none}"
 printf '  %s\n' "${settings[@]}"
 
@@ -230,6 +227,9 @@ for ((i = 0; i < ROUNDS; i++)); do
     evaluate "$((i + 1))" "$model"
     if [[ $DRY_RUN == 0 && $CHECK == 0 && ! $RUN/report.md -nt $RUN/manifest.json ]]; then run python -m grath.report -- "$RUN"; fi
 done
+if [[ $DRY_RUN == 0 && $CHECK == 0 ]]; then
+    echo "Done: look at $RUN/report.md for every round; the last model is the LoRA adapter $model"
+fi
 if [[ $CHECK == 1 && $DRY_RUN == 0 ]]; then
     checked=(--model "$MODEL_NAME_OR_PATH" --num_query "$NUM_QUERY" --max_steps "$MAX_STEPS" --save_steps "$SAVE_STEPS")
     if [[ -n $DATA_PATH ]]; then

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 BAD_INPUT = 2
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PAPERS_BATCH = 16
 LONGEST_LINE = 1_000_000
 # What each number may be at least and at most.
 RANGES = {
@@ -96,6 +98,11 @@ def check_ranges(values):
             raise UserError(f"--{name} must be from {least:.10g} to {most:.10g}, not {value}")
 
 
+def papers_accumulation(batch, processes):
+    """Forward passes of `batch` pairs on each of the processes that make the paper's 16 pairs, or the next below it."""
+    return max(1, PAPERS_BATCH // (batch * processes))
+
+
 def run(main):
     """Run a script's `main` and exit with its status.
 
@@ -110,7 +117,7 @@ def run(main):
     die_with_loop()
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _end)
+            signal.signal(number, end)
     try:
         status = main() or 0
     except UserError as error:
@@ -134,7 +141,10 @@ def run(main):
     sys.exit(status)
 
 
-def _end(number, frame):
+def end(number, frame):
+    """A handler that turns the first signal into `Ended`; a second one must not stop the first one's work."""
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     raise Ended(number)
 
 

@@ -112,7 +112,7 @@ def load_model(name, precision, trainable=False):
         options["dtype"] = torch.float16 if precision == "int8" and not trainable else _compute_dtype()
         options["quantization_config"] = _quantization(precision)
         options["device_map"] = {"": PartialState().device}
-    _check_weights(base)
+    check_weights(base)
     model = _load(AutoModelForCausalLM, base, "model", **options)
     if precision in DTYPES:
         model = model.to(PartialState().device)
@@ -132,13 +132,22 @@ def check_model(name):
 
     base = split_adapter(name)[0]
     _load(AutoConfig, base, "model")
-    _check_weights(base)
+    check_weights(base)
 
 
-def _check_weights(base):
+def check_weights(base):
+    """Raise `UserError` if `base` is a model folder without weights as safetensors, or with some of them only."""
     folder = Path(base)
+    index = folder / "model.safetensors.index.json"
     if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{base} holds no weights as safetensors, and pickled ones are not read: convert them first")
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise UserError(
+                f"{base} lacks {len(missing)} of {len(shards)} weight files, {missing[0]} first: fetch them again"
+            )
 
 
 def fingerprint(name, prompts, precision, max_new_tokens):

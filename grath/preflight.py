@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grath.cli import ROOT, Parser, UserError, check_writable, first_line, in_root, positive_int, run
-from grath.models import DTYPES, resolve_precision, split_adapter
+from grath.models import DTYPES, check_weights, resolve_precision, split_adapter
 from grath.questions import PROJECT, load_hub_split, load_questions
 
 # Bytes a parameter in memory.
@@ -72,9 +72,9 @@ def read_model(name):
     """A model's configuration and size: (what to print, config dict, parameters)."""
     base = split_adapter(name)[0]
     folder = Path(base)
+    check_weights(base)
     try:
         if folder.is_dir():
-            _check_shards(folder)
             config, parameters = folder / "config.json", _parameters(folder)
         else:
             from huggingface_hub import get_safetensors_metadata, hf_hub_download
@@ -86,15 +86,6 @@ def read_model(name):
     except Exception as error:  # the hub client raises many kinds
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
-
-
-def _check_shards(folder):
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            raise FileNotFoundError(f"{len(missing)} of {len(shards)} weight files are missing, {missing[0]} first")
 
 
 def _parameters(folder):

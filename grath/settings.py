@@ -5,15 +5,8 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from grath.cli import UserError, check_ranges
+from grath.cli import UserError, check_ranges, papers_accumulation
 from grath.models import DTYPES, PRECISIONS, resolve_precision
-
-PAPERS_BATCH = 16
-
-
-def papers_accumulation(batch, processes):
-    """Forward passes of `batch` pairs on each of the processes that make the paper's 16 pairs, or the next below it."""
-    return max(1, PAPERS_BATCH // (batch * processes))
 
 
 @dataclass

@@ -10,6 +10,7 @@ outputs were made from these inputs and are as they were; it ends with the comma
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,11 +21,23 @@ from pathlib import Path
 
 from grath import manifest as manifests
 from grath.chat import MODEL_TYPES
-from grath.cli import RANGES, Ended, Parser, UserError, check_ranges, check_writable, die_with_loop, run
+from grath.cli import (
+    RANGES,
+    SIGNALS,
+    Ended,
+    Parser,
+    UserError,
+    check_ranges,
+    check_writable,
+    die_with_loop,
+    end,
+    papers_accumulation,
+    run,
+)
 from grath.models import DTYPES, PRECISIONS, resolve_precision
 from grath.questions import PROJECT
 
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+BATCH = {"DPO_BATCH_SIZE", "NUM_PROCESSES", "GRADIENT_ACCUMULATION_STEPS"}
 SECONDS_TO_END = 15
 AGAIN = "start the same command again to go on from here"
 
@@ -72,8 +85,16 @@ def check_values(settings):
 
 
 def settle(settings):
-    """The settings as they are compared: `auto` as what it means on this machine, places in the project without it."""
-    settled = dict(settings)
+    """The settings as they are compared.
+
+    `auto` is what it means on this machine, and places in the project are given without it. Of batch, accumulation and
+    GPUs only the pairs of a step matter, so a run can go on with other ones that make as many.
+    """
+    settled = {name: value for name, value in settings.items() if name not in BATCH}
+    if settings.keys() >= BATCH:
+        batch, processes = int(settings["DPO_BATCH_SIZE"]), int(settings["NUM_PROCESSES"])
+        accumulation = int(settings["GRADIENT_ACCUMULATION_STEPS"] or papers_accumulation(batch, processes))
+        settled["EFFECTIVE_BATCH"] = str(batch * processes * accumulation)
     for name, stage in (("PAIRS_PRECISION", "pairs"), ("DPO_PRECISION", "dpo"), ("EVAL_PRECISION", "scores")):
         if settings.get(name) == "auto":
             settled[name] = resolve_precision("auto", stage)
@@ -117,7 +138,7 @@ def stage(args):
     for number in SIGNALS:
         # The shell lets its background processes ignore SIGINT; what the user has made the run ignore (nohup) stays so.
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _raise)
+            signal.signal(number, end)
     manifest = manifests.read(folder)
     if manifest is None:
         raise UserError(f"{folder / manifests.NAME} has gone since this start began: {AGAIN}")
@@ -135,7 +156,7 @@ def stage(args):
         if entry["outcome"] != "done":
             finish(folder, manifest, entry, outputs, "done")
         return 0
-    print(f"== {title}", flush=True)
+    print(f"== {title}{how_long(manifest, args.stage)}", flush=True)
     entry |= {"command": command, "inputs": inputs, "settings": manifest["settings"]}
     entry |= {"seed": manifest["settings"].get("SEED"), "versions": manifests.versions(), "commit": manifests.commit()}
     entry |= {"starts": entry["starts"] + 1, "outcome": "started"}
@@ -160,6 +181,15 @@ def stage(args):
         return status
     finish(folder, manifest, entry, outputs, "done")
     return 0
+
+
+def how_long(manifest, name):
+    """In words, what the stage took in the round before, else what `STAGE_SECONDS` ("pairs=40 dpo=80") says of it."""
+    seconds = dict(re.findall(r"(\w+)=(\d+)", os.environ.get("STAGE_SECONDS", ""))).get(name)
+    for entry in manifest["stages"]:
+        if entry["stage"] == name and entry["outcome"] == "done":
+            seconds = entry["seconds"]
+    return f" (about {float(seconds):.0f} s)" if seconds else ""
 
 
 def what_is_there(folder, entry, inputs, outputs):
@@ -253,12 +283,6 @@ def _send(method):
 
     with contextlib.suppress(psutil.NoSuchProcess):
         method()
-
-
-def _raise(number, frame):
-    for other in SIGNALS:  # a second one must not stop the first one's work
-        signal.signal(other, signal.SIG_IGN)
-    raise Ended(number)
 
 
 def main():

@@ -317,7 +317,7 @@ def test_two_processes_train_the_same(tiny_llama, pair_file, tmp_path):
 
 @pytest.mark.parametrize(("batch", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (8, 2, 1), (4, 8, 1), (16, 1, 1)])
 def test_accumulation_keeps_the_papers_batch(batch, processes, expected):
-    from grath.settings import papers_accumulation
+    from grath.cli import papers_accumulation
 
     assert papers_accumulation(batch, processes) == expected
 

@@ -62,7 +62,9 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
     second = json.loads((run / "models" / f"iter_2_{tail}" / "grath.json").read_text())
     assert f"models/iter_1_{tail}" in second["policy_starts_from"]
     lines = done.stdout.splitlines()
-    assert lines[-1] == f"The run's folder: {run}"
+    model = f"{run}/models/iter_2_{tail}"
+    assert lines[-1] == f"Done: look at {run}/report.md for every round; the last model is the LoRA adapter {model}"
+    assert re.search(r"^== round 2: M_1 writes pairs \(about \d+ s\)$", done.stdout, re.MULTILINE)
     assert [line.split()[0] for line in lines if line.startswith("M_")] == ["M_0", "M_1", "M_0", "M_1", "M_2"]
     assert "were not passed to `accelerate launch`" not in done.stderr
 
@@ -176,6 +178,27 @@ def test_a_check_names_everything_that_is_missing(tiny_llama, tmp_path):
     assert "FAIL  data: Rowan/hellaswag: " in done.stdout
     done = call("run_llama2.sh", env={**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
     assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
+
+
+def test_a_check_and_the_stages_ask_for_the_same_weights(tiny_llama, tmp_path):
+    from grath.cli import UserError
+    from grath.models import check_weights
+    from grath.preflight import read_model
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    assert read_model(str(model))[2] > 10_000
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    for look in (check_weights, read_model):
+        with pytest.raises(UserError, match="lacks 1 of 2 weight files, model-00002-of-00002.safetensors first"):
+            look(str(model))
+    (model / "model.safetensors.index.json").unlink()
+    (model / "model-00001-of-00002.safetensors").rename(model / "pytorch_model.bin")
+    for look in (check_weights, read_model):
+        with pytest.raises(UserError, match="holds no weights as safetensors"):
+            look(str(model))
 
 
 @pytest.mark.parametrize("big", [False, True])

@@ -54,6 +54,16 @@ def entries(run):
     return {entry["stage"]: entry for entry in json.loads((run / "manifest.json").read_text())["stages"]}
 
 
+def test_a_stage_says_how_long_it_will_take(run):
+    told = {"STAGE_SECONDS": "b=7 a=40"}
+    for number, expected in enumerate(("== a (about 40 s)\n", "== a (about 2 s)\n")):
+        done = call(
+            *command_of(run, "a", f"sleep 1.6; echo >f{number}", [f"f{number}"], number=number), cwd=run, env=told
+        )
+        assert expected in done.stdout
+    assert "== c\n" in stage(run, "c", "echo >c", ["c"]).stdout
+
+
 def test_a_stage_runs_once(run):
     for _ in range(2):
         stage(run, "a", "echo x >>f", ["f"])
@@ -212,10 +222,15 @@ def test_auto_is_kept_as_what_it_means_here(monkeypatch):
         assert tuple(settle(dict.fromkeys(names, "auto")).values()) == precisions
 
 
-@pytest.mark.parametrize(("processes", "batch"), [("1", 16), ("2", 16), ("3", 12), ("8", 32)])
-def test_of_batch_and_gpus_only_the_pairs_of_a_step_matter(processes, batch):
-    done = call("run_llama2.sh", env={"NUM_PROCESSES": processes, "DRY_RUN": "1"})
-    assert f"  EFFECTIVE_BATCH={batch}\n" in done.stdout
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "batch"),
+    [("1", "", "16"), ("2", "", "16"), ("3", "", "12"), ("8", "", "32"), ("2", "3", "24")],
+)
+def test_of_batch_and_gpus_only_the_pairs_of_a_step_matter(processes, accumulation, batch):
+    settings = {"DPO_BATCH_SIZE": "4", "NUM_PROCESSES": processes, "GRADIENT_ACCUMULATION_STEPS": accumulation}
+    assert settle(settings) == {"EFFECTIVE_BATCH": batch}
+    done = call("run_llama2.sh", env={**settings, "DRY_RUN": "1"})
+    assert [f"  {name}={value}\n" in done.stdout for name, value in settings.items()] == [True] * 3
 
 
 def test_a_job_that_slurm_starts_again_is_not_fresh(tmp_path):
