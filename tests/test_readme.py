@@ -81,6 +81,9 @@ def test_the_table_of_settings_names_settings_of_the_loop():
     loop = (PROJECT / "run_grath.sh").read_text()
     assert len(names) > 15
     assert [name for name in names if f"{name}=" not in loop] == []
+    of_the_loop = re.findall(r'^([A-Z_]{4,})="\$\{\1', loop, re.MULTILINE)
+    assert len(of_the_loop) > 25
+    assert set(of_the_loop) - set(names) == set()
 
 
 def test_the_lines_of_the_troubleshooting_table_are_in_the_code():
@@ -100,3 +103,12 @@ def test_the_functions_that_the_method_names_exist():
     names = [name for name in names if name not in ("rolling", "fixed", "DPOTrainer")]
     assert len(names) > 15
     assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
+
+
+def test_every_module_has_its_place_in_the_layout():
+    text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (PROJECT / "grath").glob("*.py")} - {"__init__.py"}
+    assert modules == set(re.findall(r"`(\w+\.py)`", text)) & modules
+    named = re.findall(r"`((?:tests|benchmarks|grath|docs)/[\w.]+|\w+\.(?:py|sh))`", text)
+    assert len(named) > 25
+    assert [name for name in named if not any((PROJECT / folder / name).is_file() for folder in ("", "grath"))] == []
