@@ -132,15 +132,15 @@ def ask(model, tokenizer, prompts, indices, args, path, settings, done_before):
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from grath.generation import generate, generate_plainly
-    from grath.shared_prefix import unsupported
+    from grath.generation import generate, generate_plainly, way_to_generate
 
     state = PartialState()
     own = [prompts[i] for i in indices]
-    engine = args.engine
-    reason = unsupported(model, max(map(len, own)) + args.max_new_tokens) if engine == "shared_prefix" else None
+    way, reason = way_to_generate(model, own, args.max_new_tokens)
+    if args.engine == "generate":
+        way, reason = generate_plainly, None
+    engine = "shared_prefix" if way is generate else "generate"
     if reason:
-        engine = "generate"
         state.print(f"This model goes through plain batched generation: {reason}")
     state.print(f"Asking {len(own)} questions ({engine}, {model.device}, batches of {args.batch_size})")
     replies, parsed, tokens = {}, 0, 0
@@ -159,8 +159,7 @@ def ask(model, tokenizer, prompts, indices, args, path, settings, done_before):
             bar.update()
 
         start = time.monotonic()
-        run_engine = generate if engine == "shared_prefix" else generate_plainly
-        run_engine(model, own, args.max_new_tokens, args.batch_size, stop_ids(model, tokenizer), done)
+        way(model, own, args.max_new_tokens, args.batch_size, stop_ids(model, tokenizer), done)
     return replies
 
 

@@ -16,7 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grath.chat import MODEL_TYPES, template_for
-from grath.cli import PAPERS_BATCH, HelpFormatter, OneLineErrors, UserError, check_ranges, check_writable, run
+from grath.cli import (
+    LORA_ALPHA,
+    LORA_DROPOUT,
+    LORA_R,
+    PAPERS_BATCH,
+    HelpFormatter,
+    OneLineErrors,
+    UserError,
+    check_ranges,
+    check_writable,
+    run,
+)
 from grath.models import ADAPTER, load_model, load_tokenizer, sha256, split_adapter
 from grath.pairs import read_pairs
 from grath.questions import KEYED_SETS, keyed_pairs, load_hub_split
@@ -43,10 +54,10 @@ class ScriptArguments:
     model_type: str = field(
         default="auto", metadata={"help": "chat tags; auto: the tokenizer's chat template", "choices": MODEL_TYPES}
     )
-    lora_r: int = field(default=8, metadata={"help": "rank of the LoRA matrices"})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA's scale is lora_alpha / lora_r"})
+    lora_r: int = field(default=LORA_R, metadata={"help": "rank of the LoRA matrices"})
+    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "LoRA's scale is lora_alpha / lora_r"})
     lora_dropout: float = field(
-        default=0.05, metadata={"help": "recorded, and active with --no_disable_dropout only, as in TRL"}
+        default=LORA_DROPOUT, metadata={"help": "recorded, and active with --no_disable_dropout only, as in TRL"}
     )
     sanity_check: bool = field(default=False, metadata={"help": "train on the first 1000 pairs only"})
     num_sample: int | None = field(default=None, metadata={"help": "train on the first N pairs only"})

@@ -2,7 +2,8 @@
 # Stage 4 of GRATH: Open LLM Leaderboard scores through lm-evaluation-harness.
 #
 #   ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]   score a hub name, a model folder or a LoRA adapter's folder
-#   ./evaluation.sh                                 score the newest run's rounds that have no scores yet
+#   ./evaluation.sh                                 score the newest run's rounds that have no scores yet; what is not
+#                                                   set is then as in that run: PRECISION, LIMIT, BACKEND, CHAT_TEMPLATE
 #
 # Environment:
 #   TASKS          tasks, separated by blanks    (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
@@ -22,6 +23,7 @@ if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 export LMEVAL_LOG_LEVEL="${LMEVAL_LOG_LEVEL:-WARNING}"
 
+given=" ${PRECISION+PRECISION} ${LIMIT+LIMIT} ${BACKEND+BACKEND} ${CHAT_TEMPLATE+CHAT_TEMPLATE} "
 TASKS="${TASKS-arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2}"
 BATCH_SIZE="${BATCH_SIZE:-16}"
 PRECISION="${PRECISION:-auto}"
@@ -126,7 +128,7 @@ if (($# > 2)); then usage "too many arguments"; fi
 if (($# > 0)); then
     if [[ -z $1 || $1 == -* ]]; then usage "'$1' is no model"; fi
     name=${1%/}
-    output=${2:-results/${name##*/}}
+    output=${2:-scores/${name##*/}}
     score "$1" "$output"
     if [[ $DRY_RUN != 1 ]]; then
         python -m grath.report -- "$output"
@@ -140,6 +142,10 @@ trap 'rm -f -- "$list"' EXIT
 python -m grath.report --pending --tasks "${tasks[@]}" -- "$RUNS_DIR" >"$list"
 {
     IFS= read -r -d '' run <&3
+    for name in PRECISION LIMIT BACKEND CHAT_TEMPLATE; do
+        IFS= read -r -d '' value <&3
+        if [[ $given != *" $name "* && -n $value ]]; then printf -v "$name" %s "$value"; fi
+    done
     if [[ $DRY_RUN != 1 ]]; then
         # The loop must not be at work in the same folder.
         exec 9<>"$(dirname -- "$run")/.${run##*/}.lock"

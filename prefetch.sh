@@ -33,4 +33,6 @@ for name in "${models[@]}"; do
     fetch model "$name" --include "*.safetensors" --include "*.json" --include "*.model" --include "*.txt" \
         --include "*.jinja"
 done
-echo "Fetched ${#DATASETS[@]} data sets and ${#models[@]} model(s) to $folder; next: DATASETS_ROOT=$folder ./run_llama2.sh"
+if [[ $DRY_RUN != 1 ]]; then
+    echo "Fetched ${#DATASETS[@]} data sets and ${#models[@]} model(s) to $folder; next: DATASETS_ROOT=$folder ./run_*.sh"
+fi

@@ -23,7 +23,7 @@ fail() {
 }
 
 # An option's value may not look like an option.
-path() { if [[ $1 == -* ]]; then printf './%s.' "$1"; else printf '%s.' "$1"; fi; }
+no_option() { if [[ $1 == -* ]]; then printf './%s.' "$1"; else printf '%s.' "$1"; fi; }
 
 # The model and the run
 [[ -n ${MODEL_NAME_OR_PATH:-} ]] ||
@@ -48,7 +48,7 @@ USE_FS="${USE_FS:-1}"           # paper: with demonstrations
 USE_GT="${USE_GT:-0}"           # paper: without ground truth
 DEMOS="${DEMOS:-truthfulqa}"
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-100}"
-PAIRS_BATCH_SIZE="${PAIRS_BATCH_SIZE:-32}"
+PAIRS_BATCH_SIZE="${PAIRS_BATCH_SIZE:-64}"
 PAIRS_PRECISION="${PAIRS_PRECISION:-auto}"
 # DPO: the values of the paper's code
 MAX_STEPS="${MAX_STEPS:-1000}"
@@ -87,7 +87,7 @@ done
 flag() { if [[ $1 == 1 ]]; then echo True; else echo False; fi; }
 
 for name in MODEL_NAME_OR_PATH DATA_PATH RUNS_DIR DEMOS; do
-    value=$(path "${!name}") # with a dot behind it, since $() cuts line ends off
+    value=$(no_option "${!name}") # with a dot behind it, since $() cuts line ends off
     printf -v "$name" %s "${value%.}"
 done
 
@@ -187,6 +187,10 @@ if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulatio
 IFS=$' \t\n' read -r -d '' -a tasks <<<"$TASKS" || true
 demos="$HERE/demos/$DEMOS.json"
 if [[ ! -f $demos ]]; then demos=$DEMOS; fi
+if [[ $DRY_RUN == 0 ]]; then
+    [[ $USE_FS == 0 || -f $demos ]] || fail "DEMOS: there is no set or file '$DEMOS'"
+    [[ -z $DATA_PATH || -f $DATA_PATH ]] || fail "DATA_PATH: there is no file '$DATA_PATH'"
+fi
 asked=()
 if [[ -n $DATA_PATH ]]; then asked+=("--input=$DATA_PATH"); else asked+=("--data=$DATA_NAME"); fi
 if [[ $USE_FS == 1 ]]; then asked+=("--input=$demos"); fi
@@ -228,7 +232,7 @@ for ((i = 0; i < ROUNDS; i++)); do
     if [[ $DRY_RUN == 0 && $CHECK == 0 && ! $RUN/report.md -nt $RUN/manifest.json ]]; then run python -m grath.report -- "$RUN"; fi
 done
 if [[ $DRY_RUN == 0 && $CHECK == 0 ]]; then
-    echo "Done: look at $RUN/report.md for every round; the last model is the LoRA adapter $model"
+    echo "Done: look at $RUN/report.md for every round; M_$ROUNDS is the LoRA adapter $model"
 fi
 if [[ $CHECK == 1 && $DRY_RUN == 0 ]]; then
     checked=(--model "$MODEL_NAME_OR_PATH" --num_query "$NUM_QUERY" --max_steps "$MAX_STEPS" --save_steps "$SAVE_STEPS")

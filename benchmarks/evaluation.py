@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from grath.cli import Parser, positive_int, run  # noqa: E402
+from grath.cli import PROJECT, Parser, positive_int, run  # noqa: E402
 from grath.harness import model_args, register  # noqa: E402
 from grath.models import DTYPES  # noqa: E402
-from grath.questions import PROJECT, load_questions  # noqa: E402
+from grath.questions import load_questions  # noqa: E402
 
 TASKS = {
     "truthfulqa": (["truthfulqa_mc1", "truthfulqa_mc2"], 0),

@@ -3,8 +3,8 @@
     python benchmarks/generation.py --model models/smollm2 --dtype fp32 --num_query 32 --batch_size 32
 
 `one`: `model.generate`, one question at a time. `padded`: batches of whole prompts. `copied`: batches that start from a
-copy of the demonstrations' key-value cache. `engine`: `grath.shared_prefix`. With `--gguf` and the package
-llama_cpp, also llama.cpp, one question at a time. Ratios and identical outputs are against `one`.
+copy of the demonstrations' key-value cache. `engine`: `grath.shared_prefix`.
+Ratios and identical outputs are against `one`.
 """
 
 import gc
@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grath.chat import MODEL_TYPES, prompt_ids, template_for  # noqa: E402
-from grath.cli import Parser, positive_int, run  # noqa: E402
+from grath.cli import PROJECT, Parser, positive_int, run  # noqa: E402
 from grath.models import PRECISIONS, load_model, load_tokenizer, resolve_precision, stop_ids  # noqa: E402
-from grath.questions import PROJECT, build_messages, load_demos, load_questions  # noqa: E402
+from grath.questions import build_messages, load_demos, load_questions  # noqa: E402
 
 WAYS = ("one", "padded", "copied", "engine")
 
@@ -98,22 +98,6 @@ def _generate(model, prompts, settings, prefix_length=0, cache=None):
     return [until_stop(completion, stops) for completion in output[:, longest:].tolist()]
 
 
-def llama_cpp(gguf, prompts, settings):
-    """llama.cpp on a GGUF file, one stream; it keeps the prompt's common beginning by itself."""
-    from llama_cpp import Llama
-
-    model = Llama(str(gguf), n_ctx=max(map(len, prompts)) + settings["max_new_tokens"], verbose=False)
-    completions = []
-    for prompt in prompts:
-        completion = []
-        for token in model.generate(prompt, temp=0.0, top_k=1):
-            if token in settings["stop_ids"] or len(completion) == settings["max_new_tokens"]:
-                break
-            completion.append(token)
-        completions.append(completion)
-    return completions
-
-
 def reset_peak():
     """Start a new measurement of the peak memory, where the system allows it."""
     import torch
@@ -146,7 +130,6 @@ def main():
     add("--data_name", help="hub data set in ARC's schema; if left out, the bundled questions")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat tags")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to compare")
-    add("--gguf", type=Path, help="a GGUF file of the same model, for llama.cpp")
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.model)
@@ -163,15 +146,14 @@ def main():
         f"{'way':10}{'batch':>6}{'seconds':>9}{'questions/s':>13}{'tokens/s':>10}{'extra MB':>10}{'ratio':>8}"
         f"{'identical':>11}"
     )
-    streams = [way for way in args.ways if way == "one"] + (["llama_cpp"] if args.gguf else [])
+    streams = [way for way in args.ways if way == "one"]
     batched = [way for way in args.ways if way != "one"]
     first, speed = None, {}
     for way, size in [(way, 1) for way in streams] + [(way, size) for size in args.batch_size for way in batched]:
-        model_or_file = args.gguf if way == "llama_cpp" else model
         reset_peak()
         before = peak_bytes()
         start = time.perf_counter()
-        output = globals()[way](model_or_file, prompts, {**settings, "batch_size": size})
+        output = globals()[way](model, prompts, {**settings, "batch_size": size})
         seconds = time.perf_counter() - start
         speed[way, size] = len(prompts) / seconds
         first = first or (output, speed[way, size])

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generation import peak_bytes  # noqa: E402
 
 from grath.chat import template_for  # noqa: E402
-from grath.cli import Parser, UserError, positive_int, run  # noqa: E402
+from grath.cli import PROJECT, Parser, UserError, positive_int, run  # noqa: E402
 from grath.models import DTYPES, float32_products, load_model, load_tokenizer  # noqa: E402
 from grath.pairs import read_pairs  # noqa: E402
-from grath.questions import KEYED_SETS, PROJECT, keyed_pairs  # noqa: E402
+from grath.questions import KEYED_SETS, keyed_pairs  # noqa: E402
 
 WAYS = ("trl", "second_model", "ours")
 

@@ -16,7 +16,10 @@ from pathlib import Path
 
 BAD_INPUT = 2
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PROJECT = Path(__file__).resolve().parent.parent
+# The paper's values that more than one stage needs.
 PAPERS_BATCH = 16
+LORA_R, LORA_ALPHA, LORA_DROPOUT = 8, 16, 0.05
 LONGEST_LINE = 1_000_000
 # What each number may be at least and at most.
 RANGES = {
@@ -179,6 +182,7 @@ TROUBLES = (
         "the memory is full: take a smaller --batch_size (--per_device_train_batch_size); in the loop "
         "PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE, which can change in the middle of a run",
     ),
+    (("ModuleNotFoundError: No module named",), "pip install -r requirements.txt"),
     (
         ("CUDA error", "No CUDA GPUs are available", "NVIDIA driver", "CUDA-capable device", "invalid device ordinal"),
         "the GPU cannot be used: look at nvidia-smi, CUDA_VISIBLE_DEVICES and the number of processes",

@@ -4,10 +4,16 @@ from collections import deque
 
 import torch
 
-from grath.shared_prefix import common_prefix, engine_attention, project, start_rows
+from grath.shared_prefix import common_prefix, engine_attention, project, start_rows, unsupported
 
 # Prompts read together when rows become free.
 READ_AT_ONCE = 16
+
+
+def way_to_generate(model, prompts, max_new_tokens):
+    """`generate` and None, or `generate_plainly` and the reason why this model cannot go the faster way."""
+    reason = unsupported(model, max(map(len, prompts)) + max_new_tokens)
+    return (generate_plainly if reason else generate), reason
 
 
 @torch.inference_mode()

@@ -141,7 +141,7 @@ def describe(arguments):
     check_model(args.model)
     options = model_args(args.model, args.precision)
     print(json.dumps(options))
-    # Folders are known by what is in them, so that they can be moved.
+    # A local model is known by its weight files, not by its place, so that it can be moved.
     base, adapter = split_adapter(args.model)
     weights = f"weights={hash_of(weight_files(base))[:16]}" if Path(base).is_dir() else f"model={base}"
     weights += f" adapter={sha256(Path(adapter) / ADAPTER)[:16]}" if adapter else ""

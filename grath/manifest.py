@@ -11,9 +11,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from grath.cli import UserError, in_root, write_whole
+from grath.cli import PROJECT, UserError, in_root, write_whole
 from grath.models import ADAPTER, RECORD, sha256, split_adapter
-from grath.questions import PROJECT
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -80,7 +79,10 @@ def begin(run, settings, inputs, data=()):
     for name in sorted(settings.keys() | manifest["settings"].keys()):
         was, now = (values.get(name, "") for values in (manifest["settings"], settings))
         if was != now and MATTERS_FROM.get(name, "") in ("", *reached):
-            raise UserError(f"{run} holds a run with {name}={was}, not {now}: {WAYS_ON}")
+            shown = (
+                "DPO_BATCH_SIZE x NUM_PROCESSES x GRADIENT_ACCUMULATION_STEPS" if name == "EFFECTIVE_BATCH" else name
+            )
+            raise UserError(f"{run} holds a run with {shown}={was}, not {now}: {WAYS_ON}")
     before = manifest["inputs"]
     present = hashes(run, inputs, manifest["known"], data)
     names = before.keys() & present.keys()
@@ -95,7 +97,8 @@ def begin(run, settings, inputs, data=()):
 
 def _anything_made(run):
     """Whether a first stage has made something, so that a start with a wrong setting can be followed by a right one."""
-    return any(path.is_file() for path in Path(run).rglob("*") if path.name not in (NAME, "settings.txt"))
+    files = [path.name for path in Path(run).rglob("*") if path.is_file()]
+    return any(name not in (NAME, "settings.txt") and not name.endswith(".tmp") for name in files)
 
 
 def hashes(run, names, known=None, data=()):

@@ -22,7 +22,7 @@ def plot_iterations(rows, *paths):
         )
         if where[0] == 0:
             axes.axhline(heights[0], linestyle="--", linewidth=1, alpha=0.6, color=line[0].get_color())
-    axes.set(xlabel="round", ylabel="percent", xticks=range(len(rows)), title="Scores; dashed: the base model")
+    axes.set(xlabel="round", ylabel="percent", title="Scores; dashed: the base model")
     axes.set_xticks(range(len(rows)), [name.split()[0] for name, _ in rows])
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -13,16 +13,15 @@ import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from grath.cli import ROOT, Parser, UserError, check_writable, first_line, in_root, positive_int, run
+from grath.cli import LORA_R, PROJECT, ROOT, Parser, UserError, check_writable, first_line, in_root, positive_int, run
 from grath.models import DTYPES, check_weights, resolve_precision, split_adapter
-from grath.questions import PROJECT, load_hub_split, load_questions
+from grath.questions import load_hub_split, load_questions
 
 # Bytes a parameter in memory.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "nf4": 0.6, "fp4": 0.6}
 # Beside the weights: caches, activations, gradients of the LoRA matrices.
 ROOM = 2e9
 SLOW_ON_A_CPU = 2e9
-LORA_R = 8
 PAIR = 500
 SCORES = 100_000
 SETS = {

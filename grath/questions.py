@@ -8,9 +8,8 @@ import random
 import sys
 from pathlib import Path
 
-from grath.cli import UserError, first_line, in_root, read_json_lines, trouble
+from grath.cli import PROJECT, UserError, first_line, in_root, read_json_lines, trouble
 
-PROJECT = Path(__file__).resolve().parent.parent
 DEMO_FIELDS = ("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect")
 
 # The sets whose key tells the chosen answer: name on the command line -> (hub name, configuration, split).

@@ -117,7 +117,7 @@ def compare(run_dirs):
     """Write comparison.md and comparison.png of several runs beside the first; the text for the terminal."""
     from tabulate import tabulate
 
-    folder, parts, rows, curves = Path(run_dirs[0]).resolve().parent, ["# Runs compared"], [], {}
+    folder, parts, rows, bases, curves = Path(run_dirs[0]).resolve().parent, ["# Runs compared"], [], [], {}
     manifests = {run_dir: read_manifest(run_dir) or {"settings": {}} for run_dir in run_dirs}
     names = {name for manifest in manifests.values() for name in manifest["settings"]}
     differing = [name for name in sorted(names) if len({m["settings"].get(name) for m in manifests.values()}) > 1]
@@ -126,7 +126,9 @@ def compare(run_dirs):
         found = rounds(run_dir)
         own = score_rows(found)
         curves[run_dir.name] = own
-        rows += [(f"{run_dir.name}: {name}", scores) for name, scores in (own if not rows else own[1:])]
+        bases.append(own[0][1])
+        shown = own if own[0][1] not in bases[:-1] else own[1:]
+        rows += [(f"{run_dir.name}: {name}", scores) for name, scores in shown]
         for number, row in found.items():
             if row["pairs"]:
                 cells = [row["pairs"][key] for key in ("asked", "parsed", "identical", "distance", "probe")]
@@ -135,7 +137,9 @@ def compare(run_dirs):
     settings = [
         [Path(run_dir).name, *(m["settings"].get(name) for name in differing)] for run_dir, m in manifests.items()
     ]
-    parts += [tabulate(settings, header, tablefmt="github", disable_numparse=True), table(rows, "github"), footer(rows)]
+    one_base = all(base == bases[0] for base in bases)
+    parts += [tabulate(settings, header, tablefmt="github", disable_numparse=True)]
+    parts += [table(rows, "github", differences=one_base), footer(rows)]
     header = ["run", "pairs by", "asked", "parsed", "identical", "distance", "probe"]
     parts.append(tabulate(facts, header, tablefmt="github", missingval="-", floatfmt=".3f"))
     files = ["comparison.md"]
@@ -144,7 +148,8 @@ def compare(run_dirs):
         parts.append("![scores of the runs against rounds](comparison.png)")
         files.append("comparison.png")
     write_whole(folder / "comparison.md", "\n\n".join(part for part in parts if part) + "\n")
-    return "\n".join([table(rows), footer(rows), f"Wrote {' and '.join(files)} in {folder}"])
+    shown = table(rows, differences=one_base)
+    return "\n".join([shown, footer(rows), f"Wrote {' and '.join(files)} in {folder}"])
 
 
 def write_report(run_dir):
@@ -244,7 +249,8 @@ def main():
     parser.add_argument(
         "--pending",
         action="store_true",
-        help="print the newest run, then model and results folder of its rounds without scores, each ended by a NUL",
+        help="print the newest run, its EVAL_PRECISION, LIMIT, BACKEND and CHAT_TEMPLATE, then model and results "
+        "folder of its rounds without scores, each ended by a NUL",
     )
     parser.add_argument("--tasks", nargs="+", default=[], help="the scores that --pending asks for")
     args = parser.parse_args()
@@ -257,12 +263,13 @@ def main():
     elif args.pending:
         run_dir, models = pending(folder, args.tasks)
         print(f"newest run: {run_dir}, {len(models)} round(s) without scores", file=sys.stderr)
-        print(run_dir, end="\0")
+        settings = (read_manifest(run_dir) if (run_dir / MANIFEST).is_file() else {"settings": {}})["settings"]
+        values = [settings.get(name, "") for name in ("EVAL_PRECISION", "LIMIT", "BACKEND", "CHAT_TEMPLATE")]
+        print(run_dir, *values, sep="\0", end="\0")
         for model, results in models:
             print(model, results, sep="\0", end="\0")
     elif (folder / "models").is_dir() or (folder / "data").is_dir():
         print(write_report(folder))
-        print(f"The run's folder: {folder}")
     else:
         scores = read_scores(folder)
         if not scores:

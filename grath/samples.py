@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 from grath.chat import MODEL_TYPES, prompt_ids, template_for
-from grath.cli import Parser, check_writable, read_json_lines, run, write_whole
+from grath.cli import PROJECT, Parser, check_writable, read_json_lines, run, write_whole
 from grath.models import PRECISIONS, load_model, load_tokenizer, resolve_precision, stop_ids
-from grath.questions import PROJECT
 
 BUNDLED = PROJECT / "data" / "truthfulness_mc.jsonl"
 # One question in twenty of the bundled set.
@@ -19,13 +18,12 @@ MAX_NEW_TOKENS = 60
 
 def answers(model, tokenizer, template, questions):
     """Greedy answers, as strings, to bare questions between the chat tags, as they stand in DPO's prompts."""
-    from grath.generation import generate, generate_plainly
-    from grath.shared_prefix import unsupported
+    from grath.generation import way_to_generate
 
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": question}], template) for question in questions]
-    run_engine = generate_plainly if unsupported(model, max(map(len, prompts)) + MAX_NEW_TOKENS) else generate
+    way, _ = way_to_generate(model, prompts, MAX_NEW_TOKENS)
     found = {}
-    run_engine(model, prompts, MAX_NEW_TOKENS, len(prompts), stop_ids(model, tokenizer), found.__setitem__)
+    way(model, prompts, MAX_NEW_TOKENS, len(prompts), stop_ids(model, tokenizer), found.__setitem__)
     return [tokenizer.decode(found[i], skip_special_tokens=True).strip() for i in range(len(prompts))]
 
 

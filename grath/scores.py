@@ -45,12 +45,12 @@ def read_scores(folder):
     return scores
 
 
-def table(rows, style="simple"):
+def table(rows, style="simple", differences=True):
     """A table of (name, scores) rows, a column a task: percent, standard error, and difference to the first row."""
     from tabulate import tabulate
 
     tasks = tasks_of(rows)
-    base = rows[0][1] if len(rows) > 1 else {}
+    base = rows[0][1] if differences and len(rows) > 1 else {}
     body = [[name, *(_cell(scores.get(task), base.get(task)) for task in tasks)] for name, scores in rows]
     header = ["model", *(TITLES.get(task, task) for task in tasks)]
     return tabulate(body, header, tablefmt=style, disable_numparse=True)

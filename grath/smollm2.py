@@ -10,9 +10,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from grath.cli import Parser, UserError, check_writable, run
-
-PROJECT = Path(__file__).resolve().parent.parent
+from grath.cli import PROJECT, Parser, UserError, check_writable, run
 
 
 def find_gguf():

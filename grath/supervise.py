@@ -2,9 +2,10 @@
 
     python -m grath.supervise begin RUN [--fresh] [--check] [--lock_fd 9] [--input FILE ...] -- NAME=VALUE ...
     python -m grath.supervise stage RUN --title TITLE --round N --stage NAME --output FILE ... -- COMMAND ...
+    python -m grath.supervise lock RUN --lock_fd 9
 
-The first takes the run's folder for these settings. The second runs the command unless the manifest records that its
-outputs were made from these inputs and are as they were; it ends with the command's status.
+The first takes the run's folder for these settings, the last only locks it. The second runs the command unless the
+manifest records that its outputs were made from these inputs and are as they were; it ends with the command's status.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from pathlib import Path
 from grath import manifest as manifests
 from grath.chat import MODEL_TYPES
 from grath.cli import (
+    PROJECT,
     RANGES,
     SIGNALS,
     Ended,
@@ -35,11 +37,10 @@ from grath.cli import (
     run,
 )
 from grath.models import DTYPES, PRECISIONS, resolve_precision
-from grath.questions import PROJECT
 
 BATCH = {"DPO_BATCH_SIZE", "NUM_PROCESSES", "GRADIENT_ACCUMULATION_STEPS"}
 SECONDS_TO_END = 15
-AGAIN = "start the same command again to go on from here"
+AGAIN = "start the same command again (without FRESH=1) to go on from here"
 
 
 def begin(args):
@@ -53,10 +54,12 @@ def begin(args):
     settings = settle(settings)
     if args.lock_fd is not None:
         lock(args.lock_fd, folder)
-    if args.fresh and not args.check and folder.exists():
+    if args.fresh and folder.exists():
         aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.old-{n}")).exists())
         folder.rename(aside)
         print(f"FRESH=1: the run that was in {folder} is in {aside} now")
+    if args.check and manifests.read(folder) is None:
+        return
     # Read before anything is made: a refused start touches nothing.
     manifest = manifests.begin(folder, settings, args.input, args.data)
     if args.check:
@@ -187,7 +190,7 @@ def how_long(manifest, name):
     """In words, what the stage took in the round before, else what `STAGE_SECONDS` ("pairs=40 dpo=80") says of it."""
     seconds = dict(re.findall(r"(\w+)=(\d+)", os.environ.get("STAGE_SECONDS", ""))).get(name)
     for entry in manifest["stages"]:
-        if entry["stage"] == name and entry["outcome"] == "done":
+        if entry["stage"] == name and entry.get("outcome") == "done" and entry["seconds"] >= 1:
             seconds = entry["seconds"]
     return f" (about {float(seconds):.0f} s)" if seconds else ""
 

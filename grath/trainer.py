@@ -1,6 +1,6 @@
 """TRL's DPO with the paper's settings, tokens from `grath.chat`, and a reference that is exactly the one asked for.
 
-Round i starts from model M_i, an adapter on the pretrained base M_0, and gives M_{i+1}. The reference is M_i itself
+Round i + 1 starts from model M_i, an adapter on the pretrained base M_0, and gives M_{i+1}. The reference is M_i itself
 (`rolling`) or M_0 (`fixed`); the policy starts from M_i in both. One copy of the base's weights serves policy and
 reference.
 """
@@ -19,7 +19,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from grath.chat import answer_ids
-from grath.cli import UserError
+from grath.cli import LORA_ALPHA, LORA_DROPOUT, LORA_R, UserError
 from grath.models import split_adapter
 from grath.shared_prefix import unsupported
 
@@ -217,7 +217,7 @@ def _answer_scores(hidden, labels, lm_head):
     )
 
 
-def lora_config(r=8, alpha=16, dropout=0.05):
+def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):
     """PEFT's `LoraConfig` with the paper's values: on the projections of q, k and v, without biases."""
     return LoraConfig(
         r=r,

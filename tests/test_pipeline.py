@@ -63,7 +63,7 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
     assert f"models/iter_1_{tail}" in second["policy_starts_from"]
     lines = done.stdout.splitlines()
     model = f"{run}/models/iter_2_{tail}"
-    assert lines[-1] == f"Done: look at {run}/report.md for every round; the last model is the LoRA adapter {model}"
+    assert lines[-1] == f"Done: look at {run}/report.md for every round; M_2 is the LoRA adapter {model}"
     assert re.search(r"^== round 2: M_1 writes pairs \(about \d+ s\)$", done.stdout, re.MULTILINE)
     assert [line.split()[0] for line in lines if line.startswith("M_")] == ["M_0", "M_1", "M_0", "M_1", "M_2"]
     assert "were not passed to `accelerate launch`" not in done.stderr
@@ -245,7 +245,10 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     run, settings, _ = copied
     (run / "results" / "iter_1" / "grath_mc2.json").unlink()
     kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
-    done = call("evaluation.sh", env={name: settings[name] for name in ("TASKS", "LIMIT", "RUNS_DIR")})
+    # What is not set is as in the run.
+    done = call("evaluation.sh", env={name: settings[name] for name in ("TASKS", "RUNS_DIR")})
+    limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
+    assert limited["effective"] == int(settings["LIMIT"])
     assert f"newest run: {run}, 1 round(s) without scores" in done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
     assert (run / "results" / "iter_1" / "grath_mc2.json").is_file()
@@ -295,11 +298,32 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
 
 
 @needs_hub
-def test_smollm2_on_arc_by_its_hub_name(tmp_path):
-    """With DATA_NAME set, the SmolLM2 preset asks that set's questions, and the scripts are found from any folder."""
-    env = {"DATA_NAME": "allenai/ai2_arc", "NUM_QUERY": "200", "RUNS_DIR": str(tmp_path), "DRY_RUN": "1"}
-    done = call("run_smollm2.sh", env={**env, "DATASETS_ROOT": str(HUB)}, cwd=tmp_path)
-    ask = next(line for line in done.stdout.splitlines() if "create_pair_responses.py" in line)
-    assert f"{PROJECT}/create_pair_responses.py" in ask
-    assert "--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in ask
-    assert "--data_path" not in ask
+@pytest.mark.slow
+def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
+    """As they stand in the README, on a tiny model: the first run for real, the other two as dry runs, their report."""
+    blocks = re.findall(r"^```\n(.*?)^```", (PROJECT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    settings, rolling, fixed, use_gt, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()
+    for name, value in {"NUM_QUERY": 6, "MAX_STEPS": 1, "WARMUP_STEPS": 0}.items():
+        settings, changed = re.subn(rf"\b{name}=\d+", f"{name}={value}", settings)
+        assert changed == 1
+    assert report == "python -m grath.report runs/rolling_seed_0 runs/fixed_seed_0 runs/useGT_seed_0"
+    runs = tmp_path / "runs"
+    script = f"set -e\n{settings}\n{rolling}\nDRY_RUN=1 {fixed}\nDRY_RUN=1 {use_gt}\n"
+    for name in ("fixed", "useGT"):
+        script += f"cp -r {runs}/rolling_seed_0 {runs}/{name}_seed_0\n"
+    env = {
+        "folder": str(HUB),
+        "MODEL_NAME_OR_PATH": str(tiny_llama),
+        "RUNS_DIR": str(runs),
+        "LIMIT": "2",
+        "ROUNDS": "1",
+    }
+    done = call("bash", "-c", script + report.replace("runs/", f"{runs}/"), env=env)
+    header = next(line for line in done.stdout.splitlines() if line.startswith("model"))
+    assert header.split() == ["model", "MC1", "MC2", "ARC"]
+    asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
+    assert ["--useGT" in line for line in asks] == [False, True]
+    assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
+    references = [line for line in done.stdout.splitlines() if "dpo.py" in line]
+    assert ["--reference fixed" in line for line in references] == [True, False]
+    assert (runs / "comparison.png").is_file()

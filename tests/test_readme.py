@@ -4,7 +4,10 @@ import re
 
 from conftest import PROJECT
 
+from grath.scores import read_scores
+
 PAIRS = "test_pairs.py::test_the_papers_commands"
+EXPERIMENT = "test_pipeline.py::test_the_experiments_commands_with_reduced_sizes"
 # Each command's shape -> where it runs for real (CI itself runs the make targets).
 RUN_BY = {
     "make demo": "test_pipeline.py::test_the_demo_on_smollm2_with_reduced_sizes",
@@ -32,9 +35,11 @@ RUN_BY = {
     "./run_zephyr_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
     "./run_smollm2.sh": "test_pipeline.py::test_the_demo_on_smollm2_with_reduced_sizes",
     "./run_smollm2_fix_ref.sh": "test_pipeline.py::test_dry_run_prints_every_command_and_runs_none",
-    "DATASETS_ROOT=$folder DATA_NAME=allenai/ai2_arc NUM_QUERY=200 ./run_smollm2.sh": (
-        "test_pipeline.py::test_smollm2_on_arc_by_its_hub_name"
-    ),
+    "export": EXPERIMENT,
+    "RUN_NAME=rolling ./run_smollm2.sh": EXPERIMENT,
+    "RUN_NAME=fixed ./run_smollm2_fix_ref.sh": EXPERIMENT,
+    "RUN_NAME=useGT USE_GT=1 ./run_smollm2.sh": EXPERIMENT,
+    "python -m grath.report runs/rolling_seed_0 runs/fixed_seed_0 runs/useGT_seed_0": EXPERIMENT,
     "./prefetch.sh": "test_harness.py::test_prefetch_names_what_it_fetches",
     "python -m grath.report": "test_report.py::test_the_report_of_a_made_run",
     "python -m grath.distance --model_name_or_path": (
@@ -54,7 +59,9 @@ def quoted_commands():
 
 def shape(command):
     """A command without the values of its flags."""
-    if command.startswith(("make", "DRY_RUN", "CHECK", "FRESH", "sbatch", "DATASETS_ROOT", "./run_")):
+    if command.startswith("export"):
+        return "export"
+    if command.startswith(("make", "DRY_RUN", "CHECK", "FRESH", "sbatch", "RUN_NAME", "./run_")):
         return command
     if command.startswith("./evaluation.sh"):
         return "./evaluation.sh MODEL OUTPUT" if "$" in command else command
@@ -65,6 +72,18 @@ def test_every_quoted_command_is_run():
     commands = [shape(command) for command in quoted_commands()]
     assert len(commands) > 15
     assert sorted(set(commands)) == sorted(RUN_BY)
+
+
+def test_the_table_of_results_is_that_of_the_experiment():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| run | model |")[1].split("\n\n")[0]
+    found = re.findall(r"^\| (\w+) \| M_(\d)[^|]*\| (.*) \|$", table, re.MULTILINE)
+    assert len(found) >= 9
+    for run, number, cells in found:
+        scores = read_scores(PROJECT / "results" / run / "results" / f"iter_{number}")
+        tasks = ("truthfulqa_mc1", "truthfulqa_mc2", "arc_challenge")
+        expected = [f"{scores[task]['score']:.2f} ± {scores[task]['stderr']:.2f}" for task in tasks]
+        assert cells.split(" | ")[-3:] == expected
 
 
 def test_the_tests_named_above_exist():
@@ -97,12 +116,18 @@ def test_the_lines_of_the_troubleshooting_table_are_in_the_code():
 
 def test_the_functions_that_the_method_names_exist():
     text = (PROJECT / "docs" / "method.md").read_text(encoding="utf-8")
-    files = {PROJECT / "docs" / name for name in re.findall(r"\]\((\.\./[^)]+)\)", text)}
-    code = "".join(path.read_text(encoding="utf-8") for path in files)
-    names = [name.split(".")[-1] for name in re.findall(r"`([A-Za-z_.]+)`", text)]
-    names = [name for name in names if name not in ("rolling", "fixed", "DPOTrainer")]
-    assert len(names) > 15
-    assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
+
+    def linked(part):
+        return {PROJECT / "docs" / name for name in re.findall(r"\]\((\.\./[^)]+)\)", part)}
+
+    found = 0
+    for line in text.splitlines():
+        names = [name.split(".")[-1] for name in re.findall(r"`([A-Za-z_.]+)`", line)]
+        names = [name for name in names if name not in ("rolling", "fixed", "DPOTrainer")]
+        code = "".join(path.read_text(encoding="utf-8") for path in linked(line) or linked(text))
+        assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
+        found += len(names)
+    assert found > 15
 
 
 def test_every_module_has_its_place_in_the_layout():

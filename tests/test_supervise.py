@@ -73,7 +73,10 @@ def test_a_stage_runs_once(run):
 
 def test_a_failed_stage_is_run_again_and_its_status_is_kept(run):
     done = stage(run, "a", "exit 7", ["f"], status=7)
-    assert done.stderr == "run_grath.sh: error: a failed; start the same command again to go on from here\n"
+    assert (
+        done.stderr
+        == "run_grath.sh: error: a failed; start the same command again (without FRESH=1) to go on from here\n"
+    )
     assert entries(run)["a"]["outcome"] == "failed with status 7"
     done = stage(run, "a", "true", ["f"], status=1)
     assert f"a: {run}/f was not written" in done.stderr
