@@ -268,6 +268,8 @@ LOOP = [
     ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
     ("FRESH", "please", "FRESH must be 0 or 1, not 'please'"),
     ("CHECK", "2", "CHECK must be 0 or 1, not '2'"),
+    ("DEMOS", "halueva", "DEMOS: there is no set or file 'halueva'"),
+    ("DATA_PATH", "no such.jsonl", "DATA_PATH: there is no file 'no such.jsonl'"),
     ("RUNS_DIR", "{PAIRS}/runs", "cannot make the folder {PAIRS}/runs: set RUNS_DIR to one that can be written"),
 ]  # fmt: skip
 

@@ -100,6 +100,12 @@ def test_two_runs_side_by_side(two_runs):
     assert ["a run", "M_0", "5", "3", "1", "-", "-"] in lines
     assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "Wrote comparison.md and comparison.png in" in done.stdout
+    # Another base: no differences, and its own row.
+    base = two_runs[1] / "results" / "iter_0" / "truthfulqa_mc1.json"
+    base.write_text(json.dumps(result("truthfulqa_mc1", 0.25)))
+    done = call_here("grath.report", *two_runs)
+    assert sum(": M_0" in line for line in done.stdout.splitlines()) == 2
+    assert "(+" not in done.stdout and "another run: M_1" in done.stdout
     done = call_here("grath.report", *two_runs, two_runs[0].parent, status=2)
     assert "is no run's folder: it holds no manifest.json" in done.stderr
 

@@ -149,6 +149,7 @@ def test_names_are_names_and_secrets_stay_out(tiny_llama, tmp_path):
         ("OSError(122, 'Disk quota exceeded')", "no space is left on the disk: free some"),
         ("OSError(30, 'Read-only file system')", "the file system is read-only: choose another output folder"),
         ("PermissionError(13, 'Permission denied', 'x')", "no right to read or write it: choose another folder"),
+        ("ModuleNotFoundError('No module named \\'peft\\'')", "pip install -r requirements.txt"),
         ("OSError(24, 'Too many open files')", "too many files are open: raise the limit (ulimit -n 4096)"),
     ],
 )
