@@ -97,7 +97,7 @@ def test_the_table_of_settings_names_settings_of_the_loop():
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     table = readme.split("| variable |")[1].split("\n\n")[0]
     names = re.findall(r"`([A-Z_]{4,})`", table)
-    loop = (PROJECT / "run_grath.sh").read_text()
+    loop = (PROJECT / "run_grath.sh").read_text() + (PROJECT / "evaluation.sh").read_text()
     assert len(names) > 15
     assert [name for name in names if f"{name}=" not in loop] == []
     of_the_loop = re.findall(r'^([A-Z_]{4,})="\$\{\1', loop, re.MULTILINE)
