@@ -2,17 +2,20 @@
 
     python -m grath.distance PAIRS... --model_name_or_path MODEL
 
-For each pair file it prints two figures and keeps them beside it, in {PAIRS without .json}.distance.json, from where
+For each pair file it prints three figures and keeps them beside it, in {PAIRS without .json}.distance.json, from where
 `grath.report` takes them:
 
 distance    |mean correct - mean incorrect| / sqrt(trace of the mean covariance within the two): 0 where both are alike
 probe       accuracy of a linear classifier that tells the two apart, five-fold, questions never split: 0.5 is chance
+negated     share of the correct and of the incorrect answers with a negation in them: where incorrect answers are often
+            the correct ones with a "not", DPO may learn to avoid negation instead of falsehood
 
 An answer's place is the mean of the model's last hidden states over its tokens, with the question before it between the
 chat tags, as DPO sees it. Pairs with identical answers are left out, as in DPO.
 """
 
 import json
+import re
 from pathlib import Path
 
 from grath.chat import MODEL_TYPES, answer_ids, template_for
@@ -21,6 +24,7 @@ from grath.models import PRECISIONS, load_model, load_tokenizer, resolve_precisi
 from grath.pairs import read_pairs
 
 FOLDS = 5
+NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
 
 
 def embed(model, sequences, batch_size):
@@ -76,6 +80,11 @@ def probe(correct, incorrect):
     return float(cross_val_score(classifier, features, labels, groups=groups, cv=GroupKFold(FOLDS)).mean())
 
 
+def negated(answers):
+    """The share of answers (list of str) with a negation in them."""
+    return sum(bool(NEGATION.search(answer.replace("\u2019", "'"))) for answer in answers) / len(answers)
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("pairs", type=Path, nargs="+", help="pair files")
@@ -103,10 +112,15 @@ def main():
             sequences = [answer_ids(tokenizer, turn, answer, template) for turn, answer in turns]
             sides.append(embed(model, sequences, args.batch_size))
         found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
+        found["negated"] = [negated([row[side] for row in rows]) for side in ("correct", "incorrect")]
         found["model"] = args.model_name_or_path
         out = path.with_suffix(".distance.json")
         write_whole(out, json.dumps(found, indent=2) + "\n")
-        print(f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, {len(rows)} pairs; wrote {out}")
+        shares = " and ".join(f"{share:.1%}" for share in found["negated"])
+        print(
+            f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, negated {shares}, {len(rows)} pairs"
+        )
+        print(f"Wrote {out}")
 
 
 if __name__ == "__main__":

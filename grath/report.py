@@ -53,8 +53,8 @@ def read_pairs_of(file):
     """What is known of a round's pairs.
 
     Returns:
-        dict: how many were "asked" for (the file's name says so), "parsed" and are "identical"; "distance" and "probe"
-        of `grath.distance` for the pairs that DPO was given, None where that has not been run.
+        dict: how many were "asked" for (the file's name says so), "parsed" and are "identical"; "distance", "probe" and
+        "negated" of `grath.distance` for the pairs that DPO was given, None where that has not been run.
     """
     rows = read_json_lines(file, "the pair file")
     asked = re.search(r"_num_(\d+)_", file.name)
@@ -64,6 +64,7 @@ def read_pairs_of(file):
     return {
         "distance": found.get("distance"),
         "probe": found.get("probe"),
+        "negated": " / ".join(f"{share:.3f}" for share in found["negated"]) if "negated" in found else None,
         "asked": int(asked[1]) if asked else None,
         "parsed": len(rows),
         "identical": sum(row.get("correct") == row.get("incorrect") for row in rows),
@@ -131,7 +132,7 @@ def compare(run_dirs):
         rows += [(f"{run_dir.name}: {name}", scores) for name, scores in shown]
         for number, row in found.items():
             if row["pairs"]:
-                cells = [row["pairs"][key] for key in ("asked", "parsed", "identical", "distance", "probe")]
+                cells = [row["pairs"][key] for key in ("asked", "parsed", "identical", "distance", "probe", "negated")]
                 facts.append([run_dir.name, f"M_{number}", *cells])
     header = ["run", *differing]
     settings = [
@@ -140,7 +141,7 @@ def compare(run_dirs):
     one_base = all(base == bases[0] for base in bases)
     parts += [tabulate(settings, header, tablefmt="github", disable_numparse=True)]
     parts += [table(rows, "github", differences=one_base), footer(rows)]
-    header = ["run", "pairs by", "asked", "parsed", "identical", "distance", "probe"]
+    header = ["run", "pairs by", "asked", "parsed", "identical", "distance", "probe", "negated"]
     parts.append(tabulate(facts, header, tablefmt="github", missingval="-", floatfmt=".3f"))
     files = ["comparison.md"]
     if tasks_of(rows):
@@ -202,6 +203,7 @@ def _rounds_table(found):
         "steps",
         "distance",
         "probe",
+        "negated",
         "last margin",
         "accuracy",
         "DPO seconds (last start)",
@@ -213,7 +215,7 @@ def _rounds_table(found):
             continue
         cells = [pairs.get(key) for key in ("asked", "parsed", "identical")]
         cells += [training.get(key) for key in ("pairs", "steps")]
-        cells += [pairs.get(key) for key in ("distance", "probe")]
+        cells += [pairs.get(key) for key in ("distance", "probe", "negated")]
         cells += [training.get(key) for key in ("margin", "accuracy", "seconds")]
         body.append([f"M_{number} -> M_{number + 1}", *cells])
     return tabulate(body, header, tablefmt="github", missingval="-", floatfmt=".3f") if body else "No round yet."

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import call_here, pair, write_rows
+from conftest import call, call_here, pair, write_rows
 
 
 def result(task, score, stderr=1.0, chat=None):
@@ -82,7 +82,7 @@ def two_runs(made_run):
         settings = {"DEMOS": demos, "SEED": "0"}
         manifest = {"format": 1, "settings": settings, "inputs": {}, "known": {}, "stages": []}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    found = {"distance": 0.25, "probe": 0.875, "pairs": 2, "model": "m"}
+    found = {"distance": 0.25, "probe": 0.875, "negated": [0.1, 0.25], "pairs": 2, "model": "m"}
     (other / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.distance.json").write_text(json.dumps(found))
     return made_run, other
 
@@ -96,8 +96,8 @@ def test_two_runs_side_by_side(two_runs):
     assert ["a run: M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert ["another run: M_1", "38.00 ± 1.00 (+8.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert sum("M_0" in line[0] for line in lines) == 1  # the base once
-    assert ["another run", "M_0", "5", "3", "1", "0.250", "0.875"] in lines
-    assert ["a run", "M_0", "5", "3", "1", "-", "-"] in lines
+    assert ["another run", "M_0", "5", "3", "1", "0.250", "0.875", "0.100 / 0.250"] in lines
+    assert ["a run", "M_0", "5", "3", "1", "-", "-", "-"] in lines
     assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "Wrote comparison.md and comparison.png in" in done.stdout
     # Another base: no differences, and its own row.
@@ -136,11 +136,12 @@ def test_the_distance_of_a_pair_file_and_its_place_in_the_report(tiny_llama, mad
     file = made_run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json"
     done = call_here("grath.distance", file, "--model_name_or_path", tiny_llama, status=2)
     assert f"{file} has 2 pairs of different answers: 5 are the least" in done.stderr
-    rows = [pair(f"Is it {i}?", f"Yes, it is {i} indeed.", "No." if i else "Never, ever.") for i in range(7)]
+    rows = [pair(f"Is it {i}?", f"Yes, it is {i} indeed.", "No." if i else "Norwegian wood.") for i in range(7)]
     write_rows(file, [*rows, pair("q", "same", "same")])
     flags = ("--model_name_or_path", tiny_llama, "--precision", "fp32", "--batch_size", "3")
     done = call_here("grath.distance", file, *flags)
     found = json.loads(file.with_suffix(".distance.json").read_text())
+    assert found["negated"] == [0, 6 / 7] and "negated 0.0% and 85.7%" in done.stdout
     assert found["pairs"] == 7 and f"distance {found['distance']:.3f}" in done.stdout
 
     tokenizer = load_tokenizer(tiny_llama)
@@ -157,3 +158,19 @@ def test_the_distance_of_a_pair_file_and_its_place_in_the_report(tiny_llama, mad
     assert found["distance"] == pytest.approx(distance(*(side.numpy() for side in sides)), rel=1e-4)
     call_here("grath.report", made_run)
     assert f"{found['distance']:.3f}" in (made_run / "report.md").read_text()
+
+
+def test_where_mc1_changed_by_negation(tmp_path):
+    keys = ["No, it is not.", "Nothing happens.", "It rains.", "It can\u2019t.", "Snow."]
+    for name, chosen in (("before", [1, 1, 0, 1, 0]), ("after", [0, 1, 1, 0, 0])):
+        (tmp_path / name).mkdir()
+        docs = [{"question": f"q{i}", "mc1_targets": {"choices": [key, "x"]}} for i, key in enumerate(keys)]
+        samples = [{"doc": doc, "acc": float(acc)} for doc, acc in zip(docs, chosen, strict=True)]
+        write_rows(tmp_path / name / "samples_truthfulqa_mc1_1.jsonl", samples)
+    done = call("results/negation.py", tmp_path / "before", tmp_path / "after")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert cells == [
+        ["with a negation", "3", "100.00", "33.33", "0", "2"],
+        ["without", "2", "0.00", "50.00", "1", "0"],
+    ]
+    assert "score with --log_samples" in call("results/negation.py", tmp_path, tmp_path / "no", status=2).stderr
