@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,9 +49,11 @@ def start(settings, folder, fault=None):
     if fault:
         fault = {**fault, "program": fault["program"].replace("RUN", str(folder / "llama2_seed_0"))}
         env["FAULT"] = json.dumps(fault)
+    # Tests that were themselves started in the background of a shell ignore SIGINT, and a shell cannot trap that again.
     with subprocess.Popen(
-        [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+        [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         output = process.communicate(timeout=600)[0]
     deadline = time.monotonic() + 10
     while (left := marked(mark)) and time.monotonic() < deadline:
