@@ -53,8 +53,8 @@ def read_pairs_of(file):
     """What is known of a round's pairs.
 
     Returns:
-        dict: how many were "asked" for (the file's name says so), "parsed" and are "identical"; "distance", "probe" and
-        "negated" of `grath.distance` for the pairs that DPO was given, None where that has not been run.
+        dict: how many were "asked" for (the file's name says so), "parsed", have "identical" answers, and an "echoed"
+        correct one, which only repeats the question; "distance", "probe" and "negated" of `grath.distance` for the pairs that DPO was given, None where that has not been run.
     """
     rows = read_json_lines(file, "the pair file")
     asked = re.search(r"_num_(\d+)_", file.name)
@@ -68,7 +68,13 @@ def read_pairs_of(file):
         "asked": int(asked[1]) if asked else None,
         "parsed": len(rows),
         "identical": sum(row.get("correct") == row.get("incorrect") for row in rows),
+        "echoed": sum(_echoes(row.get("question", ""), row.get("correct", "")) for row in rows),
     }
+
+
+def _echoes(question, answer):
+    question, answer = (re.sub(r"[^a-z0-9 ]", "", text.lower()).strip() for text in (question, answer))
+    return answer in question or question in answer
 
 
 def read_training(folder):
@@ -132,7 +138,10 @@ def compare(run_dirs):
         rows += [(f"{run_dir.name}: {name}", scores) for name, scores in shown]
         for number, row in found.items():
             if row["pairs"]:
-                cells = [row["pairs"][key] for key in ("asked", "parsed", "identical", "distance", "probe", "negated")]
+                cells = [
+                    row["pairs"][key]
+                    for key in ("asked", "parsed", "identical", "echoed", "distance", "probe", "negated")
+                ]
                 facts.append([run_dir.name, f"M_{number}", *cells])
     header = ["run", *differing]
     settings = [
@@ -141,7 +150,7 @@ def compare(run_dirs):
     one_base = all(base == bases[0] for base in bases)
     parts += [tabulate(settings, header, tablefmt="github", disable_numparse=True)]
     parts += [table(rows, "github", differences=one_base), footer(rows)]
-    header = ["run", "pairs by", "asked", "parsed", "identical", "distance", "probe", "negated"]
+    header = ["run", "pairs by", "asked", "parsed", "identical", "echoed", "distance", "probe", "negated"]
     parts.append(tabulate(facts, header, tablefmt="github", missingval="-", floatfmt=".3f"))
     files = ["comparison.md"]
     if tasks_of(rows):
@@ -199,6 +208,7 @@ def _rounds_table(found):
         "asked",
         "parsed",
         "identical",
+        "echoed",
         "trained on",
         "steps",
         "distance",
@@ -213,7 +223,7 @@ def _rounds_table(found):
         pairs, training = row["pairs"] or {}, found.get(number + 1, {}).get("training") or {}
         if not pairs and not training:
             continue
-        cells = [pairs.get(key) for key in ("asked", "parsed", "identical")]
+        cells = [pairs.get(key) for key in ("asked", "parsed", "identical", "echoed")]
         cells += [training.get(key) for key in ("pairs", "steps")]
         cells += [pairs.get(key) for key in ("distance", "probe", "negated")]
         cells += [training.get(key) for key in ("margin", "accuracy", "seconds")]

@@ -36,7 +36,7 @@ def made_run(tmp_path):
             write_rows(model / "training_log.jsonl", [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}])
             (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}, "warnings": ["too many steps"]}))
     (run / "data").mkdir()
-    pairs = [("q", "a", "a"), ("r", "a", "b"), ("s", "a", "b")]
+    pairs = [("Is it q?", "a", "a"), ("r", "a", "b"), ("Why s?", "Why s.", "b")]
     write_rows(
         run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json",
         [{"question": q, "correct": c, "incorrect": i} for q, c, i in pairs],
@@ -53,7 +53,7 @@ def test_the_report_of_a_made_run(made_run):
     assert "No score of M_3 yet: MC2." in text
     assert "MC1 30.23 -> 54.71" in text
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "->" in line]
-    assert cells[1][:4] == ["M_0 -> M_1", "5", "3", "1"] and "0.125" in cells[1]
+    assert cells[1][:5] == ["M_0 -> M_1", "5", "3", "1", "1"] and "0.125" in cells[1]
     assert "- M_2: too many steps" in text
     assert "- M_3: Answer 3" in text
     assert "truthfulqa_mc1 2.0; truthfulqa_mc2 2.0; chat template off" in text
@@ -96,8 +96,8 @@ def test_two_runs_side_by_side(two_runs):
     assert ["a run: M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert ["another run: M_1", "38.00 ± 1.00 (+8.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert sum("M_0" in line[0] for line in lines) == 1  # the base once
-    assert ["another run", "M_0", "5", "3", "1", "0.250", "0.875", "0.100 / 0.250"] in lines
-    assert ["a run", "M_0", "5", "3", "1", "-", "-", "-"] in lines
+    assert ["another run", "M_0", "5", "3", "1", "1", "0.250", "0.875", "0.100 / 0.250"] in lines
+    assert ["a run", "M_0", "5", "3", "1", "1", "-", "-", "-"] in lines
     assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "Wrote comparison.md and comparison.png in" in done.stdout
     # Another base: no differences, and its own row.
