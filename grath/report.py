@@ -54,7 +54,8 @@ def read_pairs_of(file):
 
     Returns:
         dict: how many were "asked" for (the file's name says so), "parsed", have "identical" answers, and an "echoed"
-        correct one, which only repeats the question; "distance", "probe" and "negated" of `grath.distance` for the pairs that DPO was given, None where that has not been run.
+        correct one, which only repeats the question; "distance", "probe" and "negated" of `grath.distance` for the
+        pairs that DPO was given, None where that has not been run.
     """
     rows = read_json_lines(file, "the pair file")
     asked = re.search(r"_num_(\d+)_", file.name)
