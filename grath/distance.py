@@ -20,7 +20,7 @@ from pathlib import Path
 
 from grath.chat import MODEL_TYPES, answer_ids, template_for
 from grath.cli import Parser, UserError, check_writable, positive_int, run, write_whole
-from grath.models import PRECISIONS, load_model, load_tokenizer, resolve_precision
+from grath.models import PRECISIONS, float32_products, load_model, load_tokenizer, resolve_precision
 from grath.pairs import read_pairs
 
 FOLDS = 5
@@ -49,7 +49,7 @@ def embed(model, sequences, batch_size):
         rows = [torch.tensor([*sequences[i][0], *sequences[i][1]]) for i in batch]
         ids = pad_sequence(rows, batch_first=True).to(model.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), float32_products(model):
             hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         for i, states in zip(batch, hidden, strict=True):
             start = len(sequences[i][0])
