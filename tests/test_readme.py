@@ -139,3 +139,10 @@ def test_every_module_has_its_place_in_the_layout():
     named = re.findall(r"`((?:tests|benchmarks|grath|docs)/[\w.]+|\w+\.(?:py|sh))`", text)
     assert len(named) > 25
     assert [name for name in named if not any((PROJECT / folder / name).is_file() for folder in ("", "grath"))] == []
+
+
+def test_no_place_of_a_machine_stands_in_the_results():
+    texts = [path for path in (PROJECT / "results").rglob("*") if path.suffix in (".json", ".jsonl", ".txt", ".md")]
+    assert len(texts) > 50
+    places = re.compile(r"(?<![\w.$/])/(?:tmp|work|root|home|mnt|Users)/")
+    assert [path.name for path in texts if places.search(path.read_text(encoding="utf-8"))] == []
