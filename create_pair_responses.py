@@ -136,9 +136,9 @@ def ask(model, tokenizer, prompts, indices, args, path, settings, done_before):
 
     state = PartialState()
     own = [prompts[i] for i in indices]
-    way, reason = way_to_generate(model, own, args.max_new_tokens)
-    if args.engine == "generate":
-        way, reason = generate_plainly, None
+    way, reason = generate_plainly, None
+    if args.engine == "shared_prefix":
+        way, reason = way_to_generate(model, own, args.max_new_tokens)
     engine = "shared_prefix" if way is generate else "generate"
     if reason:
         state.print(f"This model goes through plain batched generation: {reason}")

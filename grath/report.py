@@ -28,6 +28,16 @@ PAPER = {
 }
 
 
+# What a comparison shows of the pairs of a round.
+FACTS = ("asked", "parsed", "identical", "echoed", "distance", "probe", "negated")
+
+
+def manifest_of(run_dir):
+    """The manifest of a run's folder, an empty one where there is none."""
+    found = read_manifest(run_dir) if (Path(run_dir) / MANIFEST).is_file() else None
+    return found or {"settings": {}, "stages": []}
+
+
 def rounds(run_dir):
     """The rounds of a run's folder.
 
@@ -126,7 +136,7 @@ def compare(run_dirs):
     from tabulate import tabulate
 
     folder, parts, rows, bases, curves = Path(run_dirs[0]).resolve().parent, ["# Runs compared"], [], [], {}
-    manifests = {run_dir: read_manifest(run_dir) or {"settings": {}} for run_dir in run_dirs}
+    manifests = {run_dir: manifest_of(run_dir) for run_dir in run_dirs}
     names = {name for manifest in manifests.values() for name in manifest["settings"]}
     differing = [name for name in sorted(names) if len({m["settings"].get(name) for m in manifests.values()}) > 1]
     facts = []
@@ -139,11 +149,7 @@ def compare(run_dirs):
         rows += [(f"{run_dir.name}: {name}", scores) for name, scores in shown]
         for number, row in found.items():
             if row["pairs"]:
-                cells = [
-                    row["pairs"][key]
-                    for key in ("asked", "parsed", "identical", "echoed", "distance", "probe", "negated")
-                ]
-                facts.append([run_dir.name, f"M_{number}", *cells])
+                facts.append([run_dir.name, f"M_{number}", *(row["pairs"][fact] for fact in FACTS)])
     header = ["run", *differing]
     settings = [
         [Path(run_dir).name, *(m["settings"].get(name) for name in differing)] for run_dir, m in manifests.items()
@@ -151,16 +157,15 @@ def compare(run_dirs):
     one_base = all(base == bases[0] for base in bases)
     parts += [tabulate(settings, header, tablefmt="github", disable_numparse=True)]
     parts += [table(rows, "github", differences=one_base), footer(rows)]
-    header = ["run", "pairs by", "asked", "parsed", "identical", "echoed", "distance", "probe", "negated"]
-    parts.append(tabulate(facts, header, tablefmt="github", missingval="-", floatfmt=".3f"))
+    parts.append(tabulate(facts, ["run", "pairs by", *FACTS], tablefmt="github", missingval="-", floatfmt=".3f"))
     files = ["comparison.md"]
     if tasks_of(rows):
         plot_comparison(curves, folder / "comparison.png")
         parts.append("![scores of the runs against rounds](comparison.png)")
         files.append("comparison.png")
     write_whole(folder / "comparison.md", "\n\n".join(part for part in parts if part) + "\n")
-    shown = table(rows, differences=one_base)
-    return "\n".join([shown, footer(rows), f"Wrote {' and '.join(files)} in {folder}"])
+    scores = table(rows, differences=one_base)
+    return "\n".join([scores, footer(rows), f"Wrote {' and '.join(files)} in {folder}"])
 
 
 def write_report(run_dir):
@@ -185,7 +190,7 @@ def write_report(run_dir):
         if row["training"]
         for warning in row["training"]["warnings"]
     ]
-    manifest = read_manifest(run_dir) if (run_dir / MANIFEST).is_file() else {"settings": {}, "stages": []}
+    manifest = manifest_of(run_dir)
     parts += _stages(manifest["stages"])
     parts += _samples(found)
     parts.append("## Settings")
@@ -276,7 +281,7 @@ def main():
     elif args.pending:
         run_dir, models = pending(folder, args.tasks)
         print(f"newest run: {run_dir}, {len(models)} round(s) without scores", file=sys.stderr)
-        settings = (read_manifest(run_dir) if (run_dir / MANIFEST).is_file() else {"settings": {}})["settings"]
+        settings = manifest_of(run_dir)["settings"]
         values = [settings.get(name, "") for name in ("EVAL_PRECISION", "LIMIT", "BACKEND", "CHAT_TEMPLATE")]
         print(run_dir, *values, sep="\0", end="\0")
         for model, results in models:
