@@ -1,10 +1,13 @@
 """The report of a run and of several runs, and the distance between correct and incorrect answers."""
 
 import json
+import re
 import shutil
 
 import pytest
-from conftest import call, call_here, pair, write_rows
+from conftest import HUB, call, call_here, needs_hub, pair, write_rows
+
+from grath.questions import load_questions
 
 
 def result(task, score, stderr=1.0, chat=None):
@@ -174,3 +177,19 @@ def test_where_mc1_changed_by_negation(tmp_path):
         ["without", "2", "0.00", "50.00", "1", "0"],
     ]
     assert "score with --log_samples" in call("results/negation.py", tmp_path, tmp_path / "no", status=2).stderr
+
+
+@needs_hub
+def test_what_the_key_says_of_a_pair_file(tmp_path):
+    questions = load_questions(data_name=str(HUB / "allenai" / "ai2_arc"), subdata_name="ARC-Challenge")[:4]
+    keys = [question["choices"][question["answer"]] for question in questions]
+    answers = [(f"{keys[0].upper()}.", "no"), ("a", f" {keys[1]}"), ("b", "c"), ("same", "same")]
+    asked = [question["question"] for question in questions]
+    file = tmp_path / "pairs.json"
+    write_rows(file, [pair(question, *sides) for question, sides in zip(asked, answers, strict=True)])
+    printed = call("results/pairs.py", file, "--sample", "9", cwd=HUB).stdout
+    assert "correct: the keyed choice in 1 of 3 pairs" in printed and "incorrect: the keyed choice in 1 of 3" in printed
+    drawn = re.findall(r"^line (\d): (.*)$", printed, re.MULTILINE)
+    assert sorted(drawn) == [(str(line), question) for line, question in enumerate(asked[:3], 1)]
+    write_rows(file, [pair("Whose question?", "a", "b")])
+    assert "none of ARC-Challenge's" in call("results/pairs.py", file, cwd=HUB, status=2).stderr
