@@ -201,6 +201,21 @@ def test_a_check_and_the_stages_ask_for_the_same_weights(tiny_llama, tmp_path):
             look(str(model))
 
 
+def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
+    from grath import preflight
+    from grath.cli import UserError
+
+    monkeypatch.setattr(preflight, "PROJECT", tmp_path)
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("pytest==0.1\nno-such-package==1; python_version < '3'\n")
+    assert preflight.check_packages(["bf16"]) == f"pytest is {pytest.__version__}, tested is 0.1"
+    requirements.write_text(f"pytest=={pytest.__version__}\n")
+    assert preflight.check_packages(["int8"]) == "as pinned in requirements.txt"
+    requirements.write_text("no-such-package==1\n")
+    with pytest.raises(UserError, match="no-such-package is missing: pip install -r requirements.txt"):
+        preflight.check_packages(["bf16"])
+
+
 @pytest.mark.parametrize("big", [False, True])
 def test_memory_is_held_against_the_models_size(big, monkeypatch):
     import torch
