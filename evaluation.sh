@@ -15,7 +15,7 @@
 #   DATASETS_ROOT  a folder that ./prefetch.sh has filled: nothing is asked of the hub    (none)
 #   NUM_PROCESSES  processes, one a GPU          (1)
 #   RUNS_DIR       where runs are                (runs)
-#   DRY_RUN        1: print the commands and run none
+#   DRY_RUN        1: look at the model, print the commands and run none
 set -euo pipefail
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -70,8 +70,8 @@ score() {
     fi
     if ((NUM_PROCESSES > 1)); then
         launch=(
-            accelerate launch --quiet --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1
-            --mixed_precision no --dynamo_backend no
+            accelerate launch --quiet --config_file "$HERE/accelerate_configs/data_parallel.yaml"
+            --num_processes "$NUM_PROCESSES"
         )
     fi
     for task in "${tasks[@]}"; do

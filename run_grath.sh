@@ -169,11 +169,12 @@ if [[ $USE_FS == 1 ]]; then pairs_args+=(--useFS); fi
 if [[ $USE_GT == 1 ]]; then pairs_args+=(--useGT); fi
 
 threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NUM_PROCESSES)) # nproc goes by taskset and OMP_NUM_THREADS
-several=() ask=(python)
-if ((NUM_PROCESSES > 1)); then several=(--multi_gpu); fi
+config=one_gpu ask=(python)
+if ((NUM_PROCESSES > 1)); then config=data_parallel; fi
+# With a file of its own, for accelerate would take what is not said here from the user's own configuration.
 launch=(
-    accelerate launch --quiet ${several[@]+"${several[@]}"} --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no
-    --dynamo_backend no --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))"
+    accelerate launch --quiet --config_file "$HERE/accelerate_configs/$config.yaml" --num_processes "$NUM_PROCESSES"
+    --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))"
 )
 if ((NUM_PROCESSES > 1)); then ask=("${launch[@]}"); fi
 dpo_args=(

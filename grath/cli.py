@@ -178,13 +178,19 @@ TROUBLES = (
     (("Permission denied", "Operation not permitted"), "no right to read or write it: choose another folder"),
     (("Too many open files",), "too many files are open: raise the limit (ulimit -n 4096)"),
     (
-        ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
+        (
+            "CUDA out of memory",
+            "CUDA error: out of memory",
+            "can't allocate memory",
+            "Cannot allocate memory",
+            "std::bad_alloc",
+        ),
         "the memory is full: take a smaller --batch_size (--per_device_train_batch_size); in the loop "
         "PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE, which can change in the middle of a run",
     ),
     (("ModuleNotFoundError: No module named",), "pip install -r requirements.txt"),
     (
-        ("CUDA error", "No CUDA GPUs are available", "NVIDIA driver", "CUDA-capable device", "invalid device ordinal"),
+        ("No CUDA GPUs are available", "NVIDIA driver", "CUDA-capable device", "invalid device ordinal"),
         "the GPU cannot be used: look at nvidia-smi, CUDA_VISIBLE_DEVICES and the number of processes",
     ),
 )

@@ -81,6 +81,23 @@ def register():
     return SharedContextLM
 
 
+def build_alike():
+    """Let every process draw the few-shot examples of all questions in order, and then keep its own questions.
+
+    The harness draws in each process for its own questions only, so that with other numbers of processes a question
+    gets other examples, and another score.
+    """
+    from lm_eval.api.task import Task
+
+    build = Task.build_all_requests
+
+    def build_own(task, *args, rank=0, world_size=1, **kwargs):
+        build(task, *args, **kwargs)
+        task._instances = [request for request in task._instances if request.doc_id % world_size == rank]
+
+    Task.build_all_requests = build_own
+
+
 def _window(context, answer, max_length):
     """What of a request fits the model, cut from the left as in `HFLM`: (context, answer), tuples of ids."""
     kept = (context + answer)[-(max_length + 1) :]
@@ -186,6 +203,7 @@ def main():
     from lm_eval.__main__ import cli_evaluate
 
     register()
+    build_alike()
     cli_evaluate()
 
 

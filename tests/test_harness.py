@@ -140,6 +140,7 @@ def scores(folder, task):
 
 
 def test_two_processes_and_both_backends_give_the_same_scores(tiny_llama, tmp_path):
+    """On a CPU the harness lets every process score everything: the next test sees what each would on a GPU."""
     env = {"TASKS": "grath_mc1 grath_mc2", "LIMIT": "9"}
     call("evaluation.sh", tiny_llama, tmp_path / "one", env=env)
     done = call("evaluation.sh", tiny_llama, tmp_path / "two", env={**env, "NUM_PROCESSES": "2"})
@@ -195,6 +196,30 @@ def hub(tmp_path_factory):
     name = "multiple_choice"
     put("truthfulqa/truthful_qa", name, "validation", truthful, configs([name], ["validation"]))
     return root
+
+
+def test_the_examples_do_not_depend_on_the_number_of_processes(hub, monkeypatch):
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+    from grath.harness import build_alike
+
+    monkeypatch.setattr(Task, "build_all_requests", Task.build_all_requests)
+    build_alike()
+    monkeypatch.chdir(hub)
+
+    def contexts(rank, processes):
+        task = TaskManager().load(["arc_challenge"])["tasks"]["arc_challenge"]
+        task.set_config("num_fewshot", 3)
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=7, rank=rank, world_size=processes)
+        return {request.doc_id: request.args[0] for request in task.instances}
+
+    alone = contexts(0, 1)
+    assert sorted(alone) == list(range(7)) and len({text.rpartition("Question:")[0] for text in alone.values()}) > 1
+    shares = [contexts(rank, 2) for rank in range(2)]
+    assert [sorted(share) for share in shares] == [[0, 2, 4, 6], [1, 3, 5]]
+    assert shares[0] | shares[1] == alone
 
 
 def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -199,6 +200,22 @@ def test_a_check_and_the_stages_ask_for_the_same_weights(tiny_llama, tmp_path):
     for look in (check_weights, read_model):
         with pytest.raises(UserError, match="holds no weights as safetensors"):
             look(str(model))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeypatch):
+    from accelerate.commands import launch
+    from accelerate.commands.config import config_args
+
+    for module in (launch, config_args):
+        own = str(PROJECT / "accelerate_configs" / "deepspeed_zero2.yaml")
+        monkeypatch.setattr(module, "default_config_file", own)
+    printed = call("run_llama2.sh", env={"DRY_RUN": "1", "NUM_PROCESSES": str(processes)}).stdout
+    command = next(line for line in printed.splitlines() if "dpo.py" in line)
+    args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(shlex.split(command)[2:]))
+    assert not args.use_deepspeed and not args.use_fsdp
+    assert (args.multi_gpu, args.num_processes, args.num_machines) == (processes > 1, processes, 1)
+    assert (args.mixed_precision, args.dynamo_backend, args.use_cpu) == ("no", "no", False)
 
 
 def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
