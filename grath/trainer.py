@@ -40,19 +40,26 @@ class GrathDPOTrainer(DPOTrainer):
 
     TRL gives a `PeftModel` that comes in a frozen copy of its adapter, `ref`, and if log-probabilities are computed
     beforehand it does so inside the constructor, after hashing all weights for a cache on disk. For a fixed reference
-    that copy must go first. So here they are computed behind the constructor, without a cache.
+    that copy must go first. So here they are computed behind the constructor, without a cache. On a quantised base TRL
+    rounds the policy's adapter to bf16, but not the copy, and a checkpoint is read back in float32: here the adapter
+    stays in float32, as it came.
 
     Args:
         reference: "rolling" or "fixed".
     """
 
     def __init__(self, *args, reference, **kwargs):
-        self.reference, config = reference, kwargs["args"]
+        self.reference, config, model = reference, kwargs["args"], kwargs["model"]
+        incoming = dict(model.named_parameters()) if hasattr(model, "peft_config") else {}
+        incoming = {name: weight.data for name, weight in incoming.items() if weight.requires_grad}
         beforehand, config.precompute_ref_log_probs = config.precompute_ref_log_probs, False
         try:
             super().__init__(*args, **kwargs)
         finally:
             config.precompute_ref_log_probs = beforehand
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                weight.data = incoming.get(name, weight.data).to(weight.device, torch.float32)
         self._compute_less()
         if reference == "fixed":
             self.drop_ref_adapter()

@@ -331,6 +331,7 @@ def test_margins_with_a_quantised_base(tiny_llama, pair_file, tmp_path, precisio
     _, fixed = train(tmp_path / "1", tmp_path / "3", *flags, "fixed", source=source)
     # In int8, activations are rounded by the largest of their batch, so the margin is 0 to that rounding.
     rounding = {"nf4": 1e-3, "int8": 5e-2}[precision]
+    assert {str(weight.dtype) for weight in weights(tmp_path / "2").values()} == {"torch.float32"}
     assert abs(margin(first)) < rounding and abs(margin(rolling)) < rounding
     assert margin(fixed) > 0.5 * margin(first, 2) > 0.1
 
