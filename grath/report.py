@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from grath.cli import Parser, UserError, read_json_lines, run, write_whole
+from grath.distance import negated
 from grath.manifest import NAME as MANIFEST
 from grath.manifest import commit
 from grath.manifest import read as read_manifest
@@ -64,18 +65,22 @@ def read_pairs_of(file):
 
     Returns:
         dict: how many were "asked" for (the file's name says so), "parsed", have "identical" answers, and an "echoed"
-        correct one, which only repeats the question; "distance", "probe" and "negated" of `grath.distance` for the
-        pairs that DPO was given, None where that has not been run.
+        correct one, which only repeats the question; of the pairs that DPO is given (spliced, different answers) the
+        shares of correct and of incorrect answers that are "negated", and "distance" and "probe", None where
+        `grath.distance` has not been run.
     """
     rows = read_json_lines(file, "the pair file")
     asked = re.search(r"_num_(\d+)_", file.name)
     spliced = file.with_name(f"{file.stem}_combined.json")
+    given = read_json_lines(spliced, "the spliced pair file") if spliced.is_file() else rows
+    given = [row for row in given if row.get("correct") != row.get("incorrect")]
+    shares = [negated([row.get(side, "") for row in given]) for side in ("correct", "incorrect")] if given else []
     measured = (spliced if spliced.is_file() else file).with_suffix(".distance.json")
     found = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
     return {
         "distance": found.get("distance"),
         "probe": found.get("probe"),
-        "negated": " / ".join(f"{share:.3f}" for share in found["negated"]) if "negated" in found else None,
+        "negated": " / ".join(f"{share:.3f}" for share in shares) or None,
         "asked": int(asked[1]) if asked else None,
         "parsed": len(rows),
         "identical": sum(row.get("correct") == row.get("incorrect") for row in rows),

@@ -39,7 +39,7 @@ def made_run(tmp_path):
             write_rows(model / "training_log.jsonl", [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}])
             (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}, "warnings": ["too many steps"]}))
     (run / "data").mkdir()
-    pairs = [("Is it q?", "a", "a"), ("r", "a", "b"), ("Why s?", "Why s.", "b")]
+    pairs = [("Is it q?", "a", "a"), ("r", "a", "b"), ("Why s?", "Why s.", "not b")]
     write_rows(
         run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json",
         [{"question": q, "correct": c, "incorrect": i} for q, c, i in pairs],
@@ -85,7 +85,7 @@ def two_runs(made_run):
         settings = {"DEMOS": demos, "SEED": "0"}
         manifest = {"format": 1, "settings": settings, "inputs": {}, "known": {}, "stages": []}
         (folder / "manifest.json").write_text(json.dumps(manifest))
-    found = {"distance": 0.25, "probe": 0.875, "negated": [0.1, 0.25], "pairs": 2, "model": "m"}
+    found = {"distance": 0.25, "probe": 0.875, "pairs": 2, "model": "m"}
     (other / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.distance.json").write_text(json.dumps(found))
     return made_run, other
 
@@ -99,8 +99,8 @@ def test_two_runs_side_by_side(two_runs):
     assert ["a run: M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert ["another run: M_1", "38.00 ± 1.00 (+8.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert sum("M_0" in line[0] for line in lines) == 1  # the base once
-    assert ["another run", "M_0", "5", "3", "1", "1", "0.250", "0.875", "0.100 / 0.250"] in lines
-    assert ["a run", "M_0", "5", "3", "1", "1", "-", "-", "-"] in lines
+    assert ["another run", "M_0", "5", "3", "1", "1", "0.250", "0.875", "0.000 / 0.500"] in lines
+    assert ["a run", "M_0", "5", "3", "1", "1", "-", "-", "0.000 / 0.500"] in lines
     assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "Wrote comparison.md and comparison.png in" in done.stdout
     # Another base: no differences, and its own row.
@@ -165,18 +165,24 @@ def test_the_distance_of_a_pair_file_and_its_place_in_the_report(tiny_llama, mad
 
 def test_where_mc1_changed_by_negation(tmp_path):
     keys = ["No, it is not.", "Nothing happens.", "It rains.", "It can\u2019t.", "Snow."]
+    # The other choice is the shorter one.
     for name, chosen in (("before", [1, 1, 0, 1, 0]), ("after", [0, 1, 1, 0, 0])):
         (tmp_path / name).mkdir()
         docs = [{"question": f"q{i}", "mc1_targets": {"choices": [key, "x"]}} for i, key in enumerate(keys)]
-        samples = [{"doc": doc, "acc": float(acc)} for doc, acc in zip(docs, chosen, strict=True)]
+        likelihoods = [[["-1.5", "True"], ["-12.5", "False"]][:: 1 if right else -1] for right in chosen]
+        samples = [
+            {"doc": doc, "acc": float(right), "filtered_resps": answers}
+            for doc, right, answers in zip(docs, chosen, likelihoods, strict=True)
+        ]
         write_rows(tmp_path / name / "samples_truthfulqa_mc1_1.jsonl", samples)
-    done = call("results/negation.py", tmp_path / "before", tmp_path / "after")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    done = call("results/choices.py", tmp_path / "before", tmp_path / "after")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:4]]
     assert cells == [
         ["with a negation", "3", "100.00", "33.33", "0", "2"],
         ["without", "2", "0.00", "50.00", "1", "0"],
     ]
-    assert "score with --log_samples" in call("results/negation.py", tmp_path, tmp_path / "no", status=2).stderr
+    assert done.stdout.endswith("the shortest choice is chosen in 40.0% before, 60.0% after\n")
+    assert "score with --log_samples" in call("results/choices.py", tmp_path, tmp_path / "no", status=2).stderr
 
 
 @needs_hub
@@ -189,6 +195,7 @@ def test_what_the_key_says_of_a_pair_file(tmp_path):
     write_rows(file, [pair(question, *sides) for question, sides in zip(asked, answers, strict=True)])
     printed = call("results/pairs.py", file, "--sample", "9", cwd=HUB).stdout
     assert re.findall(r"^(\w+): the keyed choice in 1 of 3 ", printed, re.MULTILINE) == ["correct", "incorrect"]
+    assert "words: 1.3 in the correct answer" in printed
     drawn = re.findall(r"^line (\d): (.*)$", printed, re.MULTILINE)
     assert sorted(drawn) == [(str(line), question) for line, question in enumerate(asked[:3], 1)]
     write_rows(file, [pair("Whose question?", "a", "b")])
