@@ -227,6 +227,21 @@ def in_root(name):
     return str(folder) if folder.is_dir() else name
 
 
+def read_json(path, what):
+    """The JSON object, a dict, in a file.
+
+    Raises:
+        UserError: it holds none; `what` says what it should be.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged, or no {what}")
+    return content
+
+
 def write_whole(path, text):
     """Write `text` (UTF-8) to `path` so that the name never shows a part of it: temporary file, then rename."""
     path = Path(path)

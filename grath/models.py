@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from grath.cli import UserError, first_line, in_root, trouble
+from grath.cli import UserError, first_line, in_root, read_json, trouble
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
@@ -142,7 +142,7 @@ def check_weights(base):
     if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{base} holds no weights as safetensors, and pickled ones are not read: convert them first")
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set((read_json(index, "index of weight files").get("weight_map") or {}).values())
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise UserError(

@@ -97,10 +97,13 @@ def open_replies(path, settings, merge):
         if first != settings:
             strange = True
             continue
-        replies.update(json.loads(line) for line in lines)
+        try:
+            replies.update(json.loads(line) for line in lines)
+        except (ValueError, TypeError):  # what a failing machine may leave
+            strange = True
     if merge:
         if strange:
-            print("Replies of an interrupted run with other settings are dropped: starting afresh")
+            print("Kept replies with other settings, or damaged ones, are dropped: asking for them afresh")
         lines = [settings, *(json.dumps(item) for item in sorted(replies.items()))]
         merged = path.with_name(f".{path.name}.replies")
         write_whole(merged, "".join(f"{line}\n" for line in lines))

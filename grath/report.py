@@ -8,12 +8,11 @@
 Results are the JSON files of lm-evaluation-harness, below any names.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
-from grath.cli import Parser, UserError, read_json_lines, run, write_whole
+from grath.cli import Parser, UserError, read_json, read_json_lines, run, write_whole
 from grath.distance import negated
 from grath.manifest import NAME as MANIFEST
 from grath.manifest import commit
@@ -76,7 +75,7 @@ def read_pairs_of(file):
     given = [row for row in given if row.get("correct") != row.get("incorrect")]
     shares = [negated([row.get(side, "") for row in given]) for side in ("correct", "incorrect")] if given else []
     measured = (spliced if spliced.is_file() else file).with_suffix(".distance.json")
-    found = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
+    found = read_json(measured, "record of grath.distance") if measured.is_file() else {}
     return {
         "distance": found.get("distance"),
         "probe": found.get("probe"),
@@ -97,7 +96,7 @@ def read_training(folder):
     """The last "margin" and "accuracy" of a training, its "pairs", "steps" and "seconds"; None where not recorded."""
     record, log = {}, []
     if (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD, "record of a training")
     if (folder / "training_log.jsonl").is_file():
         log = [entry for entry in read_json_lines(folder / "training_log.jsonl", "the log") if "loss" in entry]
     last = log[-1] if log else {}

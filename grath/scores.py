@@ -1,7 +1,8 @@
 """Scores out of the result files of lm-evaluation-harness: reading, tables, and what they say in words."""
 
-import json
 from pathlib import Path
+
+from grath.cli import read_json
 
 # Score tasks by the leaderboard's metric; the others by accuracy.
 METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}
@@ -24,7 +25,7 @@ def read_scores(folder):
     """
     scores = {}
     for file in sorted(Path(folder).glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, "result file of lm-evaluation-harness")
         subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
         for task, values in content.get("results", {}).items():
             metric = METRICS.get(task, "acc")

@@ -39,6 +39,7 @@ from grath.cli import (
 from grath.models import DTYPES, PRECISIONS, resolve_precision
 
 BATCH = {"DPO_BATCH_SIZE", "NUM_PROCESSES", "GRADIENT_ACCUMULATION_STEPS"}
+PRECISION_OF = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
 SECONDS_TO_END = 15
 AGAIN = "start the same command again (without FRESH=1) to go on from here"
 
@@ -52,6 +53,8 @@ def begin(args):
     settings = dict(setting.split("=", 1) for setting in args.rest)
     check_values(settings)
     settings = settle(settings)
+    precisions = [f"{name}={settings[name]}" for name in PRECISION_OF if name in settings]
+    print(f"  {', '.join(precisions)} on {machine()}", flush=True)
     if args.lock_fd is not None:
         lock(args.lock_fd, folder)
     if args.fresh and folder.exists():
@@ -70,6 +73,16 @@ def begin(args):
     for entry in manifest["stages"]:
         drop_damaged(folder, entry, entry["outputs"])
     manifests.write(folder, manifest)
+
+
+def machine():
+    """The GPUs that torch sees, in words, or that there are none."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return "the CPU: no GPU is seen"
+    count = torch.accelerator.device_count()
+    return f"{count} GPU(s), {torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'not of CUDA'}"
 
 
 def check_values(settings):
@@ -98,7 +111,7 @@ def settle(settings):
         batch, processes = int(settings["DPO_BATCH_SIZE"]), int(settings["NUM_PROCESSES"])
         accumulation = int(settings["GRADIENT_ACCUMULATION_STEPS"] or papers_accumulation(batch, processes))
         settled["EFFECTIVE_BATCH"] = str(batch * processes * accumulation)
-    for name, stage in (("PAIRS_PRECISION", "pairs"), ("DPO_PRECISION", "dpo"), ("EVAL_PRECISION", "scores")):
+    for name, stage in PRECISION_OF.items():
         if settings.get(name) == "auto":
             settled[name] = resolve_precision("auto", stage)
     for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS"):

@@ -109,7 +109,7 @@ def test_replies_of_other_settings_are_not_used(tiny_llama, tmp_path):
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
         tmp_path / "b", "--precision", "fp32", *flags,
     )  # fmt: skip
-    assert "other settings are dropped: starting afresh" in done.stdout
+    assert "Kept replies with other settings, or damaged ones, are dropped" in done.stdout
     assert (tmp_path / "b" / expected.name).read_bytes() == expected.read_bytes()
 
 

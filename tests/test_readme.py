@@ -7,6 +7,7 @@ from conftest import PROJECT
 from grath.scores import read_scores
 
 PAIRS = "test_pairs.py::test_the_papers_commands"
+ENGINE = "test_shared_prefix.py::test_the_benchmark_compares_all_ways"
 EXPERIMENT = "test_pipeline.py::test_the_experiments_commands_with_reduced_sizes"
 # Each command's shape -> where it runs for real (CI itself runs the make targets).
 RUN_BY = {
@@ -40,6 +41,10 @@ RUN_BY = {
     "RUN_NAME=fixed ./run_smollm2_fix_ref.sh": EXPERIMENT,
     "RUN_NAME=useGT USE_GT=1 ./run_smollm2.sh": EXPERIMENT,
     "python -m grath.report runs/rolling_seed_0 runs/fixed_seed_0 runs/useGT_seed_0": EXPERIMENT,
+    "python benchmarks/generation.py --dtype bf16 --num_query 128 --batch_size 128 --data_name allenai/ai2_arc": ENGINE,
+    "python benchmarks/generation.py --dtype fp32 --num_query 128 --batch_size 64 --data_name allenai/ai2_arc": ENGINE,
+    "python benchmarks/training.py --dtype bf16": "test_dpo.py::test_the_training_benchmark",
+    "python benchmarks/evaluation.py --limit 20": "test_harness.py::test_the_evaluation_benchmark",
     "./prefetch.sh": "test_harness.py::test_prefetch_names_what_it_fetches",
     "python -m grath.report": "test_report.py::test_the_report_of_a_made_run",
     "python -m grath.distance --model_name_or_path": (

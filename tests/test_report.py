@@ -75,6 +75,14 @@ def test_the_report_of_a_run_with_one_round_and_no_scores(made_run):
     assert not (made_run / "iterations.png").exists()
 
 
+@pytest.mark.parametrize("content", ["[]", '{"results": {'])
+def test_a_damaged_result_file_is_named_in_one_line(content, tmp_path):
+    (tmp_path / "arc_challenge.json").write_text(content)
+    done = call_here("grath.report", tmp_path, status=2)
+    assert done.stderr.endswith("arc_challenge.json is damaged, or no result file of lm-evaluation-harness\n")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def two_runs(made_run):
     """Two runs that differ in their demonstrations and in the score of M_1."""
