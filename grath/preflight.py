@@ -49,7 +49,8 @@ def hub_is_there():
 
 
 def check_packages(precisions):
-    """The pinned packages and their versions."""
+    """The pinned packages and their versions, and on a GPU a C compiler."""
+    import torch
     from packaging.requirements import Requirement
 
     differing = []
@@ -64,6 +65,8 @@ def check_packages(precisions):
             raise UserError(f"{requirement.name} is missing: pip install -r requirements.txt") from None
         if found.partition("+")[0] not in requirement.specifier:
             differing.append(f"{requirement.name} is {found}, tested is {str(requirement.specifier).lstrip('=')}")
+    if torch.cuda.is_available() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        differing.append("no C compiler is found (gcc, clang or CC), and TRL's loss wants one on a GPU, for Triton")
     return "; ".join(differing) or "as pinned in requirements.txt"
 
 

@@ -219,6 +219,8 @@ def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeyp
 
 
 def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
+    import torch
+
     from grath import preflight
     from grath.cli import UserError
 
@@ -228,6 +230,11 @@ def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
     assert preflight.check_packages(["bf16"]) == f"pytest is {pytest.__version__}, tested is 0.1"
     requirements.write_text(f"pytest=={pytest.__version__}\n")
     assert preflight.check_packages(["int8"]) == "as pinned in requirements.txt"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CC", raising=False)
+        assert preflight.check_packages(["int8"]).startswith("no C compiler is found")
     requirements.write_text("no-such-package==1\n")
     with pytest.raises(UserError, match="no-such-package is missing: pip install -r requirements.txt"):
         preflight.check_packages(["bf16"])
