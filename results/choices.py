@@ -16,18 +16,32 @@ from grath.distance import negated  # noqa: E402
 
 
 def read_samples(folder):
-    """Question -> (its keyed answer, whether the model chose it, whether what it chose is the shortest, in words)."""
+    """Question -> what the harness has kept of it."""
     files = sorted(folder.rglob("samples_truthfulqa_mc1_*.jsonl"))
     if not files:
         raise UserError(f"{folder} holds no samples_truthfulqa_mc1_*.jsonl: score with --log_samples")
-    found = {}
-    for row in map(json.loads, files[-1].read_text(encoding="utf-8").splitlines()):
-        choices = row["doc"]["mc1_targets"]["choices"]
-        likelihoods = [float(answer[0]) for answer in row["filtered_resps"]]
-        words = [len(choice.split()) for choice in choices]
-        shortest = words[likelihoods.index(max(likelihoods))] == min(words)
-        found[row["doc"]["question"]] = (choices[0], row["acc"] == 1, shortest)
-    return found
+    rows = map(json.loads, files[-1].read_text(encoding="utf-8").splitlines())
+    return {row["doc"]["question"]: row for row in rows}
+
+
+def shortest(choices):
+    """Of each choice, whether it has the fewest words."""
+    words = [len(choice.split()) for choice in choices]
+    return [count == min(words) for count in words]
+
+
+def chosen_is_shortest(row):
+    likelihoods = [float(answer[0]) for answer in row["filtered_resps"]]
+    return shortest(row["doc"]["mc1_targets"]["choices"])[likelihoods.index(max(likelihoods))]
+
+
+def rule_score(targets, rule):
+    """Percent that a rule gets which gives all its probability, evenly, to the choices for which it holds."""
+    shares = []
+    for target in targets:
+        held = [label for label, holds in zip(target["labels"], rule(target["choices"]), strict=True) if holds]
+        shares.append(sum(held) / len(held))
+    return 100 * sum(shares) / len(shares)
 
 
 def main():
@@ -41,14 +55,22 @@ def main():
     body = []
     for title, wanted in (("with a negation", 1), ("without", 0)):
         pairs = [
-            (right, after[question][1]) for question, (key, right, _) in before.items() if negated([key]) == wanted
+            (row["acc"] == 1, after[question]["acc"] == 1)
+            for question, row in before.items()
+            if negated(row["doc"]["mc1_targets"]["choices"][:1]) == wanted
         ]
         shares = [100 * sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
         body.append([title, len(pairs), *shares, pairs.count((False, True)), pairs.count((True, False))])
     header = ["keyed answer", "questions", "MC1 before", "MC1 after", "gained", "lost"]
     print(tabulate(body, header, tablefmt="github", floatfmt=".2f"))
-    shares = [sum(shortest for *_, shortest in side.values()) / len(side) for side in (before, after)]
+    shares = [sum(map(chosen_is_shortest, side.values())) / len(side) for side in (before, after)]
     print("\nthe shortest choice is chosen in {:.1%} before, {:.1%} after".format(*shares))
+    targets = [[row["doc"][f"mc{number}_targets"] for row in before.values()] for number in (1, 2)]
+    for title, rule in (
+        ("the shortest choices", shortest),
+        ("all choices alike", lambda choices: [True] * len(choices)),
+    ):
+        print(f"{title}: MC1 {rule_score(targets[0], rule):.2f}, MC2 {rule_score(targets[1], rule):.2f}")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,14 @@ def test_where_mc1_changed_by_negation(tmp_path):
     # The other choice is the shorter one.
     for name, chosen in (("before", [1, 1, 0, 1, 0]), ("after", [0, 1, 1, 0, 0])):
         (tmp_path / name).mkdir()
-        docs = [{"question": f"q{i}", "mc1_targets": {"choices": [key, "x"]}} for i, key in enumerate(keys)]
+        docs = [
+            {
+                "question": f"q{i}",
+                "mc1_targets": {"choices": [key, "x"], "labels": [1, 0]},
+                "mc2_targets": {"choices": [key, "x", "y"], "labels": [1, 1, 0]},
+            }
+            for i, key in enumerate(keys)
+        ]
         likelihoods = [[["-1.5", "True"], ["-12.5", "False"]][:: 1 if right else -1] for right in chosen]
         samples = [
             {"doc": doc, "acc": float(right), "filtered_resps": answers}
@@ -189,7 +196,12 @@ def test_where_mc1_changed_by_negation(tmp_path):
         ["with a negation", "3", "100.00", "33.33", "0", "2"],
         ["without", "2", "0.00", "50.00", "1", "0"],
     ]
-    assert done.stdout.endswith("the shortest choice is chosen in 40.0% before, 60.0% after\n")
+    # Of the keyed answers only the last is as short as the others.
+    assert done.stdout.splitlines()[-3:] == [
+        "the shortest choice is chosen in 40.0% before, 60.0% after",
+        "the shortest choices: MC1 10.00, MC2 53.33",
+        "all choices alike: MC1 50.00, MC2 66.67",
+    ]
     assert "score with --log_samples" in call("results/choices.py", tmp_path, tmp_path / "no", status=2).stderr
 
 
