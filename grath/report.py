@@ -29,7 +29,7 @@ PAPER = {
 
 
 # What a comparison shows of the pairs of a round.
-FACTS = ("asked", "parsed", "identical", "echoed", "distance", "probe", "negated")
+FACTS = ("asked", "parsed", "identical", "echoed", "distance", "probe", "negated", "words")
 
 
 def manifest_of(run_dir):
@@ -65,21 +65,22 @@ def read_pairs_of(file):
     Returns:
         dict: how many were "asked" for (the file's name says so), "parsed", have "identical" answers, and an "echoed"
         correct one, which only repeats the question; of the pairs that DPO is given (spliced, different answers) the
-        shares of correct and of incorrect answers that are "negated", and "distance" and "probe", None where
-        `grath.distance` has not been run.
+        shares of correct and of incorrect answers that are "negated", their mean "words", and "distance" and "probe",
+        None where `grath.distance` has not been run.
     """
     rows = read_json_lines(file, "the pair file")
     asked = re.search(r"_num_(\d+)_", file.name)
     spliced = file.with_name(f"{file.stem}_combined.json")
     given = read_json_lines(spliced, "the spliced pair file") if spliced.is_file() else rows
     given = [row for row in given if row.get("correct") != row.get("incorrect")]
-    shares = [negated([row.get(side, "") for row in given]) for side in ("correct", "incorrect")] if given else []
+    sides = [[row.get(side, "") for row in given] for side in ("correct", "incorrect")]
     measured = (spliced if spliced.is_file() else file).with_suffix(".distance.json")
     found = read_json(measured, "record of grath.distance") if measured.is_file() else {}
     return {
         "distance": found.get("distance"),
         "probe": found.get("probe"),
-        "negated": " / ".join(f"{share:.3f}" for share in shares) or None,
+        "negated": " / ".join(f"{negated(side):.3f}" for side in sides) if given else None,
+        "words": " / ".join(f"{len(' '.join(side).split()) / len(side):.1f}" for side in sides) if given else None,
         "asked": int(asked[1]) if asked else None,
         "parsed": len(rows),
         "identical": sum(row.get("correct") == row.get("incorrect") for row in rows),
@@ -224,6 +225,7 @@ def _rounds_table(found):
         "distance",
         "probe",
         "negated",
+        "words",
         "last margin",
         "accuracy",
         "DPO seconds (last start)",
@@ -235,7 +237,7 @@ def _rounds_table(found):
             continue
         cells = [pairs.get(key) for key in ("asked", "parsed", "identical", "echoed")]
         cells += [training.get(key) for key in ("pairs", "steps")]
-        cells += [pairs.get(key) for key in ("distance", "probe", "negated")]
+        cells += [pairs.get(key) for key in ("distance", "probe", "negated", "words")]
         cells += [training.get(key) for key in ("margin", "accuracy", "seconds")]
         body.append([f"M_{number} -> M_{number + 1}", *cells])
     return tabulate(body, header, tablefmt="github", missingval="-", floatfmt=".3f") if body else "No round yet."

@@ -2,8 +2,8 @@
 
     DATASETS_ROOT=FOLDER python results/pairs.py PAIRS [--sample 40]
 
-Of the pairs of different answers it counts the words, and those in which an answer is ARC-Challenge's keyed choice word
-for word, but for case and a last full stop; it prints as many drawn pairs as `--sample` says with their lines.
+It counts the pairs of different answers in which an answer is ARC-Challenge's keyed choice word for word, but for case
+and a last full stop, and prints as many drawn pairs as `--sample` says with their lines in the file.
 """
 
 import random
@@ -38,10 +38,6 @@ def main():
     for side in ("correct", "incorrect"):
         keyed = sum(plain(row[side]) == keys[row["question"]] for _, row in drawn_from)
         print(f"{side}: the keyed choice in {keyed} of {len(drawn_from)} pairs of different answers")
-    words = [
-        sum(len(row[side].split()) for _, row in drawn_from) / len(drawn_from) for side in ("correct", "incorrect")
-    ]
-    print("words: {:.1f} in the correct answer, {:.1f} in the incorrect one".format(*words))
     random.seed(0)
     for line, row in random.sample(drawn_from, min(args.sample, len(drawn_from))):
         print(f"\nline {line}: {row['question']}\n  correct:   {row['correct']}\n  incorrect: {row['incorrect']}")

@@ -339,21 +339,22 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
 @needs_hub
 @pytest.mark.slow
 def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
-    """As they stand in the README, on a tiny model: the first run for real but the scores, two as dry runs, the report.
+    """As they stand in the README, on a tiny model: the first run but its scores, dry runs of the others, the report.
 
     `test_leaderboard_tasks_on_real_data` scores these very tasks.
     """
     blocks = re.findall(r"^```\n(.*?)^```", (PROJECT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    settings, rolling, fixed, use_gt, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()
+    settings, rolling, fixed, use_gt, halueval, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()
     for name, value in {"NUM_QUERY": 6, "MAX_STEPS": 1, "WARMUP_STEPS": 0}.items():
         settings, changed = re.subn(rf"\b{name}=\d+", f"{name}={value}", settings)
         assert changed == 1
     settings, changed = re.subn(r'TASKS="truthfulqa_mc1 truthfulqa_mc2 arc_challenge"', "TASKS=", settings)
     assert changed == 1
-    assert report == "python -m grath.report runs/rolling_seed_0 runs/fixed_seed_0 runs/useGT_seed_0"
+    names = ("rolling", "fixed", "useGT", "halueval")
+    assert report == " ".join(["python -m grath.report", *(f"runs/{name}_seed_0" for name in names)])
     runs = tmp_path / "runs"
-    script = f"set -e\n{settings}\n{rolling}\nDRY_RUN=1 {fixed}\nDRY_RUN=1 {use_gt}\n"
-    for name in ("fixed", "useGT"):
+    script = f"set -e\n{settings}\n{rolling}\nDRY_RUN=1 {fixed}\nDRY_RUN=1 {use_gt}\nDRY_RUN=1 {halueval}\n"
+    for name in names[1:]:
         script += f"cp -r {runs}/rolling_seed_0 {runs}/{name}_seed_0\n"
     env = {
         "folder": str(HUB),
@@ -363,10 +364,11 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     }
     done = call("bash", "-c", script + report.replace("runs/", f"{runs}/"), env=env)
     asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--useGT" in line for line in asks] == [False, True]
+    assert ["--useGT" in line for line in asks] == [False, True, False]
+    assert ["--demos halueval" in line for line in asks] == [False, False, True]
     assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
     references = [line for line in done.stdout.splitlines() if "--reference" in line]
-    assert ["--reference fixed" in line for line in references] == [True, False]
+    assert ["--reference fixed" in line for line in references] == [True, False, False]
     facts = (runs / "comparison.md").read_text()
-    for name in ("rolling", "fixed", "useGT"):
+    for name in names:
         assert re.search(rf"\| {name}_seed_0 +\| M_0 +\| +6 \| +6 \|", facts)
