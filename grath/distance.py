@@ -3,7 +3,7 @@
     python -m grath.distance PAIRS... --model_name_or_path MODEL
 
 For each pair file it prints three figures and keeps them beside it, in {PAIRS without .json}.distance.json, from where
-`grath.report` takes them:
+`grath.report` takes the first two:
 
 distance    |mean correct - mean incorrect| / sqrt(trace of the mean covariance within the two): 0 where both are alike
 probe       accuracy of a linear classifier that tells the two apart, five-fold, questions never split: 0.5 is chance
@@ -104,7 +104,8 @@ def main():
         files[path] = rows
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.model_type)
-    model = load_model(args.model_name_or_path, resolve_precision(args.precision, "pairs"))
+    precision = resolve_precision(args.precision, "pairs")
+    model = load_model(args.model_name_or_path, precision)
     for path, rows in files.items():
         sides = []
         for side in ("correct", "incorrect"):
@@ -113,7 +114,7 @@ def main():
             sides.append(embed(model, sequences, args.batch_size))
         found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
         found["negated"] = [negated([row[side] for row in rows]) for side in ("correct", "incorrect")]
-        found["model"] = args.model_name_or_path
+        found |= {"model": args.model_name_or_path, "precision": precision}
         out = path.with_suffix(".distance.json")
         write_whole(out, json.dumps(found, indent=2) + "\n")
         shares = " and ".join(f"{share:.1%}" for share in found["negated"])

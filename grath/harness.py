@@ -16,7 +16,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from grath.cli import ROOT, Parser, run, write_whole
+from grath.cli import ROOT, Parser, UserError, run, write_whole
 from grath.models import ADAPTER, DTYPES, check_model, hash_of, resolve_precision, sha256, split_adapter, weight_files
 
 NAME = "hf-shared"
@@ -94,6 +94,8 @@ def build_alike():
     def build_own(task, *args, rank=0, world_size=1, **kwargs):
         build(task, *args, **kwargs)
         task._instances = [request for request in task._instances if request.doc_id % world_size == rank]
+        if not task._instances:
+            raise UserError(f"there are fewer questions than processes ({world_size}): lower NUM_PROCESSES")
 
     Task.build_all_requests = build_own
 

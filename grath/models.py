@@ -142,7 +142,10 @@ def check_weights(base):
     if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{base} holds no weights as safetensors, and pickled ones are not read: convert them first")
     if index.is_file():
-        shards = set((read_json(index, "index of weight files").get("weight_map") or {}).values())
+        shards = read_json(index, "index of weight files").get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index} is damaged: it names no weight files")
+        shards = set(shards.values())
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise UserError(

@@ -93,14 +93,15 @@ def open_replies(path, settings, merge):
     replies, strange = {}, False
     for file in _kept(path) if path.parent.is_dir() else []:
         # A line without its end was cut short by the interruption.
-        first, *lines = file.read_text(encoding="utf-8").split("\n")[:-1] or [""]
-        if first != settings:
-            strange = True
-            continue
         try:
-            replies.update(json.loads(line) for line in lines)
+            first, *lines = file.read_text(encoding="utf-8").split("\n")[:-1] or [""]
+            found = dict(json.loads(line) for line in lines) if first == settings else None
         except (ValueError, TypeError):  # what a failing machine may leave
+            found = None
+        if found is None:
             strange = True
+        else:
+            replies |= found
     if merge:
         if strange:
             print("Kept replies with other settings, or damaged ones, are dropped: asking for them afresh")

@@ -66,7 +66,7 @@ def check_packages(precisions):
         if found.partition("+")[0] not in requirement.specifier:
             differing.append(f"{requirement.name} is {found}, tested is {str(requirement.specifier).lstrip('=')}")
     if torch.cuda.is_available() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        differing.append("no C compiler is found (gcc, clang or CC), and TRL's loss wants one on a GPU, for Triton")
+        raise UserError("no C compiler is found, which Triton needs for TRL's loss on a GPU: install gcc, or set CC")
     return "; ".join(differing) or "as pinned in requirements.txt"
 
 

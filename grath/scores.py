@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grath.cli import read_json
+from grath.cli import UserError, read_json
 
 # Score tasks by the leaderboard's metric; the others by accuracy.
 METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}
@@ -25,7 +25,10 @@ def read_scores(folder):
     """
     scores = {}
     for file in sorted(Path(folder).glob("*.json")):
-        content = read_json(file, "result file of lm-evaluation-harness")
+        what = "result file of lm-evaluation-harness"
+        content = read_json(file, what)
+        if not isinstance(content.get("results", {}), dict):
+            raise UserError(f"{file} is no {what}")
         subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
         for task, values in content.get("results", {}).items():
             metric = METRICS.get(task, "acc")

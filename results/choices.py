@@ -1,8 +1,10 @@
-"""What two models choose in MC1: where it changed, by negations in the keyed answer, and how often the shortest choice.
+"""What two models choose in MC1, by negations and length, and what a rule without a model gets.
 
     python results/choices.py SAMPLES_OF_ONE SAMPLES_OF_THE_OTHER
 
-The two are folders in which the harness has kept single questions (`--tasks truthfulqa_mc1 --log_samples`).
+The two are folders in which the harness has kept single questions (`--tasks truthfulqa_mc1 --log_samples`). The first
+table divides the questions by their keyed answer. The second says how often a choice of a kind is chosen, and what MC1
+and MC2 are if all probability goes, evenly, to the choices of that kind (to all choices where there is none of it).
 """
 
 import json
@@ -15,6 +17,19 @@ from grath.cli import Parser, UserError, run  # noqa: E402
 from grath.distance import negated  # noqa: E402
 
 
+def shortest(choices):
+    words = [len(choice.split()) for choice in choices]
+    return [count == min(words) for count in words]
+
+
+KINDS = {
+    "the shortest, in words": shortest,
+    "with a negation": lambda choices: [negated([choice]) == 1 for choice in choices],
+    "without a negation": lambda choices: [negated([choice]) == 0 for choice in choices],
+    "any": lambda choices: [True] * len(choices),
+}
+
+
 def read_samples(folder):
     """Question -> what the harness has kept of it."""
     files = sorted(folder.rglob("samples_truthfulqa_mc1_*.jsonl"))
@@ -24,24 +39,21 @@ def read_samples(folder):
     return {row["doc"]["question"]: row for row in rows}
 
 
-def shortest(choices):
-    """Of each choice, whether it has the fewest words."""
-    words = [len(choice.split()) for choice in choices]
-    return [count == min(words) for count in words]
+def percent(values):
+    values = list(values)
+    return 100 * sum(values) / len(values)
 
 
-def chosen_is_shortest(row):
+def chosen_is(kind, row):
     likelihoods = [float(answer[0]) for answer in row["filtered_resps"]]
-    return shortest(row["doc"]["mc1_targets"]["choices"])[likelihoods.index(max(likelihoods))]
+    return kind(row["doc"]["mc1_targets"]["choices"])[likelihoods.index(max(likelihoods))]
 
 
-def rule_score(targets, rule):
-    """Percent that a rule gets which gives all its probability, evenly, to the choices for which it holds."""
-    shares = []
-    for target in targets:
-        held = [label for label, holds in zip(target["labels"], rule(target["choices"]), strict=True) if holds]
-        shares.append(sum(held) / len(held))
-    return 100 * sum(shares) / len(shares)
+def rule_score(kind, target):
+    """The share of a question's probability that falls on true choices, if it all goes to those of a kind."""
+    of_kind = kind(target["choices"])
+    labels = [label for label, holds in zip(target["labels"], of_kind, strict=True) if holds or not any(of_kind)]
+    return sum(labels) / len(labels)
 
 
 def main():
@@ -52,25 +64,24 @@ def main():
     parser.add_argument("after", type=Path, help="samples of the other")
     args = parser.parse_args()
     before, after = read_samples(args.before), read_samples(args.after)
+    docs = [row["doc"] for row in before.values()]
     body = []
     for title, wanted in (("with a negation", 1), ("without", 0)):
-        pairs = [
-            (row["acc"] == 1, after[question]["acc"] == 1)
-            for question, row in before.items()
-            if negated(row["doc"]["mc1_targets"]["choices"][:1]) == wanted
-        ]
-        shares = [100 * sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
-        body.append([title, len(pairs), *shares, pairs.count((False, True)), pairs.count((True, False))])
-    header = ["keyed answer", "questions", "MC1 before", "MC1 after", "gained", "lost"]
+        group = [doc for doc in docs if negated(doc["mc1_targets"]["choices"][:1]) == wanted]
+        pairs = [(before[doc["question"]]["acc"] == 1, after[doc["question"]]["acc"] == 1) for doc in group]
+        chance = percent(rule_score(KINDS["any"], doc["mc1_targets"]) for doc in group)
+        shares = [percent(side) for side in zip(*pairs, strict=True)]
+        body.append([title, len(pairs), chance, *shares, pairs.count((False, True)), pairs.count((True, False))])
+    header = ["keyed answer", "questions", "by chance", "MC1 before", "MC1 after", "gained", "lost"]
     print(tabulate(body, header, tablefmt="github", floatfmt=".2f"))
-    shares = [sum(map(chosen_is_shortest, side.values())) / len(side) for side in (before, after)]
-    print("\nthe shortest choice is chosen in {:.1%} before, {:.1%} after".format(*shares))
-    targets = [[row["doc"][f"mc{number}_targets"] for row in before.values()] for number in (1, 2)]
-    for title, rule in (
-        ("the shortest choices", shortest),
-        ("all choices alike", lambda choices: [True] * len(choices)),
-    ):
-        print(f"{title}: MC1 {rule_score(targets[0], rule):.2f}, MC2 {rule_score(targets[1], rule):.2f}")
+    body = []
+    for title, kind in KINDS.items():
+        chosen = [percent(chosen_is(kind, row) for row in side.values()) for side in (before, after)]
+        chance = percent(percent(kind(doc["mc1_targets"]["choices"])) / 100 for doc in docs)
+        scores = [percent(rule_score(kind, doc[f"mc{number}_targets"]) for doc in docs) for number in (1, 2)]
+        body.append([title, chance, *chosen, *scores])
+    header = ["choice", "by chance", "chosen before", "chosen after", "MC1 of the rule", "MC2 of the rule"]
+    print("\n" + tabulate(body, header, tablefmt="github", floatfmt=".2f"))
 
 
 if __name__ == "__main__":

@@ -336,6 +336,31 @@ def test_margins_with_a_quantised_base(tiny_llama, pair_file, tmp_path, precisio
     assert margin(fixed) > 0.5 * margin(first, 2) > 0.1
 
 
+def test_the_adapter_on_a_quantised_base_is_not_rounded(tiny_llama, pair_file, tmp_path):
+    from peft import get_peft_model_state_dict
+
+    from grath.chat import template_for
+    from grath.models import load_model, load_tokenizer
+    from grath.pairs import read_pairs
+    from grath.settings import GrathDPOConfig
+    from grath.trainer import GrathDPOTrainer, keep_trainable, tokenise
+
+    train(tiny_llama, tmp_path / "1", "--precision", "nf4", source=("--dataset_path", pair_file))
+    tokenizer = load_tokenizer(tmp_path / "1")
+    trainer = GrathDPOTrainer(
+        model=load_model(tmp_path / "1", "nf4", trainable=True),
+        args=GrathDPOConfig(output_dir=str(tmp_path / "2"), precision="nf4", max_steps=1),
+        train_dataset=keep_trainable(tokenise(read_pairs(pair_file), tokenizer, template_for(tokenizer, "auto")), 1024)[
+            0
+        ],
+        processing_class=tokenizer,
+        reference="rolling",
+    )
+    held, saved = get_peft_model_state_dict(trainer.model), weights(tmp_path / "1")
+    assert held.keys() == saved.keys()
+    assert all((held[name] == saved[name]).all() for name in saved)
+
+
 def test_other_losses_go_through_trl(tiny_llama, pair_file, tmp_path):
     flags = ("--loss_type", "ipo", "--train_sampling_strategy", "random")
     _, record = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file))

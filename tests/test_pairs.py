@@ -105,6 +105,7 @@ def test_replies_of_other_settings_are_not_used(tiny_llama, tmp_path):
     expected = ask(tiny_llama, tmp_path / "a", *flags)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / f".{expected.name}.replies").write_text('other settings\n[0, "Correct answer: x"]\n')
+    (tmp_path / "b" / f".{expected.name}.replies.0").write_bytes(b"\xff\xfe\n")
     done = call(
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
         tmp_path / "b", "--precision", "fp32", *flags,

@@ -203,7 +203,7 @@ def test_a_check_and_the_stages_ask_for_the_same_weights(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeypatch):
+def test_a_users_own_accelerate_configuration_changes_nothing(processes, tiny_llama, tmp_path, monkeypatch):
     from accelerate.commands import launch
     from accelerate.commands.config import config_args
 
@@ -216,6 +216,13 @@ def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeyp
     assert not args.use_deepspeed and not args.use_fsdp
     assert (args.multi_gpu, args.num_processes, args.num_machines) == (processes > 1, processes, 1)
     assert (args.mixed_precision, args.dynamo_backend, args.use_cpu) == ("no", "no", False)
+    if processes > 1:
+        env = {"DRY_RUN": "1", "NUM_PROCESSES": "2", "TASKS": "grath_mc1"}
+        printed = call("evaluation.sh", tiny_llama, tmp_path / "scores", env=env).stdout
+        assert (
+            f"--config_file {PROJECT}/accelerate_configs/data_parallel.yaml --num_processes 2 -m grath.harness"
+            in printed
+        )
 
 
 def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
@@ -234,7 +241,8 @@ def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setenv("PATH", str(tmp_path))
         patch.delenv("CC", raising=False)
-        assert preflight.check_packages(["int8"]).startswith("no C compiler is found")
+        with pytest.raises(UserError, match="no C compiler is found"):
+            preflight.check_packages(["int8"])
     requirements.write_text("no-such-package==1\n")
     with pytest.raises(UserError, match="no-such-package is missing: pip install -r requirements.txt"):
         preflight.check_packages(["bf16"])
@@ -298,6 +306,7 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "TASKS": ""}
     done = call("run_llama2.sh", env={**env, "RUNS_DIR": str(tmp_path)}, status=2)
     assert "there are only 160 questions" in done.stderr
+    assert " EVAL_PRECISION=" in done.stdout and re.search(r" on (the CPU: no GPU is seen|\d+ GPU)", done.stdout)
     assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: round 1: M_0 writes pairs failed")
     env = {**env, "NUM_QUERY": "2", "MAX_LENGTH": "2", "RUNS_DIR": str(tmp_path)}
     done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=2)

@@ -152,7 +152,7 @@ def test_the_distance_of_a_pair_file_and_its_place_in_the_report(tiny_llama, mad
     flags = ("--model_name_or_path", tiny_llama, "--precision", "fp32", "--batch_size", "3")
     done = call_here("grath.distance", file, *flags)
     found = json.loads(file.with_suffix(".distance.json").read_text())
-    assert found["negated"] == [0, 6 / 7] and "negated 0.0% and 85.7%" in done.stdout
+    assert found["precision"] == "fp32" and found["negated"] == [0, 6 / 7] and "negated 0.0% and 85.7%" in done.stdout
     assert found["pairs"] == 7 and f"distance {found['distance']:.3f}" in done.stdout
 
     tokenizer = load_tokenizer(tiny_llama)
@@ -171,7 +171,7 @@ def test_the_distance_of_a_pair_file_and_its_place_in_the_report(tiny_llama, mad
     assert f"{found['distance']:.3f}" in (made_run / "report.md").read_text()
 
 
-def test_where_mc1_changed_by_negation(tmp_path):
+def test_what_two_models_choose(tmp_path):
     keys = ["No, it is not.", "Nothing happens.", "It rains.", "It can\u2019t.", "Snow."]
     # The other choice is the shorter one.
     for name, chosen in (("before", [1, 1, 0, 1, 0]), ("after", [0, 1, 1, 0, 0])):
@@ -191,16 +191,17 @@ def test_where_mc1_changed_by_negation(tmp_path):
         ]
         write_rows(tmp_path / name / "samples_truthfulqa_mc1_1.jsonl", samples)
     done = call("results/choices.py", tmp_path / "before", tmp_path / "after")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:4]]
-    assert cells == [
-        ["with a negation", "3", "100.00", "33.33", "0", "2"],
-        ["without", "2", "0.00", "50.00", "1", "0"],
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    assert cells[2:4] == [
+        ["with a negation", "3", "50.00", "100.00", "33.33", "0", "2"],
+        ["without", "2", "50.00", "0.00", "50.00", "1", "0"],
     ]
     # Of the keyed answers only the last is as short as the others.
-    assert done.stdout.splitlines()[-3:] == [
-        "the shortest choice is chosen in 40.0% before, 60.0% after",
-        "the shortest choices: MC1 10.00, MC2 53.33",
-        "all choices alike: MC1 50.00, MC2 66.67",
+    assert cells[6:] == [
+        ["the shortest, in words", "60.00", "40.00", "60.00", "10.00", "53.33"],
+        ["with a negation", "30.00", "60.00", "20.00", "80.00", "86.67"],
+        ["without a negation", "70.00", "40.00", "80.00", "20.00", "56.67"],
+        ["any", "100.00", "100.00", "100.00", "50.00", "66.67"],
     ]
     assert "score with --log_samples" in call("results/choices.py", tmp_path, tmp_path / "no", status=2).stderr
 

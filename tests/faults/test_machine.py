@@ -141,6 +141,7 @@ def test_names_are_names_and_secrets_stay_out(tiny_llama, tmp_path):
     ("error", "line"),
     [
         ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", "the memory is full: take a smaller"),
+        ("RuntimeError('CUDA error: out of memory')", "the memory is full: take a smaller"),
         ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", "the memory is full: take a"),
         ("MemoryError()", "the memory is full: take a smaller --batch_size"),
         ("RuntimeError('CUDA error: invalid device ordinal')", "the GPU cannot be used: look at nvidia-smi"),
@@ -169,13 +170,17 @@ def test_trouble_with_the_machine_is_one_line(error, line, tiny_llama, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_any_other_error_keeps_its_traceback(tiny_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), RuntimeError("CUDA error: device-side assert triggered")])
+def test_any_other_error_keeps_its_traceback(error, tiny_llama, tmp_path, monkeypatch):
     import create_pair_responses
 
-    monkeypatch.setattr(create_pair_responses, "load_model", lambda *_: 1 / 0)
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(create_pair_responses, "load_model", fail)
     monkeypatch.setattr(sys, "argv", ["x", "--model_name_or_path", str(tiny_llama), "--save_prefix", "x",
                                       "--save_dir", str(tmp_path), "--data_path", str(BUNDLED)])  # fmt: skip
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         create_pair_responses.run(create_pair_responses.main)
 
 
