@@ -1,5 +1,6 @@
 """Every command in the README has a test that runs it, on a small model, or as a dry run where it would take a GPU."""
 
+import json
 import re
 
 from conftest import PROJECT
@@ -9,7 +10,7 @@ from grath.scores import read_scores
 PAIRS = "test_pairs.py::test_the_papers_commands"
 ENGINE = "test_shared_prefix.py::test_the_benchmark_compares_all_ways"
 EXPERIMENT = "test_pipeline.py::test_the_experiments_commands_with_reduced_sizes"
-# Each command's shape -> where it runs for real (CI itself runs the make targets).
+# Each command's shape -> where it runs, with a small model and other sizes (CI itself runs the make targets).
 RUN_BY = {
     "make demo": "test_pipeline.py::test_the_demo_on_smollm2_with_reduced_sizes",
     "make test": ".ci/run",
@@ -40,7 +41,7 @@ RUN_BY = {
     "RUN_NAME=rolling ./run_smollm2.sh": EXPERIMENT,
     "RUN_NAME=fixed ./run_smollm2_fix_ref.sh": EXPERIMENT,
     "RUN_NAME=useGT USE_GT=1 ./run_smollm2.sh": EXPERIMENT,
-    "RUN_NAME=halueval DEMOS=halueval ./run_smollm2.sh": EXPERIMENT,
+    'RUN_NAME=halueval DEMOS=halueval TASKS="truthfulqa_mc1 truthfulqa_mc2" ./run_smollm2.sh': EXPERIMENT,
     "python -m grath.report runs/rolling_seed_0 runs/fixed_seed_0 runs/useGT_seed_0 runs/halueval_seed_0": EXPERIMENT,
     "python benchmarks/generation.py --dtype bf16 --num_query 128 --batch_size 128 --data_name allenai/ai2_arc": ENGINE,
     "python benchmarks/generation.py --dtype fp32 --num_query 128 --batch_size 64 --data_name allenai/ai2_arc": ENGINE,
@@ -83,15 +84,33 @@ def test_every_quoted_command_is_run():
 def test_the_table_of_results_is_that_of_the_experiment():
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     table = readme.split("| run | model |")[1].split("\n\n")[0]
+    assert table in (PROJECT / "results" / "README.md").read_text(encoding="utf-8")
     found = re.findall(r"^\| (\w+) \| M_(\d)[^|]*\| (.*) \|$", table, re.MULTILINE)
-    assert len(found) >= 9
+    assert len(found) == 11
     for run, number, cells in found:
         scores = read_scores(PROJECT / "results" / run / "results" / f"iter_{number}")
         tasks = ("truthfulqa_mc1", "truthfulqa_mc2", "arc_challenge")
         expected = [
             f"{scores[task]['score']:.2f} ± {scores[task]['stderr']:.2f}" if task in scores else "-" for task in tasks
         ]
-        assert cells.split(" | ")[-3:] == expected
+        pairs = [
+            json.loads(path.read_text())
+            for path in (PROJECT / "results" / run).glob(f"models/iter_{number}_*/grath.json")
+        ]
+        assert cells.split(" | ") == [*([str(pairs[0]["pairs"]["kept"])] if pairs else [""]), *expected]
+
+
+def test_the_run_that_was_made_again_is_the_first_one():
+    first, again = (PROJECT / "results" / name for name in ("rolling", "rolling_again"))
+    hashes = []
+    for folder in (first, again):
+        stages = json.loads((folder / "manifest.json").read_text())["stages"]
+        made = {name: value for stage in stages for name, value in stage["outputs"].items()}
+        hashes.append({n: v for n, v in made.items() if n.startswith("data/") or n.endswith(".safetensors")})
+    assert len(hashes[0]) == 5 and hashes[0] == hashes[1]
+    for number in range(3):
+        scores, other = (read_scores(folder / "results" / f"iter_{number}") for folder in (first, again))
+        assert len(scores) == 3 and scores == other
 
 
 def test_the_tests_named_above_exist():
