@@ -92,8 +92,8 @@ def open_replies(path, settings, merge):
     """
     replies, strange = {}, False
     for file in _kept(path) if path.parent.is_dir() else []:
-        # A line without its end was cut short by the interruption.
         try:
+            # A line without its end was cut short by the interruption.
             first, *lines = file.read_text(encoding="utf-8").split("\n")[:-1] or [""]
             found = dict(json.loads(line) for line in lines) if first == settings else None
         except (ValueError, TypeError):  # what a failing machine may leave
