@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grath.cli import PROJECT, UserError, in_root, write_whole
+from grath.local_data import data_files
 from grath.models import ADAPTER, RECORD, sha256, split_adapter
 
 NAME = "manifest.json"
@@ -117,7 +118,7 @@ def hashes(run, names, known=None, data=()):
         if path.is_file():
             files = [path]
         elif path.is_dir() and kind == "dataset":
-            files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+            files = data_files(path)
         elif path.is_dir():
             files = [path / file for file in ADAPTER_FILES if (path / file).is_file()]
             if files and inside(run, path) is None:

@@ -8,7 +8,7 @@ import random
 import sys
 from pathlib import Path
 
-from grath.cli import PROJECT, UserError, first_line, in_root, read_json_lines, trouble
+from grath.cli import PROJECT, UserError, explain_system_error, first_line, in_root, read_json_lines
 
 DEMO_FIELDS = ("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect")
 
@@ -43,17 +43,17 @@ def load_questions(data_name=None, subdata_name=None, split="train", data_path=N
 
 def load_hub_split(data_name, subdata_name, split):
     """One split of a hub data set, or of a local folder of that name, as `datasets.Dataset`."""
-    from datasets import load_dataset
+    from grath.local_data import load_dataset
 
     try:
         return load_dataset(in_root(data_name), subdata_name or None, split=split)
     except Exception as error:  # the hub client, the file readers and the builders each raise their own kinds
-        if trouble(error):
+        if explain_system_error(error):
             raise
         raise UserError(
             f"cannot load the split {split} of {data_name} {subdata_name or ''}: {first_line(error)} "
             "(give a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"
-        ) from None
+        ) from error
 
 
 def _question(row, where):
