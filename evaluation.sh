@@ -51,23 +51,15 @@ shots() {
 
 # score MODEL OUTPUT_DIR: one call of the harness for tasks that ask the same (MC1 and MC2), one result file a task.
 score() {
-    local model=$1 output=$2 described settings task key started=" " launch=(python)
-    described=$(python -m grath.harness describe --precision "$PRECISION" -- "$model")
-    settings="${described#*$'\n'} limit=$LIMIT backend=$BACKEND chat_template=$CHAT_TEMPLATE"
+    local model=$1 output=$2 described task key started=" " launch=(python)
+    local describe=(
+        python -m grath.harness describe --precision "$PRECISION" --num_processes "$NUM_PROCESSES" --backend "$BACKEND"
+    )
     if [[ $DRY_RUN != 1 ]]; then
-        local was=none there=("$output"/*.json)
-        if [[ -f $output/settings.txt ]]; then was=$(<"$output/settings.txt"); fi
-        if [[ -e ${there[0]} && $was != none && $was != "$settings" ]]; then
-            echo "evaluation.sh: error: $output holds scores of $was: choose another folder, or remove it" >&2
-            exit 2
-        fi
-        mkdir -p -- "$output"
-        output=$(cd -- "$output" && pwd)
-        if [[ $was != "$settings" ]]; then
-            printf '%s\n' "$settings" >"$output/.settings.txt.tmp"
-            mv -- "$output/.settings.txt.tmp" "$output/settings.txt"
-        fi
+        describe+=("--output=$output" "--tasks=$TASKS" --limit "$LIMIT" --chat_template "$CHAT_TEMPLATE")
     fi
+    described=$("${describe[@]}" -- "$model")
+    if [[ $DRY_RUN != 1 ]]; then output=$(cd -- "$output" && pwd); fi
     if ((NUM_PROCESSES > 1)); then
         launch=(
             accelerate launch --quiet --config_file "$HERE/accelerate_configs/data_parallel.yaml"
@@ -85,7 +77,7 @@ score() {
         done
         if ((${#group[@]} == 0)); then continue; fi
         local command=(
-            "${launch[@]}" -m grath.harness run --model "$BACKEND" --model_args "${described%%$'\n'*}"
+            "${launch[@]}" -m grath.harness run --model "$BACKEND" --model_args "$described"
             --tasks "${group[@]}" --num_fewshot "$(shots "$task")" --batch_size "$BATCH_SIZE"
             --include_path "$HERE/tasks" --output_path "$output/.partial/results.json" ${LIMIT:+--limit "$LIMIT"}
         )

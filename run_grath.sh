@@ -60,6 +60,7 @@ GRADIENT_ACCUMULATION_STEPS="${GRADIENT_ACCUMULATION_STEPS:-}" # as many as make
 MAX_LENGTH="${MAX_LENGTH:-1024}"
 SAVE_STEPS="${SAVE_STEPS:-100}"
 DPO_PRECISION="${DPO_PRECISION:-auto}"
+REPORT_TO="${REPORT_TO:-none}"  # wandb, tensorboard, trackio, ...: its package and its login are yours
 # Scores; TASKS= scores nothing
 TASKS="${TASKS-arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2}"
 EVAL_BATCH_SIZE="${EVAL_BATCH_SIZE:-16}"
@@ -149,7 +150,7 @@ evaluate() { # ROUND MODEL
     local output="$RUN/results/iter_$1" task outputs=()
     if ((${#tasks[@]} == 0)); then return; fi
     for task in "${tasks[@]}"; do outputs+=("--output=$output/$task.json"); done
-    stage scores "$1" "scores of M_$1" "--input=$2" "${outputs[@]}" "--output=$output/settings.txt" -- \
+    stage scores "$1" "scores of M_$1" "--input=$2" "--tasks=$TASKS" "${outputs[@]}" "--output=$output/settings.txt" -- \
         env NUM_PROCESSES="$NUM_PROCESSES" TASKS="$TASKS" BATCH_SIZE="$EVAL_BATCH_SIZE" PRECISION="$EVAL_PRECISION" \
         LIMIT="$LIMIT" BACKEND="$BACKEND" CHAT_TEMPLATE="$CHAT_TEMPLATE" bash "$HERE/evaluation.sh" "$2" "$output"
     stage samples "$1" "answers of M_$1 to five questions" "--input=$2" "--output=$output/samples.jsonl" -- \
@@ -181,7 +182,7 @@ dpo_args=(
     --model_type "$MODEL_TYPE" --reference "$REFERENCE" --seed "$SEED" --max_steps "$MAX_STEPS"
     --warmup_steps "$WARMUP_STEPS" --learning_rate "$LEARNING_RATE" --beta "$BETA"
     --per_device_train_batch_size "$DPO_BATCH_SIZE"
-    --max_length "$MAX_LENGTH" --save_steps "$SAVE_STEPS" --precision "$DPO_PRECISION"
+    --max_length "$MAX_LENGTH" --save_steps "$SAVE_STEPS" --precision "$DPO_PRECISION" --report_to "$REPORT_TO"
 )
 if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"); fi
 

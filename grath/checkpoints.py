@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import ProgressCallback, TrainerCallback
 
 from grath.cli import UserError, write_whole
-from grath.models import ADAPTER, RECORD, sha256
+from grath.models import ADAPTER, DTYPES, RECORD, sha256
 
 LOG = "training_log.jsonl"
 PLOT = "training.png"
@@ -160,19 +160,30 @@ class TrainingLog(TrainerCallback):
         self._warn(args, state, state.log_history)
 
     def _warn(self, args, state, log):
-        for kind, warning in warnings_of(log, args.beta, args.get_warmup_steps(state.max_steps)).items():
+        warmup_steps = args.get_warmup_steps(state.max_steps)
+        for kind, warning in warnings_of(log, args.beta, warmup_steps, rounding(args)).items():
             if kind not in self.said:
                 self.said[kind] = warning
                 PartialState().print(f"\nWarning: {warning}")
 
 
-def warnings_of(log, beta, warmup_steps=0):
+def rounding(config):
+    """The relative rounding error of the numbers that a training of `GrathDPOConfig` computes its logits in."""
+    import torch
+
+    computed = DTYPES.get(config.precision) or ("bfloat16" if config.bf16 else "float16")
+    return torch.finfo(getattr(torch, computed)).eps
+
+
+def warnings_of(log, beta, warmup_steps=0, eps=0.0):
     """What a user should know about a training so far.
 
     Args:
         log: entries of TRL's log, each a dict with `step`, `rewards/chosen`, `rewards/margins`, ...
         beta: DPO's beta. A reward is beta times the log-ratio of policy to reference (DPO, section 4).
         warmup_steps: steps before the learning rate is at its peak.
+        eps: relative rounding error of the logits. The reference's log-probabilities were computed in batches of
+            another shape, so a policy that has learnt nothing has a margin of about beta * eps * |log-probability|.
 
     Returns:
         dict: kind of warning -> sentence.
@@ -193,7 +204,9 @@ def warnings_of(log, beta, warmup_steps=0):
             f"every chosen answer is preferred already (reward accuracy 1.0 at step {last['step']}): from here on the "
             "policy only moves away from its reference"
         )
-    if last["step"] >= max(10, warmup_steps) and all(abs(entry["rewards/margins"]) < 1e-3 for entry in entries):
+    sizes = [abs(entry.get(f"logps/{side}", 0)) for entry in entries for side in ("chosen", "rejected")]
+    nothing = max(1e-3, beta * eps * max(sizes))
+    if last["step"] >= max(10, warmup_steps) and all(abs(entry["rewards/margins"]) < nothing for entry in entries):
         found["no margin"] = (
             f"the margin is still 0 at step {last['step']}: nothing is learnt; is the learning rate too small?"
         )

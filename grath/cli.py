@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,10 @@ RANGES = {
 ROOT = os.environ.get("DATASETS_ROOT")
 if ROOT:
     os.environ["HF_HUB_OFFLINE"] = "1"
+# DEVICE=cpu: compute on the CPU, whatever else is there. It must be said before torch looks for GPUs.
+if os.environ.get("DEVICE") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 class UserError(Exception):
@@ -111,11 +116,14 @@ def run(main):
 
     Bad input ends with one line on standard error and status 2, trouble with the machine (disk, rights, memory, GPU)
     with one line and status 1, a signal with 128 + its number. `accelerate launch` turns every child's failure into its
-    own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names.
+    own status 1, so the status also goes to the file that `GRATH_STATUS_FILE` names. Any other error keeps its
+    traceback; `GRATH_DEBUG=1` prints that of the others, too.
     """
     # Libraries' warnings about each other's code: a user can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # These two warn at every product of an int8 layer.
+    for logger in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     name = Path(sys.argv[0]).name
     die_with_loop()
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
@@ -124,6 +132,7 @@ def run(main):
     try:
         status = main() or 0
     except UserError as error:
+        _debug(error)
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = BAD_INPUT
     except KeyboardInterrupt:
@@ -133,15 +142,21 @@ def run(main):
         print(f"{name}: ended by {signal.Signals(ended.number).name}", file=sys.stderr)
         status = 128 + ended.number
     except Exception as error:
-        line = trouble(error)
+        line = explain_system_error(error)
         if line is None:
             raise
+        _debug(error)
         print(f"{name}: error: {line}", file=sys.stderr)
         status = 1
     if status and os.environ.get("GRATH_STATUS_FILE"):
         with suppress(OSError):  # on a full disk the status is accelerate's 1
             Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
     sys.exit(status)
+
+
+def _debug(error):
+    if os.environ.get("GRATH_DEBUG") == "1":
+        traceback.print_exception(error)
 
 
 def end(number, frame):
@@ -166,51 +181,72 @@ def die_with_loop():
         os._exit(128 + signal.SIGKILL)
 
 
-# What an error's text says about the machine, and what can be done. The libraries' file writers keep the system's
-# words, but not its error number.
-TROUBLES = (
-    (
-        ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter", "inline_container", "iostream"),
-        "no space is left on the disk: free some and start the same command again; what was finished is kept",
-    ),
-    (("File too large",), "a file may not grow that large here: raise the limit (ulimit -f)"),
-    (("Read-only file system",), "the file system is read-only: choose another output folder"),
-    (("Permission denied", "Operation not permitted"), "no right to read or write it: choose another folder"),
-    (("Too many open files",), "too many files are open: raise the limit (ulimit -n 4096)"),
-    (
-        (
-            "CUDA out of memory",
-            "CUDA error: out of memory",
-            "can't allocate memory",
-            "Cannot allocate memory",
-            "std::bad_alloc",
-        ),
-        "the memory is full: take a smaller --batch_size (--per_device_train_batch_size); in the loop "
-        "PAIRS_BATCH_SIZE, DPO_BATCH_SIZE, EVAL_BATCH_SIZE, which can change in the middle of a run",
-    ),
-    (("ModuleNotFoundError: No module named",), "pip install -r requirements.txt"),
-    (
-        ("No CUDA GPUs are available", "NVIDIA driver", "CUDA-capable device", "invalid device ordinal"),
-        "the GPU cannot be used: look at nvidia-smi, CUDA_VISIBLE_DEVICES and the number of processes",
-    ),
+# What can be done about an error of the machine.
+MEMORY = (
+    "the memory is full: take a smaller --batch_size (--per_device_train_batch_size); in the loop PAIRS_BATCH_SIZE, "
+    "DPO_BATCH_SIZE, EVAL_BATCH_SIZE, which can change in the middle of a run"
 )
+DISK = "no space is left on the disk: free some and start the same command again; what was finished is kept"
+RIGHTS = "no right to read or write it: choose another folder"
+FILES = "too many files are open: raise the limit (ulimit -n 4096)"
+GPU = "the GPU cannot be used: look at nvidia-smi, CUDA_VISIBLE_DEVICES and the number of processes"
+PACKAGE = "pip install -r requirements.txt -c constraints.txt"
+BY_ERRNO = {
+    errno.ENOSPC: DISK,
+    errno.EDQUOT: DISK,
+    errno.EFBIG: "a file may not grow that large here: raise the limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only: choose another output folder",
+    errno.EACCES: RIGHTS,
+    errno.EPERM: RIGHTS,
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+    errno.ENOMEM: MEMORY,
+}
+# Of CUDA's own error numbers those that are about memory, or about driver and devices.
+BY_CUDA_ERROR = {2: MEMORY, **dict.fromkeys((3, 35, 46, 100, 101, 803, 804), GPU)}
+# What torch raises as a plain RuntimeError: by its text.
+BY_TEXT = {
+    "PytorchStreamWriter": DISK,
+    "inline_container": DISK,
+    "iostream error": DISK,
+    "can't allocate memory": MEMORY,
+    "No CUDA GPUs are available": GPU,
+    "NVIDIA driver": GPU,
+}
 
 
-def trouble(error):
-    """One line on an error that the machine is to blame for, what is wrong and what to do; None for any other."""
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        text = f"{type(error).__name__}: {error}"
-        if isinstance(error, MemoryError):
-            text += " can't allocate memory"
-        if isinstance(error, OSError) and error.errno == errno.EDQUOT:
-            text += " Disk quota exceeded"
-        for signs, advice in TROUBLES:
-            if any(sign in text for sign in signs):
-                return f"{text.splitlines()[0][:200]}: {advice}"
-        error = error.__cause__ or error.__context__
+def explain_system_error(error):
+    """One line on an error that the machine is to blame for, what is wrong and what to do; None for any other.
+
+    It is told by the error itself, its class or its number, and by what a library has explicitly raised it from; not by
+    what was being handled when it was raised.
+    """
+    while error is not None:
+        advice = _advice(error)
+        if advice:
+            return f"{f'{type(error).__name__}: {error}'.splitlines()[0][:200]}: {advice}"
+        error = error.__cause__
     return None
+
+
+def _advice(error):
+    if isinstance(error, MemoryError):
+        return MEMORY
+    if isinstance(error, ModuleNotFoundError):
+        return None if (error.name or "grath").partition(".")[0] == "grath" else PACKAGE
+    if isinstance(error, OSError) and error.errno is not None:
+        return BY_ERRNO.get(error.errno)
+    # Libraries written in Rust (safetensors, tokenizers) keep the system's number in the text.
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return BY_ERRNO.get(int(number[1]))
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return MEMORY
+    if isinstance(error, torch.AcceleratorError):
+        return BY_CUDA_ERROR.get(getattr(error, "error_code", None))
+    return next((advice for sign, advice in BY_TEXT.items() if sign in str(error)), None)
 
 
 def first_line(error):

@@ -1,12 +1,13 @@
 """lm-evaluation-harness with a model class that computes every context once.
 
     python -m grath.harness run --model hf-shared --model_args pretrained=MODEL --tasks truthfulqa_mc1 ...
-    python -m grath.harness describe [--precision auto] MODEL_OR_ADAPTER
+    python -m grath.harness describe [--precision auto] [--output FOLDER ...] MODEL_OR_ADAPTER
     python -m grath.harness split RESULTS FOLDER
 
-The first is the harness's own command line; `--model hf` next to it is its own way. The second prints, a line each, the
-harness's `--model_args` as JSON, which holds any folder's name, and what else a score depends on. The third makes one
-result file a task in FOLDER out of a file of several tasks.
+The first is the harness's own command line; `--model hf` next to it is its own way. The second prints the harness's
+`--model_args` as JSON, which holds any folder's name, and refuses a FOLDER that has scores of something else, or keeps
+what its scores depend on in FOLDER/settings.txt. The third makes one result file a task in FOLDER out of a file of
+several tasks.
 """
 
 import errno
@@ -16,8 +17,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from grath.cli import ROOT, Parser, UserError, run, write_whole
+from grath.cli import Parser, UserError, check_writable, positive_int, run, write_whole
+from grath.devices import check_devices
+from grath.local_data import load_dataset
 from grath.models import ADAPTER, DTYPES, check_model, hash_of, resolve_precision, sha256, split_adapter, weight_files
+from grath.scores import local_sets
 
 NAME = "hf-shared"
 # Tokens from which on a common beginning of contexts, or a lone context, is worth a forward pass of its own.
@@ -41,6 +45,20 @@ def register():
     @register_model(NAME)
     class SharedContextLM(HFLM):
         """`HFLM` that computes what requests have in common once: equal requests, contexts, and their beginnings."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if self.world_size == 1 and hasattr(self, "accelerator"):
+                # On CPUs `HFLM` lets every process score everything.
+                self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+        def _create_model(self, pretrained, peft=None, **options):
+            super()._create_model(pretrained, **options)
+            if peft:
+                from peft import PeftModel
+
+                # With no device named, PEFT opens a context on the first GPU in every process.
+                self._model = PeftModel.from_pretrained(self._model, peft, torch_device=str(self.device))
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             from tqdm import tqdm
@@ -150,21 +168,61 @@ def group_by_prefix(contexts):
 
 
 def describe(arguments):
-    """Print the model's arguments, and the harness's version and the adapter's hash."""
+    """Print the model's arguments; compare what the scores in a folder depend on, and keep it there."""
+    import torch
+
     parser = Parser(__doc__)
-    parser.add_argument("model", help="hub name, model folder or LoRA adapter's folder")
-    parser.add_argument(
-        "--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU"
-    )
+    add = parser.add_argument
+    add("model", help="hub name, model folder or LoRA adapter's folder")
+    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
+    add("--num_processes", type=positive_int, default=1, help="processes, one a GPU")
+    add("--output", type=Path, help="folder of the scores")
+    add("--tasks", default="", help="what is scored, separated by blanks")
+    add("--limit", default="", help="questions a task")
+    add("--backend", default=NAME, help="the model class")
+    add("--chat_template", default="0", help="1: inside the chat tags")
     args = parser.parse_args(arguments)
+    check_devices(args.num_processes)
+    if args.backend == "hf" and args.num_processes > 1 and not torch.cuda.is_available():
+        raise UserError("on a CPU BACKEND=hf scores everything in every process: set NUM_PROCESSES=1")
     check_model(args.model)
     options = model_args(args.model, args.precision)
+    if args.output:
+        # A local model is known by its weight files, not by its place, so that it can be moved.
+        base, adapter = split_adapter(args.model)
+        settings = {
+            "weights": hash_of(weight_files(base))[:16] if Path(base).is_dir() else base,
+            "adapter": sha256(Path(adapter) / ADAPTER)[:16] if adapter else "none",
+            "dtype": options["dtype"],
+            "lm_eval": version("lm-eval"),
+            "limit": args.limit or "none",
+            "backend": args.backend,
+            "chat_template": args.chat_template,
+        }
+        settings |= {name: value[:16] for name, value in local_sets(args.tasks.split()).items()}
+        keep_settings(args.output, settings)
     print(json.dumps(options))
-    # A local model is known by its weight files, not by its place, so that it can be moved.
-    base, adapter = split_adapter(args.model)
-    weights = f"weights={hash_of(weight_files(base))[:16]}" if Path(base).is_dir() else f"model={base}"
-    weights += f" adapter={sha256(Path(adapter) / ADAPTER)[:16]}" if adapter else ""
-    print(f"{weights} {options['dtype']} lm_eval={version('lm-eval')} data={ROOT or 'hub'}")
+
+
+def keep_settings(folder, settings):
+    """Write what the scores of a folder depend on, a dict of str, as NAME=VALUE lines to its settings.txt.
+
+    Raises:
+        UserError: the folder has scores, and one of the settings was another one. What only one of the two names, as
+            the data of a task that is scored later, is added.
+    """
+    file = folder / "settings.txt"
+    text = file.read_text(encoding="utf-8") if file.is_file() and any(folder.glob("*.json")) else ""
+    before = dict(part.split("=", 1) for part in text.split() if "=" in part)
+    for name, value in settings.items():
+        if before.get(name, value) != value:
+            raise UserError(
+                f"{folder} holds scores with {name}={before[name]}, not {value}: choose another folder, or remove it"
+            )
+    now = "".join(f"{name}={value}\n" for name, value in (before | settings).items())
+    if now != text:
+        check_writable(folder)
+        write_whole(file, now)
 
 
 def split(arguments):
@@ -202,8 +260,10 @@ def main():
     if sys.argv[1:] and sys.argv[1] in own:
         own[sys.argv[1]](sys.argv[2:])
         return
+    import datasets
     from lm_eval.__main__ import cli_evaluate
 
+    datasets.load_dataset = load_dataset
     register()
     build_alike()
     cli_evaluate()

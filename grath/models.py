@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from grath.cli import UserError, first_line, in_root, read_json, trouble
+from grath.cli import UserError, explain_system_error, first_line, in_root, read_json
+from grath.devices import check_devices
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # What `auto` means: (on a CUDA GPU, on a CPU). The paper loads in 8 bit to generate and in 4 bit to train.
@@ -29,10 +30,11 @@ def resolve_precision(precision, stage):
     """What `--precision` means on this machine for a `stage` of `AUTO`.
 
     Raises:
-        UserError: 8 or 4 bit is asked for, and bitsandbytes is not there.
+        UserError: 8 or 4 bit is asked for, and bitsandbytes is not there; or the devices are not as they should be.
     """
     import torch
 
+    check_devices()
     if precision == "auto":
         precision = AUTO[stage][0 if torch.cuda.is_available() else 1]
     if precision not in DTYPES:
@@ -111,18 +113,22 @@ def load_model(name, precision, trainable=False):
         # Training runs under autocast, which takes 16-bit weights of its own kind only.
         options["dtype"] = torch.float16 if precision == "int8" and not trainable else _compute_dtype()
         options["quantization_config"] = _quantization(precision)
-        options["device_map"] = {"": PartialState().device}
+    device = PartialState().device
+    if device.type != "cpu" or precision not in DTYPES:
+        # Weights go straight to the device, not through main memory once for each process.
+        options["device_map"] = {"": device}
     check_weights(base)
     model = _load(AutoModelForCausalLM, base, "model", **options)
-    if precision in DTYPES:
-        model = model.to(PartialState().device)
     if adapter:
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+            # With no device named, PEFT opens a context on the first GPU in every process.
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=str(device))
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from None
+            if explain_system_error(error):
+                raise
+            raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from error
     return model
 
 
@@ -270,9 +276,9 @@ def _load(auto_class, source, what, **options):
         # Said in so many words, or transformers asks at the terminal whether a model's own code may run.
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the hub client, the file readers and the model classes each raise their own kinds
-        if trouble(error):
+        if explain_system_error(error):
             raise
         if "trust_remote_code" in str(error):
-            raise UserError(f"{source} needs code of its own, which is never run: choose another model") from None
+            raise UserError(f"{source} needs code of its own, which is never run: choose another model") from error
         whole = " (is every file of it whole?)" if folder.is_dir() else ""
-        raise UserError(f"cannot load the {what} {source}: {first_line(error)}{whole}") from None
+        raise UserError(f"cannot load the {what} {source}: {first_line(error)}{whole}") from error

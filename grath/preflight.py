@@ -8,14 +8,30 @@ defaults and the kept checkpoints.
 
 import json
 import os
+import re
 import shutil
 import socket
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from grath.cli import LORA_R, PROJECT, ROOT, Parser, UserError, check_writable, first_line, in_root, positive_int, run
+from grath.cli import (
+    LORA_R,
+    PACKAGE,
+    PROJECT,
+    ROOT,
+    Parser,
+    UserError,
+    check_writable,
+    first_line,
+    in_root,
+    positive_int,
+    run,
+)
+from grath.devices import check_devices, machine
 from grath.models import DTYPES, check_weights, resolve_precision, split_adapter
 from grath.questions import load_hub_split, load_questions
+from grath.scores import SETS
 
 # Bytes a parameter in memory.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "nf4": 0.6, "fp4": 0.6}
@@ -24,13 +40,6 @@ ROOM = 2e9
 SLOW_ON_A_CPU = 2e9
 PAIR = 500
 SCORES = 100_000
-SETS = {
-    "arc_challenge": "allenai/ai2_arc",
-    "hellaswag": "Rowan/hellaswag",
-    "mmlu": "cais/mmlu",
-    "truthfulqa_mc1": "truthfulqa/truthful_qa",
-    "truthfulqa_mc2": "truthfulqa/truthful_qa",
-}
 
 
 def hub_is_there():
@@ -49,12 +58,14 @@ def hub_is_there():
 
 
 def check_packages(precisions):
-    """The pinned packages and their versions, and on a GPU a C compiler."""
+    """The pinned packages and their versions, and on a GPU a C compiler and Python's headers."""
     import torch
     from packaging.requirements import Requirement
 
     differing = []
     for line in (PROJECT / "requirements.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
         requirement = Requirement(line)
         optional = requirement.name == "bitsandbytes" and set(precisions) <= set(DTYPES)
         if optional or (requirement.marker and not requirement.marker.evaluate()):
@@ -62,11 +73,15 @@ def check_packages(precisions):
         try:
             found = version(requirement.name)
         except PackageNotFoundError:
-            raise UserError(f"{requirement.name} is missing: pip install -r requirements.txt") from None
+            raise UserError(f"{requirement.name} is missing: {PACKAGE}") from None
         if found.partition("+")[0] not in requirement.specifier:
             differing.append(f"{requirement.name} is {found}, tested is {str(requirement.specifier).lstrip('=')}")
-    if torch.cuda.is_available() and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise UserError("no C compiler is found, which Triton needs for TRL's loss on a GPU: install gcc, or set CC")
+    if torch.cuda.is_available():
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise UserError("no C compiler, which Triton needs for TRL's loss on a GPU: install gcc, or set CC")
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not header.is_file():
+            raise UserError(f"there is no {header}, which Triton needs for TRL's loss on a GPU: install python3-dev")
     return "; ".join(differing) or "as pinned in requirements.txt"
 
 
@@ -102,6 +117,26 @@ def _parameters(folder):
     return total
 
 
+def check_device(num_processes):
+    """Driver, the CUDA that torch was built for, and compute capability, side by side."""
+    import torch
+
+    check_devices(num_processes)
+    if not torch.cuda.is_available():
+        return machine()
+    major, minor = torch.cuda.get_device_capability(0)
+    built = [arch for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+[a-z]?", arch)]
+    driver = torch._C._cuda_getDriverVersion()
+    text = (
+        f"{machine()}, compute capability {major}.{minor}; driver for CUDA {driver // 1000}.{driver % 1000 // 10}; "
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} ({', '.join(built)})"
+    )
+    # Code for a capability runs on the later ones of its major number, which need not be named.
+    if built and not any(int(re.sub(r"\D", "", arch)) // 10 == major for arch in built):
+        raise UserError(f"{text}: this torch has no code for the GPU; install the one for it from pytorch.org")
+    return text
+
+
 def check_memory(parameters, precisions, num_processes):
     """Whether GPU or main memory holds the model in the widest of the precisions."""
     import psutil
@@ -110,9 +145,7 @@ def check_memory(parameters, precisions, num_processes):
     need = parameters * max(BYTES[precision] for precision in precisions) * 1.1
     kinds = f"{_size(need)} of weights in {', '.join(dict.fromkeys(precisions))}"
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if count < num_processes:
-            raise UserError(f"NUM_PROCESSES={num_processes}, but {count} GPU(s) are seen: set CUDA_VISIBLE_DEVICES")
+        check_devices(num_processes)
         for device in range(num_processes):
             free = torch.cuda.mem_get_info(device)[0]
             if free < need + ROOM:
@@ -230,6 +263,7 @@ def main():
 
     precisions = [check_precision(*pair) for pair in zip(args.precisions, ("pairs", "dpo", "scores"), strict=True)]
     check("packages", check_packages, precisions)
+    check("device", check_device, args.num_processes)
     model = check("model", read_model, args.model)
     if model:
         check("memory", check_memory, model[2], precisions, args.num_processes)

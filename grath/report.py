@@ -15,7 +15,6 @@ from pathlib import Path
 from grath.cli import Parser, UserError, read_json, read_json_lines, run, write_whole
 from grath.distance import negated
 from grath.manifest import NAME as MANIFEST
-from grath.manifest import commit
 from grath.manifest import read as read_manifest
 from grath.models import ADAPTER, RECORD, split_adapter
 from grath.plots import plot_comparison, plot_iterations
@@ -206,9 +205,22 @@ def write_report(run_dir):
         file.read_text(encoding="utf-8") for row in found.values() for file in row["results"].glob("settings.txt")
     }
     parts += ["```text\n" + text.strip() + "\n```" for text in sorted(scored)]
-    parts.append(f"Commit: {commit() or 'not known'}")
+    parts.append(made_with(manifest["stages"]))
     write_whole(run_dir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
     return "\n".join([table(rows), footer(rows), *verdict(rows), f"Wrote {', '.join(files)} in {run_dir}"])
+
+
+def made_with(stages):
+    """The commits and the versions of the libraries that a run's stages were made with, as its manifest keeps them."""
+    commits = dict.fromkeys(entry["commit"] for entry in stages if entry.get("commit"))
+    found = {}
+    for entry in stages:
+        for package, version in entry.get("versions", {}).items():
+            found.setdefault(package, {})[version or "none"] = None
+    lines = [f"Commit: {', '.join(commits) or 'not known'}"]
+    if found:
+        lines.append("Versions: " + ", ".join(f"{package} {' and '.join(seen)}" for package, seen in found.items()))
+    return "\n".join(lines)
 
 
 def _rounds_table(found):

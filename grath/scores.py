@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from grath.cli import UserError, read_json
+from grath.cli import UserError, in_root, read_json
+from grath.local_data import content_hash
 
 # Score tasks by the leaderboard's metric; the others by accuracy.
 METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}
@@ -15,6 +16,20 @@ TITLES = {
     "hellaswag": "HellaSwag",
     "mmlu": "MMLU",
 }
+# The hub's data set that a task asks.
+SETS = {
+    "arc_challenge": "allenai/ai2_arc",
+    "hellaswag": "Rowan/hellaswag",
+    "mmlu": "cais/mmlu",
+    "truthfulqa_mc1": "truthfulqa/truthful_qa",
+    "truthfulqa_mc2": "truthfulqa/truthful_qa",
+}
+
+
+def local_sets(tasks):
+    """The hash of what the local folders of the tasks' data sets contain now: hub name -> hash; others are left out."""
+    folders = {SETS[task]: in_root(SETS[task]) for task in tasks if task in SETS}
+    return {name: content_hash(folder) for name, folder in sorted(folders.items()) if Path(folder).is_dir()}
 
 
 def read_scores(folder):

@@ -75,6 +75,8 @@ class GrathDPOConfig(DPOConfig):
                 and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
             )
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantised and not self.bf16)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # the adapter's weights are used at every step
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         # One process trains on one GPU, also where several are in sight: `DPOTrainer` refuses `nn.DataParallel`.

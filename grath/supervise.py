@@ -36,7 +36,9 @@ from grath.cli import (
     papers_accumulation,
     run,
 )
+from grath.devices import check_devices, machine
 from grath.models import DTYPES, PRECISIONS, resolve_precision
+from grath.scores import local_sets
 
 BATCH = {"DPO_BATCH_SIZE", "NUM_PROCESSES", "GRADIENT_ACCUMULATION_STEPS"}
 PRECISION_OF = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
@@ -52,6 +54,7 @@ def begin(args):
     check_writable(folder)
     settings = dict(setting.split("=", 1) for setting in args.rest)
     check_values(settings)
+    check_devices(int(settings.get("NUM_PROCESSES", "1")))
     settings = settle(settings)
     precisions = [f"{name}={settings[name]}" for name in PRECISION_OF if name in settings]
     print(f"  {', '.join(precisions)} on {machine()}", flush=True)
@@ -73,16 +76,6 @@ def begin(args):
     for entry in manifest["stages"]:
         drop_damaged(folder, entry, entry["outputs"])
     manifests.write(folder, manifest)
-
-
-def machine():
-    """The GPUs that torch sees, in words, or that there are none."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return "the CPU: no GPU is seen"
-    count = torch.accelerator.device_count()
-    return f"{count} GPU(s), {torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'not of CUDA'}"
 
 
 def check_values(settings):
@@ -162,18 +155,20 @@ def stage(args):
     inputs = manifests.hashes(folder, args.input, manifest["known"], args.data)
     if changed := manifests.not_as_made(manifest, inputs):
         raise UserError(f"{folder / changed} is no longer as it was made: {AGAIN}")
-    entry = manifests.find(manifest, args.round, args.stage)
+    entry, data = manifests.find(manifest, args.round, args.stage), local_sets(args.tasks.split())
     if entry is None:
         entry = {"round": args.round, "stage": args.stage, "title": title, "start": time.time()}
         entry |= {"inputs": inputs, "outputs": {}, "seconds": 0, "starts": 0}
         manifest["stages"].append(entry)
-    elif what_is_there(folder, entry, inputs, outputs):
+    elif what_is_there(folder, entry, inputs, outputs, data):
         print(f"== {title}: {args.output[0]} is there", flush=True)
         if entry["outcome"] != "done":
             finish(folder, manifest, entry, outputs, "done")
         return 0
     print(f"== {title}{how_long(manifest, args.stage)}", flush=True)
     entry |= {"command": command, "inputs": inputs, "settings": manifest["settings"]}
+    if data:
+        entry["data"] = entry.get("data", {}) | data
     entry |= {"seed": manifest["settings"].get("SEED"), "versions": manifests.versions(), "commit": manifests.commit()}
     entry |= {"starts": entry["starts"] + 1, "outcome": "started"}
     manifests.write(folder, manifest)
@@ -208,17 +203,22 @@ def how_long(manifest, name):
     return f" (about {float(seconds):.0f} s)" if seconds else ""
 
 
-def what_is_there(folder, entry, inputs, outputs):
+def what_is_there(folder, entry, inputs, outputs, data):
     """Whether all outputs of a recorded stage are there, whole and made from these inputs.
+
+    `data` are the sets that scores are of, as `local_sets` gives them; of these, what both know of is compared, for a
+    task can be added later.
 
     What is damaged, or was made from something else, is named and removed.
     """
     title = entry["title"]
     changed = manifests.changed_input(entry["inputs"], inputs)
+    before = entry.get("data", {})
+    changed = changed or next((name for name in data if before.get(name, data[name]) != data[name]), None)
     if changed:
         print(f"{title}: made again, for {changed} is not what it was made from", flush=True)
         manifests.remove(folder, {*outputs, *entry["outputs"]})
-        entry["outputs"] = {}
+        entry["outputs"], entry["data"] = {}, {}
         return False
     if drop_damaged(folder, entry, outputs):
         return False
@@ -311,6 +311,7 @@ def main():
     parser.add_argument("--input", action="append", default=[], help="file, model folder or hub name it is made from")
     parser.add_argument("--data", action="append", default=[], help="folder or hub name of a data set it is made from")
     parser.add_argument("--output", action="append", default=[], help="stage: a file that is there afterwards")
+    parser.add_argument("--tasks", default="", help="stage: what is scored; local data sets of these are inputs")
     parser.add_argument("--title", help="stage: what is printed")
     parser.add_argument("--round", type=int, help="stage: the round, from 0 for the base's scores")
     parser.add_argument("--stage", help="stage: its name")

@@ -5,7 +5,7 @@ Round i + 1 starts from model M_i, an adapter on the pretrained base M_0, and gi
 reference.
 """
 
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from accelerate import PartialState
@@ -57,6 +57,8 @@ class GrathDPOTrainer(DPOTrainer):
             super().__init__(*args, **kwargs)
         finally:
             config.precompute_ref_log_probs = beforehand
+        # A resumed training reads its adapter to this process's device, not to the first GPU.
+        self.model.load_adapter = partial(self.model.load_adapter, torch_device=str(self.accelerator.device))
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
                 weight.data = incoming.get(name, weight.data).to(weight.device, torch.float32)

@@ -6,12 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The same tests on every machine: those of a GPU say so themselves.
+os.environ["DEVICE"] = "cpu"
+# What earlier sessions and other projects have left in the user's own cache is neither used nor added to.
+CACHE = tempfile.TemporaryDirectory(prefix="grath-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 PROJECT = Path(__file__).resolve().parent.parent
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"
