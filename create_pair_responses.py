@@ -7,8 +7,10 @@
 
 Writes {save_dir}/{save_prefix}_num_{N}_useGT_{True|False}_useFS_{True|False}.json, JSON lines with question, correct
 and incorrect, where N is the number of questions asked. Replies that do not parse are dropped and counted. Decoding is
-greedy, so the same arguments give the same file. Replies are kept as they come: after an interruption the same command
-asks only what is left.
+greedy: in fp32 the same arguments give the same file, byte for byte, whatever the batch size and the number of
+processes; in 16 and 4 bit a token may differ where two logits tie within rounding; in int8 a reply depends on the batch
+that it is in, since bitsandbytes picks outlier columns over all rows. Replies are kept as they come: after an
+interruption the same command asks only what is left.
 """
 
 import time

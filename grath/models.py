@@ -160,7 +160,10 @@ def check_weights(base):
 
 
 def fingerprint(name, prompts, precision, max_new_tokens):
-    """A hash of all that greedy completions depend on: the weights, the prompts' tokens, precision and length."""
+    """A hash of all that a run's kept replies must share: the weights, the prompts' tokens, precision and length.
+
+    In fp32 greedy completions depend on nothing else. In int8 they depend on the batch as well, whose size may change.
+    """
     base, adapter = split_adapter(name)
     parts = [base, precision, str(max_new_tokens), json.dumps(prompts)]
     if adapter:

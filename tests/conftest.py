@@ -18,6 +18,10 @@ os.environ["DEVICE"] = "cpu"
 # What earlier sessions and other projects have left in the user's own cache is neither used nor added to.
 CACHE = tempfile.TemporaryDirectory(prefix="grath-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
+# The command lines that the tests really start, for test_readme.py: those of `call` and of the scripts below them.
+os.environ["RECORD_COMMANDS"] = f"{CACHE.name}/commands.jsonl"
+RECORD = Path(__file__).resolve().parent / "record"
+os.environ["BASH_ENV"] = str(RECORD / "bash_env.sh")
 PROJECT = Path(__file__).resolve().parent.parent
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"
@@ -26,9 +30,21 @@ CORRECT, INCORRECT = "Plants need light to grow.", "Plants eat small stones."
 REPLY = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INCORRECT}"
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.name == "test_every_quoted_command_was_run")
+
+
+def record(command, env=None):
+    """Note a command line that a test starts."""
+    given = [f"{name}={value}" for name, value in (env or {}).items()]
+    with Path(os.environ["RECORD_COMMANDS"]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps([*given, *map(str, command)]) + "\n")
+
+
 def call(*command, cwd=PROJECT, env=None, status=0):
     """Run a command, offline; return it finished. A script's name is looked up in the project; status None is any."""
     command = [str(part) for part in command]
+    record(command, env)
     if command[0].endswith(".py"):
         command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
     elif command[0].endswith(".sh"):
@@ -38,7 +54,7 @@ def call(*command, cwd=PROJECT, env=None, status=0):
         **os.environ,
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "VIRTUAL_ENV": str(Path(bin_folder).parent),
-        "PYTHONPATH": str(PROJECT),
+        "PYTHONPATH": f"{RECORD}:{PROJECT}",
         "HF_HUB_OFFLINE": "1",
         **(env or {}),
     }
@@ -53,6 +69,7 @@ def call_here(script, *command, cwd=PROJECT, status=0):
     """What `call` does with a script or module, in this process: where imports take longer than the work."""
     from accelerate.state import AcceleratorState
 
+    record([*(() if script.endswith(".py") else ("-m",)), script, *command])
     AcceleratorState._reset_state(reset_partial_state=True)
     module = importlib.import_module(script.removesuffix(".py"))
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
@@ -181,6 +198,62 @@ def pair_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "pairs.json"
     questions = [row["question"] for row in rows(BUNDLED)[:12]]
     return write_rows(path, [pair(q, f"It is number {i}.", "Nobody knows.") for i, q in enumerate(questions)])
+
+
+def put(root, name, split, content, configs, splits, config=None):
+    """Write a split of a made data set in the hub's own folder layout; its page names `configs` and `splits`."""
+    import pandas
+
+    folder = root / name / (config or configs[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(content).to_parquet(folder / f"{split}-0.parquet")
+    page = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits)
+        for name in configs
+    )
+    (root / name / "README.md").write_text(f"---\nconfigs:\n{page}---\n")
+
+
+def put_arc(root, numbers):
+    """A made ARC with the questions of these numbers in every split."""
+    choices = {"text": ["ice", "fire", "sand", "iron"], "label": ["A", "B", "C", "D"]}
+    rows = [{"id": str(i), "question": f"What is cold? {i}", "choices": choices, "answerKey": "A"} for i in numbers]
+    splits = ("train", "validation", "test")
+    for split in splits:
+        put(root, "allenai/ai2_arc", split, rows, ["ARC-Challenge"], splits)
+
+
+def put_truthful(root, numbers):
+    """A made TruthfulQA with the questions of these numbers."""
+    targets = {"choices": ["Yes.", "No."], "labels": [1, 0]}
+    rows = [{"question": f"Is ice cold? {i}", "mc1_targets": targets, "mc2_targets": targets} for i in numbers]
+    put(root, "truthfulqa/truthful_qa", "validation", rows, ["multiple_choice"], ["validation"])
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A folder in the hub's layout with tiny made sets for HellaSwag and MMLU, and ARC's and TruthfulQA's schema."""
+    from lm_eval.tasks.mmlu._generate_configs import SUBJECTS
+
+    root = tmp_path_factory.mktemp("hub")
+    put_arc(root, range(30))
+    put_truthful(root, range(4))
+    swag = [
+        {"ind": i, "activity_label": "Cooking", "ctx_a": "A man cooks.", "ctx_b": "he", "ctx": "A man cooks. he",
+         "endings": ["eats.", "flies.", "sings.", "melts."], "source_id": "1", "split": "val", "split_type": "x",
+         "label": "0"} for i in range(12)
+    ]  # fmt: skip
+    for split in ("train", "validation"):
+        put(root, "Rowan/hellaswag", split, swag, ["default"], ("train", "validation"))
+    mmlu = [
+        {"question": f"Is it {i}?", "subject": "x", "choices": ["yes", "no", "both", "none"], "answer": i % 4}
+        for i in range(6)
+    ]
+    for subject in SUBJECTS:
+        for split in ("test", "dev"):
+            put(root, "cais/mmlu", split, mmlu, SUBJECTS, ("test", "dev"), config=subject)
+    return root
 
 
 def weights(folder):

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import HUB, PROJECT, call, call_here, needs_hub, rows
+from conftest import HUB, PROJECT, call, rows
 from test_shared_prefix import FAMILIES, tiny
 
 from grath.harness import group_by_prefix, register, score_windows
@@ -48,8 +50,14 @@ def requests(window, seed=0):
 
 
 def same(ours, theirs):
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=2e-4)
+    """Equal scores, to the rounding of float32.
+
+    A score is a sum over tokens, as large as the score itself; each term is rounded some dozen times on its way through
+    the model, at 1.2e-7 of its size. A token that saw what it should not, or was left out, changes a score by far more.
+    """
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], rel=1e-5, abs=1e-4)
+    # Two best logits that tie within the rounding may change places: no more than one request may hang on that.
+    assert sum(a != b for (_, a), (_, b) in zip(ours, theirs, strict=True)) <= 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,63 +147,19 @@ def scores(folder, task):
     return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
-def test_two_processes_and_both_backends_give_the_same_scores(tiny_llama, tmp_path):
-    """On a CPU the harness lets every process score everything: the next test sees what each would on a GPU."""
-    env = {"TASKS": "grath_mc1 grath_mc2", "LIMIT": "9"}
-    call("evaluation.sh", tiny_llama, tmp_path / "one", env=env)
+def test_two_processes_and_both_backends_give_the_same_scores(llama_run, tiny_llama, tmp_path):
+    run, settings, _ = llama_run
+    env = {name: settings[name] for name in ("TASKS", "LIMIT")}
     done = call("evaluation.sh", tiny_llama, tmp_path / "two", env={**env, "NUM_PROCESSES": "2"})
-    assert "--num_processes 2" in done.stdout
+    # The first of two processes scores its own share, the first and the third of three questions, and no more.
+    docs = [row for i, row in enumerate(rows(PROJECT / "data" / "truthfulness_mc.jsonl")[:3]) if i != 1]
+    share = sum(len(row[f"mc{kind}_targets"]["choices"]) for row in docs for kind in (1, 2))
+    assert re.findall(r"Scoring requests: 100%.* (\d+)/\1 ", done.stderr)[-1] == str(share)
     call("evaluation.sh", tiny_llama, tmp_path / "hf", env={**env, "BACKEND": "hf"})
     for task in ("grath_mc1", "grath_mc2"):
-        expected = scores(tmp_path / "one", task)
+        expected = scores(run / "results" / "iter_0", task)
         assert scores(tmp_path / "two", task) == pytest.approx(expected, abs=1e-5)
         assert scores(tmp_path / "hf", task) == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A folder in the hub's layout with tiny made sets for HellaSwag and MMLU, and ARC's and TruthfulQA's schema."""
-    import pandas
-    from lm_eval.tasks.mmlu._generate_configs import SUBJECTS
-
-    root = tmp_path_factory.mktemp("hub")
-
-    def put(name, config, split, content, read_me):
-        folder = root / name / config
-        folder.mkdir(parents=True, exist_ok=True)
-        pandas.DataFrame(content).to_parquet(folder / f"{split}-0.parquet")
-        (root / name / "README.md").write_text("---\nconfigs:\n" + read_me + "---\n")
-
-    def configs(names, splits):
-        return "".join(
-            f"- config_name: {name}\n  data_files:\n"
-            + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits)
-            for name in names
-        )
-
-    choices = {"text": ["ice", "fire", "sand", "iron"], "label": ["A", "B", "C", "D"]}
-    arc = [{"id": str(i), "question": f"What is cold? {i}", "choices": choices, "answerKey": "A"} for i in range(30)]
-    for split in ("train", "validation", "test"):
-        put("allenai/ai2_arc", "ARC-Challenge", split, arc, configs(["ARC-Challenge"], ("train", "validation", "test")))
-    swag = [
-        {"ind": i, "activity_label": "Cooking", "ctx_a": "A man cooks.", "ctx_b": "he", "ctx": "A man cooks. he",
-         "endings": ["eats.", "flies.", "sings.", "melts."], "source_id": "1", "split": "val", "split_type": "x",
-         "label": "0"} for i in range(12)
-    ]  # fmt: skip
-    for split in ("train", "validation"):
-        put("Rowan/hellaswag", "default", split, swag, configs(["default"], ("train", "validation")))
-    mmlu = [
-        {"question": f"Is it {i}?", "subject": "x", "choices": ["yes", "no", "both", "none"], "answer": i % 4}
-        for i in range(6)
-    ]
-    for subject in SUBJECTS:
-        for split in ("test", "dev"):
-            put("cais/mmlu", subject, split, mmlu, configs(SUBJECTS, ("test", "dev")))
-    targets = {"choices": ["Yes.", "No."], "labels": [1, 0]}
-    truthful = [{"question": f"Is ice cold? {i}", "mc1_targets": targets, "mc2_targets": targets} for i in range(4)]
-    name = "multiple_choice"
-    put("truthfulqa/truthful_qa", name, "validation", truthful, configs([name], ["validation"]))
-    return root
 
 
 def test_the_examples_do_not_depend_on_the_number_of_processes(hub, monkeypatch):
@@ -223,7 +187,12 @@ def test_the_examples_do_not_depend_on_the_number_of_processes(hub, monkeypatch)
 
 
 def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
-    env = {"LIMIT": "1", "DATASETS_ROOT": str(hub), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    """With the real ARC and TruthfulQA where they are at hand."""
+    root = tmp_path / "root"
+    for name in ("Rowan", "cais", "allenai", "truthfulqa"):
+        root.mkdir(exist_ok=True)
+        (root / name).symlink_to((HUB if (HUB / name).is_dir() else hub) / name)
+    env = {"LIMIT": "1", "DATASETS_ROOT": str(root)}
     done = call("evaluation.sh", tiny_llama, tmp_path / "scores", env=env, cwd=tmp_path)
     for task, shots in {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0}.items():
         content = json.loads((tmp_path / "scores" / f"{task}.json").read_text())
@@ -232,13 +201,13 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
     assert len(mmlu["results"]) > 57 and mmlu["n-shot"]["mmlu_anatomy"] == 5
     header = next(line for line in done.stdout.splitlines() if line.startswith("model"))
     assert header.split() == ["model", "MC1", "MC2", "ARC", "HellaSwag", "MMLU"]
-    assert "chat template off" in done.stdout
+    assert "chat template off" in done.stdout and "truthfulqa_mc2 3.0" in done.stdout
 
 
 def test_a_killed_evaluation_goes_on_with_the_next_task(hub, tiny_llama, tmp_path):
     env = {
         **os.environ, "TASKS": "truthfulqa_mc1 truthfulqa_mc2 hellaswag", "LIMIT": "4", "DATASETS_ROOT": str(hub),
-        "PATH": f"{PROJECT}/.venv/bin:{os.environ['PATH']}", "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix,
     }  # fmt: skip
     command = [PROJECT / "evaluation.sh", tiny_llama, tmp_path / "scores"]
     with subprocess.Popen(command, env=env, start_new_session=True, stdout=-3, stderr=-3) as process:
@@ -257,45 +226,22 @@ def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
     done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
     assert "chat template ON" in done.stdout
     done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "CHAT_TEMPLATE": "0"}, status=2)
-    assert "chat_template=1: choose another folder" in done.stderr
+    assert "chat_template=1, not 0: choose another folder" in done.stderr
 
 
 def test_prefetch_names_what_it_fetches(tmp_path):
     log = tmp_path / "log"
     (tmp_path / "hf").write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
     (tmp_path / "hf").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     folder = tmp_path / "the hub"
-    subprocess.run([PROJECT / "prefetch.sh", folder, "me/model"], env={**os.environ, **env}, check=True)
+    call("prefetch.sh", folder, "me/model", env=env)
     fetched = log.read_text().splitlines()
     assert len(fetched) == 5
     assert fetched[0] == f"download allenai/ai2_arc --repo-type dataset --local-dir {folder}/allenai/ai2_arc"
     assert fetched[4].startswith(f"download me/model --repo-type model --local-dir {folder}/me/model --include")
     done = call("prefetch.sh", status=2)
     assert done.stderr.startswith("prefetch.sh: error: name a folder")
-
-
-@needs_hub
-def test_the_hubs_folder_serves_every_stage(tiny_llama, tmp_path, monkeypatch):
-    """Hub names of data sets, and of a model, are found below DATASETS_ROOT."""
-    root = tmp_path / "root"
-    (root / "me").mkdir(parents=True)
-    (root / "me" / "tiny").symlink_to(tiny_llama)
-    (root / "allenai").symlink_to(HUB / "allenai")
-    monkeypatch.setattr("grath.cli.ROOT", str(root))
-    model = ("--model_name_or_path", "me/tiny", "--precision", "fp32")
-    call_here(
-        "create_pair_responses.py", *model, "--num_query", "3", "--save_prefix", "x", "--save_dir", tmp_path / "data",
-        "--tokenizer_name", "me/tiny", cwd=tmp_path,
-    )  # fmt: skip
-    assert len(rows(next((tmp_path / "data").glob("x_num_3_*.json")))) == 3
-    call_here(
-        "dpo.py", *model, "--dataset_name", "ai2_arc/ARC-Challenge", "--num_sample", "4", "--max_steps", "1",
-        "--output_dir", tmp_path / "m", cwd=tmp_path,
-    )  # fmt: skip
-    env = {"DATASETS_ROOT": str(root), "TASKS": "arc_challenge", "LIMIT": "1"}
-    call("evaluation.sh", "me/tiny", tmp_path / "scores", env=env, cwd=tmp_path)
-    assert scores(tmp_path / "scores", "arc_challenge")
 
 
 def test_the_evaluation_benchmark(tiny_llama):

@@ -115,9 +115,21 @@ def test_replies_of_other_settings_are_not_used(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
-def test_quantised_weights(tiny_llama, tmp_path, precision):
+def test_quantised_weights(tiny_llama, tmp_path, precision, monkeypatch):
+    import create_pair_responses
+    from grath.models import load_model
+
+    loaded = []
+    monkeypatch.setattr(
+        create_pair_responses, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1]
+    )
     flags = ("--data_path", BUNDLED, "--num_query", "4", "--precision", precision)
     assert len(rows(ask(tiny_llama, tmp_path / "out", *flags))) == 4
+    weight = loaded[0].model.layers[0].self_attn.q_proj.weight
+    kinds = {"int8": "Int8Params", "nf4": "Params4bit", "fp4": "Params4bit"}
+    assert type(weight).__name__ == kinds[precision]
+    assert getattr(weight, "quant_type", "int8") == precision
+    assert loaded[0].lm_head.weight.is_floating_point()
 
 
 def test_what_the_engine_cannot_serve_goes_through_generate(tiny_llama, tmp_path):

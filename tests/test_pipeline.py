@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import BUNDLED, CORRECT, HUB, PROJECT, call, needs_hub, rows
@@ -88,7 +91,7 @@ def test_the_manifest_tells_what_was_made_from_what(llama_run, tiny_llama):
         (2, "splice"), (2, "dpo"), (2, "scores"), (2, "samples"),
     ]  # fmt: skip
     for entry in stages.values():
-        assert entry["outcome"] == "done" and entry["seed"] == "0" and entry["starts"] == 1 and entry["seconds"] > 0
+        assert entry["outcome"] == "done" and entry["seed"] == "0" and entry["starts"] == 1 and entry["seconds"] >= 0
         assert entry["versions"]["trl"] and entry["command"] and entry["start"] > 1.7e9
         assert entry["settings"] == manifest["settings"]
         assert entry["settings"]["MAX_STEPS"] == "4" and entry["settings"]["MODEL_NAME_OR_PATH"] == str(tiny_llama)
@@ -282,10 +285,13 @@ def test_presets_can_be_given_to_slurm(preset, tmp_path):
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
     assert any(line.startswith("#SBATCH --signal=B:USR1@") for line in options)
     # Slurm runs a copy of the script from a folder of its own.
-    copy = tmp_path / "slurm_script"
-    shutil.copy(PROJECT / preset, copy)
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/bash\ncp "$1" {tmp_path}/slurm_script\ncd {tmp_path}\nexec ./slurm_script\n')
+    sbatch.chmod(0o755)
     env = {"SLURM_SUBMIT_DIR": str(PROJECT), "DRY_RUN": "1", "SLURM_JOB_ID": "1"}
-    assert f"{PROJECT}/dpo.py" in call(copy, cwd=tmp_path, env=env).stdout
+    env["PATH"] = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    assert f"{PROJECT}/dpo.py" in call("sbatch", f"./{preset}", env=env).stdout
 
 
 def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
@@ -306,26 +312,12 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "TASKS": ""}
     done = call("run_llama2.sh", env={**env, "RUNS_DIR": str(tmp_path)}, status=2)
     assert "there are only 160 questions" in done.stderr
-    assert " EVAL_PRECISION=" in done.stdout and re.search(r" on (the CPU: no GPU is seen|\d+ GPU)", done.stdout)
+    assert " EVAL_PRECISION=" in done.stdout and " on the CPU, as DEVICE=cpu says" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: round 1: M_0 writes pairs failed")
     env = {**env, "NUM_QUERY": "2", "MAX_LENGTH": "2", "RUNS_DIR": str(tmp_path)}
     done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=2)
     assert "no pair is left to train on" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@needs_hub
-def test_leaderboard_tasks_on_real_data(tiny_llama, tmp_path):
-    env = {"TASKS": "arc_challenge truthfulqa_mc1 truthfulqa_mc2", "LIMIT": "3"}
-    env["DATASETS_ROOT"] = str(HUB)
-    done = call("evaluation.sh", tiny_llama, tmp_path / "scores", cwd=tmp_path, env=env)
-    arc = json.loads((tmp_path / "scores" / "arc_challenge.json").read_text())
-    assert arc["n-shot"]["arc_challenge"] == 25
-    for task in ("truthfulqa_mc1", "truthfulqa_mc2"):
-        assert set(json.loads((tmp_path / "scores" / f"{task}.json").read_text())["results"]) == {task}
-    assert "truthfulqa_mc2 3.0" in done.stdout
-    header = next(line for line in done.stdout.splitlines() if line.startswith("model"))
-    assert header.split() == ["model", "MC1", "MC2", "ARC"]
 
 
 @pytest.mark.slow
@@ -338,7 +330,9 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
         "LIMIT": "2",
         "RUNS_DIR": str(tmp_path),
     }
-    done = call("run_smollm2.sh", env=env)
+    # `make` itself, where the tests run in the environment that it makes.
+    made = Path(sys.prefix) == PROJECT / ".venv" and (PROJECT / ".venv" / "run.stamp").exists()
+    done = call("make", "demo", env=env) if made else call("run_smollm2.sh", env=env)
     table = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")]
     assert table == ["M_0", "M_1"]
     record = json.loads(next((tmp_path / "smollm2_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
@@ -350,7 +344,7 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
 def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     """As they stand in the README, on a tiny model: the first run but its scores, dry runs of the others, the report.
 
-    `test_leaderboard_tasks_on_real_data` scores these very tasks.
+    `test_all_tasks_of_the_leaderboard_offline` scores these very tasks.
     """
     blocks = re.findall(r"^```\n(.*?)^```", (PROJECT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     settings, rolling, fixed, use_gt, halueval, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()

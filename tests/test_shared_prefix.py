@@ -1,10 +1,11 @@
 """The shared-prefix engine gives, token for token, what `model.generate` gives."""
 
+import re
 import sys
 
 import pytest
 import torch
-from conftest import PROJECT, call
+from conftest import HUB, PROJECT, call, needs_hub
 
 from grath.generation import generate, generate_plainly
 from grath.models import float32_products
@@ -60,6 +61,18 @@ def shared(model, prompts, max_new_tokens, stop_ids, batch_size):
     return [done[i] for i in range(len(prompts))]
 
 
+def same(model, prompts, ours, theirs):
+    """Equal completions; where two differ, only after a token whose two best logits tie within float32's rounding."""
+    for prompt, one, other in zip(prompts, ours, theirs, strict=True):
+        if one == other:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + one[:at]])).logits[0, -1]
+        best = logits.topk(2).values
+        assert best[0] - best[1] <= 1e-5 * logits.abs().max(), f"{one} is not {other}, from token {at} on"
+
+
 def make_prompts(count, prefix, seed=0):
     """Prompts of ragged lengths behind a common prefix."""
     generator = torch.Generator().manual_seed(seed)
@@ -74,29 +87,29 @@ def test_ragged_prompts(family, batch_size):
     model, prompts = tiny(family), make_prompts(20, 30)
     expected = plain(model, prompts, 12, {5, 7})
     assert len({len(completion) for completion in expected}) > 1
-    assert shared(model, prompts, 12, {5, 7}, batch_size) == expected
+    same(model, prompts, shared(model, prompts, 12, {5, 7}, batch_size), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_common_prefix(family):
     model, prompts = tiny(family), make_prompts(6, 0)
     assert common_prefix(prompts) == 0
-    assert shared(model, prompts, 8, set(), 4) == plain(model, prompts, 8, set())
+    same(model, prompts, shared(model, prompts, 8, set(), 4), plain(model, prompts, 8, set()))
 
 
 def test_prompts_of_the_prefix_and_one_token_more():
     model = tiny("llama")
     prompts = [[*range(1, 20), i] for i in range(20, 25)]
     assert common_prefix(prompts) == 19
-    assert shared(model, prompts, 8, {3}, 3) == plain(model, prompts, 8, {3})
+    same(model, prompts, shared(model, prompts, 8, {3}, 3), plain(model, prompts, 8, {3}))
 
 
 def test_equal_prompts_and_a_single_one():
     model = tiny("llama")
     prompts = [[4, 5, 6, 7]] * 3
     assert common_prefix(prompts) == 3
-    assert shared(model, prompts, 6, set(), 2) == plain(model, prompts, 6, set())
-    assert shared(model, [[9]], 6, set(), 2) == plain(model, [[9]], 6, set())
+    same(model, prompts, shared(model, prompts, 6, set(), 2), plain(model, prompts, 6, set()))
+    same(model, [[9]], shared(model, [[9]], 6, set(), 2), plain(model, [[9]], 6, set()))
 
 
 def test_stop_on_the_first_step_and_at_the_limit():
@@ -125,7 +138,7 @@ def test_an_adapter_on_its_base():
     adapted = plain(model, prompts, 8, set())
     with model.disable_adapter():
         assert plain(model, prompts, 8, set()) != adapted
-    assert shared(model, prompts, 8, set(), 3) == adapted
+    same(model, prompts, shared(model, prompts, 8, set(), 3), adapted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,14 +154,16 @@ def test_scores_of_answers(family, batch_size, prefix):
         for answer, (log_prob, greedy) in zip(answers, scores[i], strict=True):
             logits = model(torch.tensor([common + context + answer])).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
             expected = logits.gather(1, torch.tensor(answer)[:, None]).sum().item()
-            assert log_prob == pytest.approx(expected, abs=1e-4)
-            assert greedy == (logits.argmax(-1).tolist() == answer)
+            assert log_prob == pytest.approx(expected, rel=1e-5, abs=1e-4)
+            best = logits.topk(2).values
+            ties = (best[:, 0] - best[:, 1]).min() <= 1e-5 * logits.abs().max()
+            assert ties or greedy == (logits.argmax(-1).tolist() == answer)
 
 
 def test_plain_generation_gives_the_same():
     model, prompts, done = tiny("llama"), make_prompts(9, 12), {}
     generate_plainly(model, prompts, 10, 4, [5, 7], done.__setitem__)
-    assert [done[i] for i in range(9)] == plain(model, prompts, 10, {5, 7})
+    same(model, prompts, [done[i] for i in range(9)], plain(model, prompts, 10, {5, 7}))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +197,10 @@ def test_float32_products_are_the_usual_ones_rounded_once(dtype):
         out = layer(x)
         (gradient,) = torch.autograd.grad(out, x, weights)
         few = layer(x[:1])
-    assert patched or torch.cpu._is_amx_tile_supported() or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    # Where the layer is left alone, what follows is asserted of torch's own product.
+    assert patched == (
+        torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
+    )
     assert "forward" not in vars(layer)
     assert out.dtype == few.dtype == gradient.dtype == dtype
     step = torch.finfo(dtype).eps
@@ -190,11 +208,15 @@ def test_float32_products_are_the_usual_ones_rounded_once(dtype):
     torch.testing.assert_close(gradient.double(), weights.double() @ layer.weight.double(), atol=4 * step, rtol=step)
 
 
-def test_the_benchmark_compares_all_ways(tiny_llama):
+@needs_hub
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_benchmark_compares_all_ways(dtype, tiny_llama):
     done = call(
         sys.executable, PROJECT / "benchmarks" / "generation.py", "--model", tiny_llama, "--num_query", "5",
-        "--batch_size", "2", "--max_new_tokens", "40",
+        "--batch_size", "2", "--max_new_tokens", "40", "--dtype", dtype, "--data_name", "allenai/ai2_arc", cwd=HUB,
     )  # fmt: skip
-    table = [line.split() for line in done.stdout.splitlines() if line.endswith("5 of 5")]
+    table = [line.split() for line in done.stdout.splitlines() if re.search(r"\d of 5$", line)]
     assert [line[0] for line in table] == ["one", "padded", "copied", "engine"]
+    if dtype == "fp32":
+        assert [line[-3] for line in table] == ["5"] * 4
     assert "engine over copied, batches of 2:" in done.stdout

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, weights
 
+from grath.cli import SIGNALS
+
 HOOK = Path(__file__).parent / "hook"
 STAGE = "grath.supervise stage"
 ASK, TRAIN = "create_pair_responses.py", "dpo.py --dataset_path"
@@ -49,10 +51,11 @@ def start(settings, folder, fault=None):
     if fault:
         fault = {**fault, "program": fault["program"].replace("RUN", str(folder / "llama2_seed_0"))}
         env["FAULT"] = json.dumps(fault)
-    # Tests that were themselves started in the background of a shell ignore SIGINT, and a shell cannot trap that again.
+    # Tests that were themselves started in the background of a shell ignore SIGINT, those under nohup SIGHUP, and a
+    # shell cannot trap that again.
     with subprocess.Popen(
         [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
     ) as process:  # fmt: skip
         output = process.communicate(timeout=600)[0]
     deadline = time.monotonic() + 10

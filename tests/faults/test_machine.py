@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import BUNDLED, call, call_here
+from conftest import BUNDLED, call
 from hitting import ASK, TRAIN, WITHOUT_SCORES, copy_without, hit_and_restart, point, same_as, start
 
 FULL = "raise the limit (ulimit -f)"
@@ -135,53 +135,6 @@ def test_names_are_names_and_secrets_stay_out(tiny_llama, tmp_path):
     assert not list(tmp_path.rglob("pwned"))
     assert "secretsecret" not in done.stdout + done.stderr
     assert not [path for path in run.rglob("*") if path.is_file() and b"secretsecret" in path.read_bytes()]
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", "the memory is full: take a smaller"),
-        ("RuntimeError('CUDA error: out of memory')", "the memory is full: take a smaller"),
-        ("RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')", "the memory is full: take a"),
-        ("MemoryError()", "the memory is full: take a smaller --batch_size"),
-        ("RuntimeError('CUDA error: invalid device ordinal')", "the GPU cannot be used: look at nvidia-smi"),
-        ("RuntimeError('No CUDA GPUs are available')", "the GPU cannot be used: look at nvidia-smi"),
-        ("OSError(28, 'No space left on device')", "no space is left on the disk: free some"),
-        ("OSError(122, 'Disk quota exceeded')", "no space is left on the disk: free some"),
-        ("OSError(30, 'Read-only file system')", "the file system is read-only: choose another output folder"),
-        ("PermissionError(13, 'Permission denied', 'x')", "no right to read or write it: choose another folder"),
-        ("ModuleNotFoundError('No module named \\'peft\\'')", "pip install -r requirements.txt"),
-        ("OSError(24, 'Too many open files')", "too many files are open: raise the limit (ulimit -n 4096)"),
-    ],
-)
-def test_trouble_with_the_machine_is_one_line(error, line, tiny_llama, tmp_path, monkeypatch):
-    import torch
-
-    import create_pair_responses
-
-    def fail(*arguments):
-        raise eval(error, {"torch": torch})
-
-    monkeypatch.setattr(create_pair_responses, "load_model", fail)
-    flags = ("--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED)
-    done = call_here("create_pair_responses.py", *flags, status=1)
-    assert line in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError("x"), RuntimeError("CUDA error: device-side assert triggered")])
-def test_any_other_error_keeps_its_traceback(error, tiny_llama, tmp_path, monkeypatch):
-    import create_pair_responses
-
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr(create_pair_responses, "load_model", fail)
-    monkeypatch.setattr(sys, "argv", ["x", "--model_name_or_path", str(tiny_llama), "--save_prefix", "x",
-                                      "--save_dir", str(tmp_path), "--data_path", str(BUNDLED)])  # fmt: skip
-    with pytest.raises(type(error)):
-        create_pair_responses.run(create_pair_responses.main)
 
 
 @pytest.mark.faults
