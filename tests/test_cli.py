@@ -1,8 +1,9 @@
 """Every command line: quick help, and one line for bad input."""
 
 import json
+import re
 import shutil
-import time
+import sys
 
 import pytest
 from conftest import BUNDLED, PROJECT, call, call_here, pair, write_rows
@@ -14,19 +15,23 @@ DPO = ["dpo.py", "--output_dir", "OUT", "--dataset_path", "PAIRS", "--model_name
 TRAIN = [*DPO, "MODEL"]
 
 
+HEAVY = ["torch", "transformers", "datasets", "peft", "trl.trainer.dpo_trainer", "lm_eval", "sklearn", "matplotlib"]
+
+
 @pytest.mark.parametrize(
-    ("script", "seconds"),
-    [("create_pair_responses.py", 1), ("combine_new_correct_ori_wrong.py", 1), ("dpo.py", 8)],
+    ("script", "needed"),
+    [
+        ("create_pair_responses.py", []),
+        ("combine_new_correct_ori_wrong.py", []),
+        # TRL's own arguments are shown, and TRL's configuration needs these.
+        ("dpo.py", ["torch", "transformers", "datasets", "peft"]),
+    ],
 )
-def test_help_is_quick_and_shows_defaults(script, seconds):
-    times = []
-    for _ in range(3):  # the best of three, since the machine is shared
-        start = time.monotonic()
-        done = call(script, "--help")
-        times.append(time.monotonic() - start)
-        if times[-1] < seconds:
-            break
-    assert min(times) < seconds
+def test_help_loads_little_and_shows_defaults(script, needed):
+    done = call(sys.executable, "-X", "importtime", PROJECT / script, "--help")
+    loaded = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert "argparse" in loaded
+    assert [name for name in HEAVY if name in loaded and name not in needed] == []
     if script != "combine_new_correct_ori_wrong.py":
         assert "(default: " in done.stdout
 
@@ -106,7 +111,12 @@ def make_models(folder, model):
     }
 
 
-# The exact lines, without the script's name; {NAME} is a path of `files`.
+def matches(said, line, files):
+    """Whether a line is the expected one; {NAME} in that is a path of `files`, and * is what a library says."""
+    return re.fullmatch(re.escape(line.format(**files)).replace(r"\*", ".+"), said) is not None
+
+
+# The lines, without the script's name, as `matches` takes them.
 # fmt: off
 SCRIPTS = [
     ([*MODEL, "--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
@@ -120,8 +130,8 @@ SCRIPTS = [
     ([*MODEL, "--max_new_tokens", "0"], "argument --max_new_tokens: must be a whole number of at least 1, not '0' (see --help)"),
     ([*MODEL, "--max_new_tokens", "100000"], "--max_new_tokens 100000: with a prompt of 141 tokens that is more than the model's window of 4096"),
     ([*MODEL, "--save_prefix", "a/b"], "--save_prefix 'a/b' must be a plain file name: use --save_dir for the folder"),
-    ([*MODEL, "--precision", "int4"], "argument --precision: invalid choice: 'int4' (choose from 'auto', 'fp32', 'fp16', 'bf16', 'int8', 'nf4', 'fp4') (see --help)"),
-    ([*MODEL, "--model_type", "gpt2"], "argument --model_type: invalid choice: 'gpt2' (choose from 'auto', 'llama2', 'zephyr', 'smollm2') (see --help)"),
+    ([*MODEL, "--precision", "int4"], "argument --precision: invalid choice: 'int4' * (see --help)"),
+    ([*MODEL, "--model_type", "gpt2"], "argument --model_type: invalid choice: 'gpt2' * (see --help)"),
     ([*MODEL, "--seed", "x"], "argument --seed: invalid int value: 'x' (see --help)"),
     ([*MODEL, "--save_dir", "PAIRS"], "{PAIRS} is a file, not a folder: choose another output folder"),
     ([*MODEL, "--useFS", "--demos", "none"], "--demos none: neither a known set (halueval, truthfulqa) nor a readable file"),
@@ -130,11 +140,11 @@ SCRIPTS = [
     ([*MODEL, "--data_path", "MISSING"], "the question file {MISSING} does not exist"),
     ([*MODEL, "--data_path", "FOLDER"], "the question file {FOLDER} is a folder, not a file"),
     ([*MODEL, "--data_path", "EMPTY"], "the question file {EMPTY} is empty"),
-    ([*MODEL, "--data_path", "TEXT"], "the question file {TEXT}, line 1: not JSON (Expecting value)"),
+    ([*MODEL, "--data_path", "TEXT"], "the question file {TEXT}, line 1: not JSON (*)"),
     ([*MODEL, "--data_path", "LIST"], "the question file {LIST}, line 1: not a JSON object"),
     ([*MODEL, "--data_path", "UTF16"], "the question file {UTF16} is not UTF-8 text"),
     ([*MODEL, "--data_path", "LATIN1"], "the question file {LATIN1} is not UTF-8 text"),
-    ([*MODEL, "--data_path", "NUL"], "the question file {NUL}, line 1: not JSON (Invalid control character at)"),
+    ([*MODEL, "--data_path", "NUL"], "the question file {NUL}, line 1: not JSON (*)"),
     ([*MODEL, "--data_path", "ESCAPED_NUL"], "the question file {ESCAPED_NUL}, line 1: holds a NUL or half a character (a surrogate)"),
     ([*MODEL, "--data_path", "SURROGATE"], "the question file {SURROGATE}, line 1: holds a NUL or half a character (a surrogate)"),
     ([*MODEL, "--data_path", "LONG"], "the question file {LONG}, line 1: 10000088 characters, where 1000000 are the most: it is no such file"),
@@ -143,14 +153,14 @@ SCRIPTS = [
     ([*MODEL, "--data_path", "KEY"], "{KEY}, row 1: the answer key 'C' is none of its labels ['A', 'B']"),
     ([*MODEL, "--data_path", "NO_TEXT"], "{NO_TEXT}, row 1: not in ARC's schema (question, choices with text and label, answerKey)"),
     ([*ASK, "--model_name_or_path", "FOLDER"], "{FOLDER} is a folder without a tokenizer (no config.json)"),
-    ([*ASK, "--model_name_or_path", "nobody/nothing"], "cannot load the tokenizer nobody/nothing: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files."),
+    ([*ASK, "--model_name_or_path", "nobody/nothing"], "cannot load the tokenizer nobody/nothing: *"),
     ([*ASK, "--model_name_or_path", "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
     ([*ASK, "--model_name_or_path", "NO_TEMPLATE"], "the tokenizer has no chat template: pass --model_type (llama2, zephyr, smollm2)"),
     ([*ASK, "--model_name_or_path", "NO_EOS"], "the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name"),
     ([*ASK, "--model_name_or_path", "OWN_CODE"], "{OWN_CODE} needs code of its own, which is never run: choose another model"),
     ([*ASK, "--model_name_or_path", "PICKLED"], "{PICKLED} holds no weights as safetensors, and pickled ones are not read: convert them first"),
-    ([*ASK, "--model_name_or_path", "CUT"], "cannot load the model {CUT}: Error while deserializing header: invalid header length (is every file of it whole?)"),
-    ([*ASK, "--model_name_or_path", "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: Error(s) in loading state_dict for PeftModel: size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: copying a param with shape torch.Size([8, 32]) from checkpoint, the shape in current model is torch.Size([8, 64])."),
+    ([*ASK, "--model_name_or_path", "CUT"], "cannot load the model {CUT}: * (is every file of it whole?)"),
+    ([*ASK, "--model_name_or_path", "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: *"),
     ([*COMBINE, "MISSING", "--ori_data_path", "PAIRS"], "the new pair file {MISSING} does not exist"),
     ([*COMBINE, "PAIRS", "--ori_data_path", "MISSING"], "the original pair file {MISSING} does not exist"),
     ([*COMBINE, "PAIRS", "--ori_data_path", "FOLDER"], "the original pair file {FOLDER} is a folder, not a file"),
@@ -166,10 +176,10 @@ SCRIPTS = [
     (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL"], "give either --dataset_path (a pair file) or --dataset_name"),
     ([*TRAIN, "--dataset_name", "truthful_qa"], "give either --dataset_path (a pair file) or --dataset_name"),
     (["dpo.py", "--dataset_path", "PAIRS", "--model_name_or_path", "MODEL"], "--output_dir is required: where is the adapter to be saved?"),
-    (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL", "--dataset_name", "nobody/nothing"], "cannot load the split train of nobody/nothing : Couldn't reach 'nobody/nothing' on the Hub (OfflineModeIsEnabled) (give a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"),
-    ([*TRAIN, "--reference", "none"], "argument --reference: invalid choice: 'none' (choose from 'rolling', 'fixed') (see --help)"),
+    (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL", "--dataset_name", "nobody/nothing"], "cannot load the split train of nobody/nothing : * (give a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"),
+    ([*TRAIN, "--reference", "none"], "argument --reference: invalid choice: 'none' * (see --help)"),
     ([*TRAIN, "--learnin_rate", "1"], "unrecognized arguments: --learnin_rate 1 (see --help)"),
-    ([*TRAIN, "--precision", "int4"], "argument --precision: invalid choice: 'int4' (choose from 'auto', 'fp32', 'fp16', 'bf16', 'int8', 'nf4', 'fp4') (see --help)"),
+    ([*TRAIN, "--precision", "int4"], "argument --precision: invalid choice: 'int4' * (see --help)"),
     ([*TRAIN, "--output_dir", "MODEL"], "--output_dir {MODEL} is the model that the training starts from: choose another folder"),
     ([*TRAIN, "--output_dir", "PAIRS"], "{PAIRS} is a file, not a folder: choose another output folder"),
     ([*TRAIN, "--learning_rate", "-1"], "--learning_rate must be from 1e-12 to 10, not -1.0"),
@@ -193,8 +203,8 @@ SCRIPTS = [
     ([*DPO, "NO_EOS"], "the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name"),
     ([*DPO, "NO_TEMPLATE"], "the tokenizer has no chat template: pass --model_type (llama2, zephyr, smollm2)"),
     ([*DPO, "PICKLED"], "{PICKLED} holds no weights as safetensors, and pickled ones are not read: convert them first"),
-    ([*DPO, "CUT"], "cannot load the model {CUT}: Error while deserializing header: invalid header length (is every file of it whole?)"),
-    ([*DPO, "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: Error(s) in loading state_dict for PeftModel: size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: copying a param with shape torch.Size([8, 32]) from checkpoint, the shape in current model is torch.Size([8, 64])."),
+    ([*DPO, "CUT"], "cannot load the model {CUT}: * (is every file of it whole?)"),
+    ([*DPO, "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: *"),
     ([*DPO, "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
 ]
 # fmt: on
@@ -205,7 +215,7 @@ def test_bad_input_is_one_line_and_touches_nothing(command, line, files):
     before = [sorted(place.rglob("*")) for place in (PROJECT / "data", files["HERE"])]
     done = call_here(*(files.get(part, part) for part in command), status=2)
     said = [line for line in done.stderr.splitlines() if line and "it/s]" not in line and "examples/s]" not in line]
-    assert said == [f"{command[0]}: error: {line.format(**files)}"]
+    assert len(said) == 1 and matches(said[0], f"{command[0]}: error: {line}", files)
     assert [sorted(place.rglob("*")) for place in (PROJECT / "data", files["HERE"])] == before
 
 
@@ -234,8 +244,7 @@ EVALUATION = [
     (["FOLDER"], {"BATCH_SIZE": "-1"}, "BATCH_SIZE must be a whole number or auto, not '-1'"),
     (["FOLDER"], {"LIMIT": "0"}, "LIMIT must be a number of questions or a share below 1, not '0'"),
     (["FOLDER"], {"DATASETS_ROOT": "nowhere"}, "DATASETS_ROOT: there is no folder 'nowhere'"),
-    (["FOLDER"], {"PRECISION": "int8"}, "harness.py: error: argument --precision: invalid choice: 'int8' (choose from "
-     "'auto', 'fp32', 'fp16', 'bf16') (see --help)"),
+    (["FOLDER"], {"PRECISION": "int8"}, "harness.py: error: argument --precision: invalid choice: 'int8' * (see --help)"),
 ]  # fmt: skip
 
 
@@ -246,7 +255,7 @@ def test_evaluation_with_bad_input(arguments, env, line, files):
     done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=files["HERE"], env=env, status=2)
     if ": error: " not in line:
         line = f"evaluation.sh: error: {line}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"
-    assert done.stderr == line.format(**files) + "\n"
+    assert matches(done.stderr, line + "\n", files)
     assert sorted(files["HERE"].rglob("*")) == before
 
 

@@ -1,17 +1,18 @@
 """Which device a stage computes on, and what is refused: torch's answers are those of stand-ins, for want of a GPU."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUNDLED, PROJECT, call
+from conftest import BUNDLED, call
 
 from grath.cli import UserError
 from grath.devices import check_devices, machine, sign_of_a_gpu
 
 SEEN = {"DEVICE": "", "ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0"}
 needs_no_gpu = pytest.mark.skipif(
-    any((PROJECT.parent / "/dev").glob("nvidia[0-9]*")), reason="there is a GPU, which may well be of use"
+    any(Path("/dev").glob("nvidia[0-9]*")), reason="there is a GPU, which may well be of use"
 )
 
 
@@ -28,7 +29,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_
     """Slurm or the user names a GPU, and torch has none: the run must not start on the CPU."""
     ask = ("--save_prefix", "x", "--save_dir", tmp_path / "out", "--data_path", BUNDLED, "--num_query", "1")
     train = ("--dataset_path", pair_file, "--output_dir", tmp_path / "out")
-    loop = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path / "out"), "DATA_PATH": str(BUNDLED)}
+    loop = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path / "runs"), "DATA_PATH": str(BUNDLED)}
     for command, env in (
         (["create_pair_responses.py", "--model_name_or_path", tiny_llama, *ask], {}),
         (["dpo.py", "--model_name_or_path", tiny_llama, *train], {}),
@@ -38,7 +39,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_
         done = call(*command, env={**SEEN, **env}, status=2)
         assert "there is a GPU here (CUDA_VISIBLE_DEVICES=0), but torch cannot use it: " in done.stderr
         assert done.stderr.endswith("(DEVICE=cpu says that the CPU is meant)\n") and done.stderr.count("\n") == 1
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists() and not (tmp_path / "runs" / "llama2_seed_0").exists()
     call("create_pair_responses.py", "--model_name_or_path", tiny_llama, *ask, env={**SEEN, "DEVICE": "cpu"})
     assert len(list((tmp_path / "out").iterdir())) == 1
 

@@ -280,6 +280,9 @@ def test_defaults_are_the_papers():
 
     assert config.optim == ("paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch")
     assert config.precision == ("fp4" if torch.cuda.is_available() else "bf16")
+    # All weights of the adapter are used at every step.
+    assert config.ddp_find_unused_parameters is False
+    assert GrathDPOConfig(output_dir="unused", ddp_find_unused_parameters=True).ddp_find_unused_parameters
 
 
 def test_answer_scores_are_trls(tiny_llama, llama_tokenizer):
@@ -327,10 +330,11 @@ def test_accumulation_keeps_the_papers_batch(batch, processes, expected):
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
-def test_margins_with_a_quantised_base(tiny_llama, pair_file, tmp_path, precision):
+def test_margins_with_a_quantised_base(tiny_llama, pair_file, tmp_path, precision, caplog):
     flags = ("--precision", precision, "--reference")
     source = ("--dataset_path", pair_file)
-    _, first = train(tiny_llama, tmp_path / "1", *flags, "rolling", source=source)
+    done, first = train(tiny_llama, tmp_path / "1", *flags, "rolling", source=source)
+    assert "MatMul8bitLt" not in done.stderr + caplog.text
     _, rolling = train(tmp_path / "1", tmp_path / "2", *flags, "rolling", source=source)
     _, fixed = train(tmp_path / "1", tmp_path / "3", *flags, "fixed", source=source)
     # In int8, activations are rounded by the largest of their batch, so the margin is 0 to that rounding.
@@ -360,6 +364,8 @@ def test_the_adapter_on_a_quantised_base_is_not_rounded(tiny_llama, pair_file, t
         processing_class=tokenizer,
         reference="rolling",
     )
+    # A checkpoint is read to this process's own device, not to the first GPU.
+    assert trainer.model.load_adapter.keywords == {"torch_device": str(trainer.accelerator.device)}
     held, saved = get_peft_model_state_dict(trainer.model), weights(tmp_path / "1")
     assert held.keys() == saved.keys()
     assert all((held[name] == saved[name]).all() for name in saved)
@@ -516,6 +522,33 @@ def test_warnings_in_words(log, words):
 
     found = list(warnings_of(log, 0.1, warmup_steps=100).values())
     assert found == [] if words is None else len(found) == 1 and found[0].startswith(words)
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("fp32", False), ("bf16", True), ("nf4", True), ("fp16", False)])
+def test_nothing_learnt_is_judged_by_the_precision(precision, warned, tmp_path):
+    """A policy that has learnt nothing has a margin of the rounding, for the reference was batched otherwise."""
+    from grath.checkpoints import rounding, warnings_of
+    from grath.settings import GrathDPOConfig
+
+    eps = rounding(GrathDPOConfig(output_dir=str(tmp_path), precision=precision))
+    likelihoods = {"logps/chosen": -70.0, "logps/rejected": -60.0}
+    log = [{**entry(step, 0.02, 0.0), **likelihoods} for step in (1, 50, 150)]
+    assert ("no margin" in warnings_of(log, 0.1, 100, eps)) == warned
+    learnt = [*log, {**entry(160, 0.3, 0.0), **likelihoods}]
+    assert "no margin" not in warnings_of(learnt, 0.1, 100, eps)
+
+
+def test_the_training_hands_its_precision_to_the_warnings(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from grath import checkpoints
+    from grath.settings import GrathDPOConfig
+
+    given = []
+    monkeypatch.setattr(checkpoints, "warnings_of", lambda *args: given.append(args) or {})
+    state = SimpleNamespace(max_steps=10, log_history=[entry(1, 0, 0)], is_world_process_zero=True)
+    checkpoints.TrainingLog().on_train_begin(GrathDPOConfig(output_dir=str(tmp_path), precision="bf16"), state, None)
+    assert given[0][1:] == (0.1, 100, 2**-7)
 
 
 def test_what_lies_beside_the_adapter(first_round, tiny_llama, pair_file):

@@ -133,8 +133,10 @@ def test_a_debugger_sees_every_traceback(tmp_path):
 
 
 def test_a_missing_package_is_one_line_at_the_command_line(tmp_path):
-    """Whatever Python that has none of the packages is started."""
-    script = PROJECT / "create_pair_responses.py"
-    command = [sys.executable, "-I", "-S", script, "--model_name_or_path", "m", "--save_prefix", "x", "--data_path"]
-    done = subprocess.run([*command, BUNDLED], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0
+    command = [sys.executable, "-S", PROJECT / "create_pair_responses.py", "--model_name_or_path", "m"]
+    command += ["--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 1
+    assert done.stderr.endswith("No module named 'torch': pip install -r requirements.txt -c constraints.txt\n")
+    assert done.stderr.count("\n") == 1

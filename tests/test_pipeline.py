@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,14 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
             assert f"models/iter_{i}_arcc" in line.split("--model_name_or_path")[1].split()[0]
     first = f"data/iter0_arcc_num_{questions}_useGT_False_useFS_True.json"
     assert all(first in line.split("--ori_data_path")[1] for line in splices)
+    assert all(line.endswith("--report_to none ") for line in trainings)
     if "smollm2" not in preset:
         assert all("--learning_rate 5e-4" in line and "--warmup_steps 100 " in line for line in trainings)
+
+
+def test_a_training_can_be_watched_elsewhere():
+    done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb"})
+    assert done.stdout.count("--report_to wandb ") == 2
 
 
 def test_a_run_has_its_folder(llama_run, tiny_llama):
@@ -163,7 +170,7 @@ def test_a_check_before_the_night(tiny_llama, tmp_path):
     env |= {"RUNS_DIR": str(tmp_path / "runs"), "TASKS": "grath_mc1"}
     done = call("run_llama2.sh", env=env)
     checked = [line.split(":")[0].split() for line in done.stdout.splitlines() if line.startswith("ok ")]
-    assert checked == [["ok", name] for name in ("packages", "model", "memory", "data", "sizes", "disk")]
+    assert checked == [["ok", name] for name in ("packages", "device", "model", "memory", "data", "sizes", "disk")]
     plan = done.stdout.split("The plan, 11 stages")[1].splitlines()[1:-1]
     assert [line.split("  ")[1] for line in plan][2:4] == ["round 1: M_0 writes pairs", "round 1: DPO gives M_1"]
     assert all(re.search(r"\d (B|kB|MB)$", line) for line in plan)
@@ -236,7 +243,7 @@ def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preflight, "PROJECT", tmp_path)
     requirements = tmp_path / "requirements.txt"
-    requirements.write_text("pytest==0.1\nno-such-package==1; python_version < '3'\n")
+    requirements.write_text("# a note\npytest==0.1\nno-such-package==1; python_version < '3'\n")
     assert preflight.check_packages(["bf16"]) == f"pytest is {pytest.__version__}, tested is 0.1"
     requirements.write_text(f"pytest=={pytest.__version__}\n")
     assert preflight.check_packages(["int8"]) == "as pinned in requirements.txt"
@@ -244,11 +251,43 @@ def test_a_check_holds_the_packages_against_the_pins(tmp_path, monkeypatch):
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setenv("PATH", str(tmp_path))
         patch.delenv("CC", raising=False)
-        with pytest.raises(UserError, match="no C compiler is found"):
+        with pytest.raises(UserError, match="no C compiler, which Triton needs"):
             preflight.check_packages(["int8"])
+        patch.setenv("CC", "gcc")
+        patch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        with pytest.raises(UserError, match=r"there is no .*/Python.h, which Triton needs"):
+            preflight.check_packages(["int8"])
+        (tmp_path / "Python.h").touch()
+        preflight.check_packages(["int8"])
     requirements.write_text("no-such-package==1\n")
     with pytest.raises(UserError, match="no-such-package is missing: pip install -r requirements.txt"):
         preflight.check_packages(["bf16"])
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((9, 0), True), ((8, 9), True), ((6, 1), False)])
+def test_driver_cuda_and_capability_stand_side_by_side(capability, fits, monkeypatch):
+    import torch
+
+    from grath import preflight
+    from grath.cli import UserError
+
+    monkeypatch.setenv("DEVICE", "")
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+        monkeypatch.setattr(module, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120"])
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if not fits:
+        with pytest.raises(UserError, match="compute capability 6.1; .* this torch has no code for the GPU"):
+            preflight.check_device(1)
+        return
+    text = preflight.check_device(1)
+    name = "{}.{}".format(*capability)
+    assert text.startswith(f"1 GPU(s), a GPU, compute capability {name}; driver for CUDA 12.8; torch ")
+    assert text.endswith(" for CUDA 13.0 (sm_75, sm_80, sm_90a, sm_120)")
 
 
 @pytest.mark.parametrize("big", [False, True])

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import HUB, call, call_here, needs_hub, pair, write_rows
+from conftest import HUB, PROJECT, call, call_here, needs_hub, pair, write_rows
 
 from grath.questions import load_questions
 
@@ -73,6 +73,29 @@ def test_the_report_of_a_run_with_one_round_and_no_scores(made_run):
     assert "No score of M_0 (base) yet." in done.stdout and "No score of M_1 yet." in done.stdout
     assert "Best by" not in done.stdout
     assert not (made_run / "iterations.png").exists()
+
+
+def test_a_report_names_what_the_run_was_made_with(made_run):
+    """Not the commit and the versions of the moment in which it is written."""
+    entry = {"title": "t", "round": 0, "seconds": 1, "starts": 1, "outcome": "done"}
+    stages = [
+        {**entry, "stage": "pairs", "commit": "abc1234", "versions": {"torch": "2.0", "bitsandbytes": None}},
+        {**entry, "stage": "dpo", "commit": "def5678+", "versions": {"torch": "2.1", "bitsandbytes": None}},
+    ]
+    manifest = {"format": 1, "settings": {"SEED": "0"}, "inputs": {}, "known": {}, "stages": stages}
+    (made_run / "manifest.json").write_text(json.dumps(manifest))
+    call_here("grath.report", made_run)
+    lines = (made_run / "report.md").read_text().splitlines()
+    assert "Commit: abc1234, def5678+" in lines and "Versions: torch 2.0 and 2.1, bitsandbytes none" in lines
+
+
+@pytest.mark.parametrize("name", ["rolling", "fixed", "useGT", "halueval"])
+def test_a_published_report_names_the_commit_of_its_manifest(name):
+    from grath.report import made_with
+
+    folder = PROJECT / "results" / name
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (folder / "report.md").read_text().endswith(f"\n{made_with(manifest['stages'])}\n")
 
 
 @pytest.mark.parametrize("content", ["[]", '{"results": {'])

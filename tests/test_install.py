@@ -1,0 +1,89 @@
+"""What an installation gets: the pins, and one resolution for all that the pins need."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from conftest import PROJECT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def lines(name):
+    text = (PROJECT / name).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line and not line.startswith(("#", "-r"))]
+
+
+def test_the_constraints_name_every_package_that_is_needed():
+    constraints = [Requirement(line) for line in lines("constraints.txt")]
+    here = {
+        canonicalize_name(found.name): found.specifier
+        for found in constraints
+        if not found.marker or found.marker.evaluate()
+    }
+    pinned = [Requirement(line) for name in ("requirements.txt", "requirements-dev.txt") for line in lines(name)]
+    assert len(pinned) > 12
+    for wanted in pinned:
+        if not wanted.marker or wanted.marker.evaluate():
+            assert here[canonicalize_name(wanted.name)] == wanted.specifier, wanted
+    # What these need in turn, as this environment has it: each has its line, but for what belongs to one CUDA.
+    missing, waiting, seen = [], [wanted.name for wanted in pinned], set()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in seen or re.match(r"(nvidia|cuda)-", name):
+            continue
+        seen.add(name)
+        try:
+            version(name)
+        except PackageNotFoundError:
+            continue  # not for this platform
+        if name not in here:
+            missing.append(name)
+        from importlib.metadata import requires
+
+        for line in requires(name) or []:
+            needed = Requirement(line)
+            if not needed.marker or needed.marker.evaluate({"extra": ""}):
+                waiting.append(needed.name)
+    assert missing == []
+    assert len(seen) > 50
+
+
+def test_every_installation_is_by_the_constraints():
+    makefile = (PROJECT / "Makefile").read_text()
+    assert (
+        "\nPIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt\n" in makefile
+    )
+    for name in ("README.md", "CONTRIBUTING.md", *(f"grath/{path.name}" for path in PROJECT.glob("grath/*.py"))):
+        for command in re.findall(r"pip install -r requirements.txt[^\n`\"]*", (PROJECT / name).read_text()):
+            assert command.startswith("pip install -r requirements.txt -c constraints.txt"), (name, command)
+
+
+def test_the_pins_say_which_cuda_their_torch_is_for():
+    note = (PROJECT / "requirements.txt").read_text().split("\ntorch==")[0]
+    assert "CUDA 13.0" in note and "driver" in note and "CHECK=1" in note
+
+
+def test_the_project_can_be_installed(tmp_path):
+    """As `pip install .` builds it, but without fetching the build's own packages."""
+    copy = tmp_path / "copy"
+    subprocess.run(["git", "clone", "--quiet", PROJECT, copy], check=True)
+    (copy / "pyproject.toml").write_text((PROJECT / "pyproject.toml").read_text())
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
+    wheel = next(tmp_path.glob("*.whl"))
+    subprocess.run([*command, tmp_path / "site", wheel], check=True)
+    assert (tmp_path / "site" / "grath" / "cli.py").is_file()
+    metadata = next((tmp_path / "site").glob("grath-*/METADATA")).read_text()
+    assert all(f"Requires-Dist: {line.split('==')[0]}" in metadata for line in lines("requirements.txt"))
+
+
+def test_a_linked_environment_is_not_added(tmp_path):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_text((PROJECT / ".gitignore").read_text())
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    done = subprocess.run(["git", "check-ignore", ".venv"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == ".venv\n"
