@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # bash reads this file at every start of a script (BASH_ENV): it notes the command line in the file RECORD_COMMANDS.
 if [[ -n ${RECORD_COMMANDS:-} && $0 == *.sh ]]; then
     python3 -S -c 'import json, os, sys
