@@ -45,7 +45,7 @@ def test_every_damaged_output_is_named_and_goes_with_what_was_made_last(kind, co
     run, manifest = copied
     count = 0
     for entry in manifest["stages"]:
-        assert what_is_there(run, entry, entry["inputs"], list(entry["outputs"]))
+        assert what_is_there(run, entry, entry["inputs"], list(entry["outputs"]), entry.get("data", {}))
         for name in entry["outputs"]:
             path, kept = run / name, run.parent / "kept"
             shutil.copytree(path.parent, kept)
@@ -53,7 +53,7 @@ def test_every_damaged_output_is_named_and_goes_with_what_was_made_last(kind, co
             assert damage(run, entry, list(entry["outputs"])) == [(name, KINDS[kind])]
             capsys.readouterr()
             outputs = dict(entry["outputs"])
-            assert not what_is_there(run, entry, entry["inputs"], list(outputs))
+            assert not what_is_there(run, entry, entry["inputs"], list(outputs), {})
             assert name not in entry["outputs"]
             entry["outputs"] = outputs
             assert f"{entry['title']}: made again, for {path} {KINDS[kind]}" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_what_was_made_from_something_else_is_made_again(copied, capsys):
         changed = next(iter(entry["inputs"]))
         inputs = {**entry["inputs"], changed: "0" * 64}
         outputs = list(entry["outputs"])
-        assert not what_is_there(run, entry, inputs, outputs)
+        assert not what_is_there(run, entry, inputs, outputs, {})
         assert f"made again, for {changed} is not what it was made from" in capsys.readouterr().out
         assert not [output for output in outputs if (run / output).exists()]
     assert not list(run.glob("models/iter_1_*"))  # nor are its checkpoints gone on from
