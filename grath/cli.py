@@ -151,7 +151,16 @@ def run(main):
     if status and os.environ.get("GRATH_STATUS_FILE"):
         with suppress(OSError):  # on a full disk the status is accelerate's 1
             Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
+    if status in (0, BAD_INPUT):  # of the others a GPU's process group could wait for its peers
+        _leave_process_group()
     sys.exit(status)
+
+
+def _leave_process_group():
+    """End torch's process group. One that is left to the interpreter's exit aborts there, now and then (SIGABRT)."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _debug(error):

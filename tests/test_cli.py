@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import BUNDLED, PROJECT, call, call_here, pair, write_rows
 
+from grath.cli import UserError, run
+
 ASK = ["create_pair_responses.py", "--save_prefix", "x", "--save_dir", "OUT", "--data_path", BUNDLED]
 MODEL = [*ASK, "--model_name_or_path", "MODEL"]
 COMBINE = ["combine_new_correct_ori_wrong.py", "--new_data_path"]
@@ -305,3 +307,18 @@ def test_a_file_from_windows_is_taken_as_it_is(tmp_path):
 
     (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + BUNDLED.read_bytes().replace(b"\n", b"\r\n"))
     assert load_questions(data_path=tmp_path / "q.jsonl") == load_questions(data_path=BUNDLED)
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_stage_ends_its_process_group(status, tmp_path):
+    from torch import distributed
+
+    def stage():
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        if status:
+            raise UserError("x")
+
+    with pytest.raises(SystemExit) as ended:
+        run(stage)
+    assert ended.value.code == status
+    assert not distributed.is_initialized()
