@@ -1,116 +1,108 @@
 #!/usr/bin/env python
-"""Stage 3 of GRATH: direct preference optimisation with LoRA.
+"""Stage 3 of GRATH: direct preference optimisation (DPO) with LoRA.
 
     accelerate launch dpo.py --dataset_path PAIRS --model_name_or_path MODEL --output_dir DIR --seed 0
     accelerate launch dpo.py --dataset_name ai2_arc/ARC-Challenge --model_name_or_path MODEL --output_dir DIR --seed 0
+    accelerate launch dpo.py --config dpo.yaml --output_dir DIR
 
-MODEL is a hub name or a model folder in the first round, the last round's adapter folder in the later ones: training
-goes on with that adapter. Saves one adapter against the pretrained base in DIR, with its record, log and plot, and
-checkpoints in DIR/checkpoint-N, from the last of which the same command goes on after an interruption.
-Without further flags the settings are those of the paper's code; every option of TRL's DPOConfig works under its own
-name.
+In the first iteration MODEL is a hub name or a model folder. In later iterations it is the adapter folder of the
+previous one, and training continues that adapter. DIR gets one adapter against the pretrained base, its record, log
+and plot, and the checkpoints in DIR/checkpoint-N. After an interruption the same command resumes from the last complete
+checkpoint.
+
+The defaults are the settings of the paper's code. Every option of TRL's DPOConfig works under its own name. --config
+reads options from a YAML file, one per line (`learning_rate: 1e-4`); flags override the file.
 """
 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grath.chat import MODEL_TYPES, template_for
-from grath.cli import (
-    LORA_ALPHA,
-    LORA_DROPOUT,
-    LORA_R,
-    PAPERS_BATCH,
-    HelpFormatter,
-    OneLineErrors,
-    UserError,
-    check_ranges,
-    check_writable,
-    run,
-)
-from grath.models import ADAPTER, load_model, load_tokenizer, sha256, split_adapter
-from grath.pairs import read_pairs
-from grath.questions import KEYED_SETS, keyed_pairs, load_hub_split
+from grath.common.errors import UserError, run_main
+from grath.common.files import check_writable, sha256
+from grath.common.paths import ADAPTER
+from grath.dpo.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAPER_EFFECTIVE_BATCH, check_signs
+from grath.modeling.chat import MODEL_TYPES, template_for
+from grath.modeling.loading import load_model, load_tokenizer, resolve_base_and_adapter
+from grath.pairs.files import read_pairs
+from grath.pairs.questions import LABELED_DATASETS, gold_pairs, load_hub_split
 
 
 @dataclass
 class ScriptArguments:
-    """What the stage itself takes."""
+    """The options that are not TRL's."""
 
-    model_name_or_path: str = field(metadata={"help": "hub name, model folder or LoRA adapter's folder"})
+    model_name_or_path: str = field(metadata={"help": "hub name, model folder or LoRA adapter folder"})
     dataset_path: str | None = field(default=None, metadata={"help": "a pair file"})
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": f"{', '.join(KEYED_SETS)}, or a hub data set in TRL's preference format; instead of a file"},
+        metadata={
+            "help": f"instead of a file: {', '.join(LABELED_DATASETS)}, or a hub data set in TRL's preference format"
+        },
     )
     reference: str = field(
         default="rolling",
         metadata={
-            "help": "rolling: the model that the round starts from; fixed: the pretrained base in every round",
+            "help": "rolling: the model that the iteration starts from; fixed: the pretrained base in every iteration",
             "choices": ("rolling", "fixed"),
         },
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer's name; if left out, the model's"})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "hub name or folder of the tokenizer; by default the model's"}
+    )
     model_type: str = field(
-        default="auto", metadata={"help": "chat tags; auto: the tokenizer's chat template", "choices": MODEL_TYPES}
+        default="auto", metadata={"help": "chat template; auto: the tokenizer's own", "choices": MODEL_TYPES}
     )
     lora_r: int = field(default=LORA_R, metadata={"help": "rank of the LoRA matrices"})
-    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "LoRA's scale is lora_alpha / lora_r"})
+    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "the scale of LoRA is lora_alpha / lora_r"})
     lora_dropout: float = field(
-        default=LORA_DROPOUT, metadata={"help": "recorded, and active with --no_disable_dropout only, as in TRL"}
+        default=LORA_DROPOUT, metadata={"help": "active only with --no_disable_dropout, as in TRL; always recorded"}
     )
     sanity_check: bool = field(default=False, metadata={"help": "train on the first 1000 pairs only"})
     num_sample: int | None = field(default=None, metadata={"help": "train on the first N pairs only"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace what is in output_dir"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace the contents of output_dir"})
 
 
 def parse_args():
-    from transformers import HfArgumentParser
+    from grath.dpo.arguments import YamlParser
+    from grath.dpo.config import GrathDPOConfig
 
-    from grath.settings import GrathDPOConfig
-
-    class Parser(OneLineErrors, HfArgumentParser):
-        """One-line errors for transformers' dataclass parser."""
-
-    parser = Parser(
-        (ScriptArguments, GrathDPOConfig), description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    try:
-        script_args, config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(str(error)) from None
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if bool(script_args.dataset_path) == bool(script_args.dataset_name):
+    args, config = YamlParser((ScriptArguments, GrathDPOConfig), __doc__).parse()
+    if bool(args.dataset_path) == bool(args.dataset_name):
         raise UserError("give either --dataset_path (a pair file) or --dataset_name")
-    check_ranges(vars(script_args))
-    return script_args, config
+    check_signs(vars(args))
+    return args, config
 
 
 def load_preferences(args, config, tokenizer, template):
-    """The training set and its counts: tokenised by `grath.chat`, or (counts None) as it is for TRL to tokenise."""
-    from grath.trainer import keep_trainable, tokenise
+    """Load the training set.
+
+    Returns:
+        (dataset, counts): tokenised pairs and the counts of `filter_pairs`; or, for a hub data set in TRL's preference
+        format, its untokenised rows and None, because TRL tokenises them.
+    """
+    from grath.dpo.dataset import filter_pairs, tokenize_pairs
 
     limit = min(args.num_sample or 10**9, 1000 if args.sanity_check else 10**9)
-    if args.dataset_name and args.dataset_name not in KEYED_SETS:
+    if args.dataset_name and args.dataset_name not in LABELED_DATASETS:
         dataset = load_hub_split(args.dataset_name, None, "train")
         if not {"chosen", "rejected"} <= set(dataset.column_names):
             raise UserError(f"{args.dataset_name} is not in TRL's preference format: no columns chosen and rejected")
         tokenizer.chat_template = template
         return dataset.select(range(min(limit, len(dataset)))), None
-    rows = read_pairs(args.dataset_path) if args.dataset_path else keyed_pairs(args.dataset_name, config.seed)
-    return keep_trainable(tokenise(rows[:limit], tokenizer, template), config.max_length)
+    rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, config.seed)
+    return filter_pairs(tokenize_pairs(rows[:limit], tokenizer, template), config.max_length)
 
 
 def describe(args, config):
-    """What this training is: the first part of its record, and all by which a later start recognises it."""
+    """Return the first part of the record: everything that identifies this training when it is started again."""
     from accelerate import PartialState
 
-    from grath.manifest import versions
-    from grath.trainer import describe_reference
+    from grath.common.provenance import versions
+    from grath.dpo.trainer import describe_reference
 
     processes = PartialState().num_processes
-    adapter = split_adapter(args.model_name_or_path)[1]
+    adapter = resolve_base_and_adapter(args.model_name_or_path)[1]
     return {
         **describe_reference(args.model_name_or_path, args.reference),
         "incoming_adapter": adapter,
@@ -133,19 +125,21 @@ def main():
     from peft import PeftModel
     from transformers import ProgressCallback
 
-    from grath.checkpoints import PLOT, Bar, TrainingLog, clear, find_earlier, save_adapter, write_record
-    from grath.models import float32_products
-    from grath.plots import plot_training
-    from grath.trainer import GrathDPOTrainer, lora_config, print_once
+    from grath.dpo.callbacks import ProgressBar, TrainingLog
+    from grath.dpo.checkpoints import TRAINING_PLOT, clear_output_dir, resume_state, save_adapter, write_record
+    from grath.dpo.trainer import GrathDPOTrainer, check_incoming_adapter, lora_config
+    from grath.modeling.cpu_matmul import fp32_cpu_matmul
+    from grath.modeling.devices import print_once
+    from grath.report.plots import plot_training
 
     start = time.monotonic()
     record = describe(args, config)
-    earlier, checkpoint = find_earlier(config.output_dir, record, args.overwrite_output_dir)
+    earlier, checkpoint = resume_state(config.output_dir, record, args.overwrite_output_dir)
     if earlier == "finished":
-        print_once(f"{config.output_dir} holds this training, finished; --overwrite_output_dir would train again")
+        print_once(f"{config.output_dir} contains this training, finished; --overwrite_output_dir trains it again")
         return
     if args.overwrite_output_dir and config.resume_from_checkpoint:
-        raise UserError("--overwrite_output_dir removes the checkpoints that --resume_from_checkpoint goes on from")
+        raise UserError("--overwrite_output_dir removes the checkpoints that --resume_from_checkpoint needs")
     checkpoint = config.resume_from_checkpoint or checkpoint
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
@@ -159,18 +153,13 @@ def main():
         f"{config.precision}, {config.optim.value}, {config.max_steps} steps of {batch} pairs, "
         f"{record['processes']} process(es)"
     )
-    if batch != PAPERS_BATCH:
-        print_once(f"The paper trains with {PAPERS_BATCH} pairs a step, not {batch}")
+    if batch != PAPER_EFFECTIVE_BATCH:
+        print_once(f"The paper trains on {PAPER_EFFECTIVE_BATCH} pairs per step, not {batch}")
     lora = lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
     continued = isinstance(model, PeftModel)
     if continued:
-        incoming = model.peft_config["default"]
-        for name in ("r", "lora_alpha", "lora_dropout"):
-            if getattr(incoming, name) != getattr(lora, name):
-                raise UserError(
-                    f"the adapter that comes in has {name} {getattr(incoming, name)}, not {getattr(lora, name)}"
-                )
-    with float32_products(model):
+        check_incoming_adapter(model, lora)
+    with fp32_cpu_matmul(model):
         try:
             trainer = GrathDPOTrainer(
                 model=model,
@@ -185,23 +174,25 @@ def main():
         record["base_revision"] = getattr(model.config, "_commit_hash", None)
         record["pairs"] = counts or trainer.counts
         if trainer.accelerator.is_main_process and earlier == "nothing":
-            clear(config.output_dir)
+            clear_output_dir(config.output_dir)
             write_record(config.output_dir, record)
         trainer.accelerator.wait_for_everyone()
         log = TrainingLog()
         trainer.add_callback(log)
         if not config.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(Bar)
+            trainer.add_callback(ProgressBar)
         if checkpoint:
-            print_once(f"Going on from {checkpoint}")
+            print_once(f"Resuming from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.accelerator.is_main_process:
-        plot_training(trainer.state.log_history, Path(config.output_dir) / PLOT)
-    record.update(warnings=list(log.said.values()), went_on_from=checkpoint, seconds=round(time.monotonic() - start, 1))
+        plot_training(trainer.state.log_history, Path(config.output_dir) / TRAINING_PLOT)
+    record["warnings"] = list(log.warnings.values())
+    record["resumed_from"] = checkpoint
+    record["seconds"] = round(time.monotonic() - start, 1)
     save_adapter(trainer, record)
     print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

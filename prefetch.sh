@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fetch the models and data sets of a pipeline for a machine without the internet.
+# Download the models and data sets of a run for a machine without internet access.
 #
-#   ./prefetch.sh DIR [MODEL...]       on a machine with it: the data sets, and the models (both of the paper's)
-#   DATASETS_ROOT=DIR ./run_llama2.sh  on the other: every stage uses them and asks nothing of the hub
-#   DRY_RUN=1 ./prefetch.sh DIR        prints the commands and runs none
+#   ./prefetch.sh DIR [MODEL...]       on a machine with access: the data sets, and the models (default: the paper's two)
+#   DATASETS_ROOT=DIR ./run_llama2.sh  on the other machine: every stage uses them and runs offline
+#   DRY_RUN=1 ./prefetch.sh DIR        print the commands and run none
 #
-# Llama-2 needs access granted on the hub, and `hf auth login`. What is there already is not fetched again.
+# Llama-2 is gated: request access on the hub, then `hf auth login`. Files that are there already are not downloaded again.
 set -euo pipefail
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

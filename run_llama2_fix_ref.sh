@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# GRATH on Llama2-Chat-7B, against the pretrained model in every round (fixed reference).
+# GRATH on Llama2-Chat-7B, with the pretrained model as the reference model (fixed).
 #
-#   ./run_llama2_fix_ref.sh                 needs a CUDA GPU, the model and the data sets (hub names or local folders)
-#   DRY_RUN=1 ./run_llama2_fix_ref.sh       prints the commands and runs none
-#   SEED=1 ROUNDS=1 ./run_llama2_fix_ref.sh any setting of run_grath.sh can be set; the values below are the paper's
+#   ./run_llama2_fix_ref.sh                 needs a CUDA GPU, the model and the data sets (from the hub or DATASETS_ROOT)
+#   DRY_RUN=1 ./run_llama2_fix_ref.sh       print the commands and run none
+#   SEED=1 ITERATIONS=1 ./run_llama2_fix_ref.sh set anything in docs/configuration.md; the values below are the paper's
 #
-# In the queue: sbatch ./run_llama2_fix_ref.sh
+# With Slurm: sbatch ./run_llama2_fix_ref.sh
 #SBATCH --job-name=grath-llama2_fix_ref
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
@@ -15,10 +15,10 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# Two minutes before its time is over the job ends its stage, goes into the queue again, and goes on where it was.
+# Two minutes before its time limit, the job ends its stage and requeues itself; it then resumes where it stopped.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-# Slurm runs a copy of this file: the project is where sbatch was called.
+# Slurm runs a copy of this file; the project is the folder in which sbatch was called.
 if [[ ! -f $HERE/run_grath.sh && -n ${SLURM_SUBMIT_DIR:-} ]]; then HERE=$SLURM_SUBMIT_DIR; fi
 
 export RUN_NAME="${RUN_NAME:-llama2_fix_ref}"
@@ -26,7 +26,7 @@ export MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-meta-llama/Llama-2-7b-chat-hf}"
 export MODEL_TYPE="${MODEL_TYPE:-llama2}"
 export NUM_QUERY="${NUM_QUERY:-1119}" # all of ARC-Challenge's train split
 export REFERENCE="${REFERENCE:-fixed}"
-export ROUNDS="${ROUNDS:-10}"
+export ITERATIONS="${ITERATIONS:-10}"
 export MAX_STEPS="${MAX_STEPS:-1000}"
 export WARMUP_STEPS="${WARMUP_STEPS:-100}"
 export LEARNING_RATE="${LEARNING_RATE:-5e-4}"

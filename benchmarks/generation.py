@@ -1,49 +1,50 @@
-"""Four ways to write pairs, side by side in one process: questions a second, memory, and whether the outputs agree.
+"""Compare four ways to generate pairs in one process: speed, memory, and identical completions.
 
     python benchmarks/generation.py --model models/smollm2 --dtype fp32 --num_query 32 --batch_size 32
 
-`one`: `model.generate`, one question at a time. `padded`: batches of whole prompts. `copied`: batches that start from a
-copy of the demonstrations' key-value cache. `engine`: `grath.shared_prefix`.
-Ratios and identical outputs are against `one`.
+`one`: `model.generate`, one question at a time. `padded`: batches of whole prompts. `copied`: batches that start from
+copies of the few-shot examples' KV cache. `engine`: the shared-prefix engine in `grath.generation`.
+The first way in the table is the baseline of the ratios and of the identical completions.
 """
 
 import gc
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from grath.chat import MODEL_TYPES, prompt_ids, template_for  # noqa: E402
-from grath.cli import PROJECT, Parser, positive_int, run  # noqa: E402
-from grath.models import PRECISIONS, load_model, load_tokenizer, resolve_precision, stop_ids  # noqa: E402
-from grath.questions import build_messages, load_demos, load_questions  # noqa: E402
+from grath.common.arguments import Parser, positive_int
+from grath.common.errors import run_main
+from grath.common.paths import PROJECT
+from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
+from grath.modeling.loading import eos_token_ids, load_model, load_tokenizer
+from grath.modeling.precision import PRECISIONS, resolve_precision
+from grath.pairs.prompts import build_messages, load_demos
+from grath.pairs.questions import load_questions
 
 WAYS = ("one", "padded", "copied", "engine")
 
 
 def one(model, prompts, settings):
-    """One prompt after the other: lists of completion ids."""
+    """Generate for one prompt at a time; return lists of completion ids, as the other ways do."""
     return [_generate(model, [prompt], settings)[0] for prompt in prompts]
 
 
 def padded(model, prompts, settings):
-    """Batches of whole prompts, padded at the left."""
+    """Generate in batches of whole prompts, padded on the left."""
     size = settings["batch_size"]
     batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
     return [completion for batch in batches for completion in _generate(model, batch, settings)]
 
 
 def copied(model, prompts, settings):
-    """Batches that start from copies of one cache of the common prefix."""
+    """Generate in batches that start from copies of the KV cache of the common prefix."""
     import copy
 
     import torch
     from transformers import DynamicCache
 
-    from grath.shared_prefix import common_prefix
+    from grath.generation.cache import common_prefix_length
 
-    length = common_prefix(prompts)
+    length = common_prefix_length(prompts)
     prefix = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(torch.tensor([prompts[0][:length]], device=model.device), past_key_values=prefix, logits_to_keep=1)
@@ -57,26 +58,26 @@ def copied(model, prompts, settings):
 
 
 def engine(model, prompts, settings):
-    """The shared-prefix engine."""
-    from grath.generation import generate
+    """Generate with the shared-prefix engine."""
+    from grath.generation.engine import generate_shared_prefix
 
     completions = {}
-    generate(
+    generate_shared_prefix(
         model,
         prompts,
         settings["max_new_tokens"],
         settings["batch_size"],
-        settings["stop_ids"],
+        settings["eos_ids"],
         completions.__setitem__,
     )
     return [completions[i] for i in range(len(prompts))]
 
 
 def _generate(model, prompts, settings, prefix_length=0, cache=None):
-    """`model.generate` on a padded batch; the padding stands behind the prefix. Completions without the stop id."""
+    """Call `model.generate` on a batch padded after the prefix; return completion ids without the EOS."""
     import torch
 
-    from grath.generation import until_stop
+    from grath.generation.hf import truncate_at_eos
 
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
@@ -84,7 +85,7 @@ def _generate(model, prompts, settings, prefix_length=0, cache=None):
         prompt[:prefix_length] + [0] * pad + prompt[prefix_length:] for prompt, pad in zip(prompts, pads, strict=True)
     ]
     mask = [[1] * prefix_length + [0] * pad + [1] * (longest - prefix_length - pad) for pad in pads]
-    stops = settings["stop_ids"]
+    eos_ids = settings["eos_ids"]
     with torch.inference_mode():
         output = model.generate(
             torch.tensor(ids, device=model.device),
@@ -92,14 +93,14 @@ def _generate(model, prompts, settings, prefix_length=0, cache=None):
             past_key_values=cache,
             max_new_tokens=settings["max_new_tokens"],
             do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=stops[0],
+            eos_token_id=eos_ids,
+            pad_token_id=eos_ids[0],
         )
-    return [until_stop(completion, stops) for completion in output[:, longest:].tolist()]
+    return [truncate_at_eos(completion, eos_ids) for completion in output[:, longest:].tolist()]
 
 
 def reset_peak():
-    """Start a new measurement of the peak memory, where the system allows it."""
+    """Reset the peak memory, if the system allows it."""
     import torch
 
     gc.collect()
@@ -110,7 +111,7 @@ def reset_peak():
 
 
 def peak_bytes():
-    """Peak memory since `reset_peak`: of the GPU, or of the process on a CPU."""
+    """Return the peak memory since `reset_peak`: the GPU's, or the process's on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -122,14 +123,14 @@ def peak_bytes():
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default=str(PROJECT / "models" / "smollm2"), help="hub name, model folder or adapter's folder")
+    add("--model", default=str(PROJECT / "models" / "smollm2"), help="hub name, model folder or LoRA adapter folder")
     add("--dtype", choices=PRECISIONS, default="fp32", help="precision of the model")
-    add("--num_query", type=positive_int, default=32, help="questions")
-    add("--batch_size", type=positive_int, nargs="+", default=[32], help="rows at once; several are compared")
-    add("--max_new_tokens", type=positive_int, default=100, help="length limit of a completion")
-    add("--data_name", help="hub data set in ARC's schema; if left out, the bundled questions")
-    add("--model_type", choices=MODEL_TYPES, default="auto", help="chat tags")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to compare")
+    add("--num_query", type=positive_int, default=32, help="number of questions")
+    add("--batch_size", type=positive_int, nargs="+", default=[32], help="batch sizes to compare")
+    add("--max_new_tokens", type=positive_int, default=100, help="maximum number of tokens of a completion")
+    add("--data_name", help="hub data set in ARC's schema, instead of the bundled questions")
+    add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare")
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.model)
@@ -140,16 +141,16 @@ def main():
     prompts = [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
     precision = resolve_precision(args.dtype, "pairs")
     model = load_model(args.model, precision).eval()
-    settings = {"max_new_tokens": args.max_new_tokens, "stop_ids": stop_ids(model, tokenizer)}
+    settings = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
     print(f"{len(prompts)} questions, {precision}, {model.device}")
     print(
         f"{'way':10}{'batch':>6}{'seconds':>9}{'questions/s':>13}{'tokens/s':>10}{'extra MB':>10}{'ratio':>8}"
         f"{'identical':>11}"
     )
-    streams = [way for way in args.ways if way == "one"]
+    unbatched = [way for way in args.ways if way == "one"]
     batched = [way for way in args.ways if way != "one"]
     first, speed = None, {}
-    for way, size in [(way, 1) for way in streams] + [(way, size) for size in args.batch_size for way in batched]:
+    for way, size in [(way, 1) for way in unbatched] + [(way, size) for size in args.batch_size for way in batched]:
         reset_peak()
         before = peak_bytes()
         start = time.perf_counter()
@@ -170,4 +171,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

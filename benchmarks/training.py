@@ -1,12 +1,14 @@
-"""DPO through a plain TRL script and through this project's trainer: the same tokenised pairs, steps and seed.
+"""Compare DPO with plain TRL and with this project's trainer, on the same tokenised pairs, steps and seed.
 
     python benchmarks/training.py --dataset_path PAIRS --dtype bf16 --steps 16
     python benchmarks/training.py --dataset_path PAIRS --dtype fp32 --steps 4 --same_order
 
-`trl`: `DPOTrainer` with a `peft_config` and its defaults. `second_model`: the same, with a second model as reference.
-`ours`: `grath.trainer`. Each runs in a process of its own; seconds a step are those of the reference pass, if there is
-one, and of the training, over the steps. With --same_order ours takes the pairs in TRL's order, so that the logged
-losses can be compared step by step.
+`trl`: TRL's `DPOTrainer` with a `peft_config`. `second_model`: the same, with a second model as the reference. `ours`:
+`grath.dpo.trainer`. TRL turns gradient checkpointing on by default. The sequences are short and need none, so `trl` and
+`second_model` train without it, as `ours` does; --gradient_checkpointing compares with TRL's own default.
+
+Each way trains in its own process. The seconds per step include the reference pass, if there is one. With --same_order,
+`ours` takes the pairs in TRL's order, so that the losses can be compared step by step.
 """
 
 import json
@@ -16,35 +18,42 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from generation import peak_bytes
 
-from generation import peak_bytes  # noqa: E402
-
-from grath.chat import template_for  # noqa: E402
-from grath.cli import PROJECT, Parser, UserError, positive_int, run  # noqa: E402
-from grath.models import DTYPES, float32_products, load_model, load_tokenizer  # noqa: E402
-from grath.pairs import read_pairs  # noqa: E402
-from grath.questions import KEYED_SETS, keyed_pairs  # noqa: E402
+from grath.common.arguments import Parser, positive_int
+from grath.common.errors import UserError, run_main
+from grath.common.paths import PROJECT
+from grath.modeling.chat import template_for
+from grath.modeling.cpu_matmul import fp32_cpu_matmul
+from grath.modeling.loading import load_model, load_tokenizer
+from grath.modeling.precision import DTYPES
+from grath.pairs.files import read_pairs
+from grath.pairs.questions import LABELED_DATASETS, gold_pairs
 
 WAYS = ("trl", "second_model", "ours")
 
 
 def train(way, args, folder):
-    """Train in one way: dict of `seconds`, `tokens` (of the pairs trained on), `losses`, `peak`."""
+    """Train in one way.
+
+    Returns:
+        dict of `seconds`, `tokens` (of the pairs trained on), `losses` (one per step) and `peak` (bytes of memory).
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    from grath.settings import GrathDPOConfig
-    from grath.trainer import GrathDPOTrainer, keep_trainable, lora_config, tokenise
+    from grath.dpo.config import GrathDPOConfig
+    from grath.dpo.dataset import filter_pairs, tokenize_pairs
+    from grath.dpo.trainer import GrathDPOTrainer, lora_config
 
-    class Plain(DPOTrainer):
+    class PlainTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
     tokenizer = load_tokenizer(args.model)
-    rows = read_pairs(args.dataset_path) if args.dataset_path else keyed_pairs(args.dataset_name, 0)
-    tokenised = tokenise(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
-    dataset = Dataset.from_list(keep_trainable(tokenised, 1024)[0].to_list())
+    rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, 0)
+    tokenised = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
+    dataset = Dataset.from_list(filter_pairs(tokenised, 1024)[0].to_list())
     settings = {
         "output_dir": folder, "max_steps": args.steps, "warmup_steps": 0, "learning_rate": 5e-4, "logging_steps": 1,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "seed": 0, "report_to": "none",
@@ -61,15 +70,20 @@ def train(way, args, folder):
         order = {"train_sampling_strategy": "random"} if args.same_order else {}
         config = GrathDPOConfig(precision=args.dtype, **settings, **order)
         start = time.perf_counter()
-        with float32_products(model):
+        with fp32_cpu_matmul(model):
             trainer = GrathDPOTrainer(args=config, reference="rolling", **common)
             trainer.train()
     else:
         cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
-        config = DPOConfig(**settings, **cpu, **({"bf16": False} if args.dtype == "fp32" else {}))
+        config = DPOConfig(
+            **settings,
+            **cpu,
+            **({"bf16": False} if args.dtype == "fp32" else {}),
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
         second = load_model(args.model, args.dtype) if way == "second_model" else None
         start = time.perf_counter()
-        trainer = Plain(args=config, ref_model=second, **common)
+        trainer = PlainTrainer(args=config, ref_model=second, **common)
         trainer.train()
     seconds = time.perf_counter() - start
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -85,20 +99,31 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", default=str(PROJECT / "models" / "smollm2"), help="hub name or model folder")
-    add("--dtype", choices=sorted(DTYPES), default="bf16", help="of the base's weights")
-    add("--dataset_path", type=Path, help="a pair file")
-    add("--dataset_name", choices=sorted(KEYED_SETS), default="ai2_arc/ARC-Challenge", help="instead of a file")
-    add("--pairs", type=positive_int, default=256, help="pairs to take")
+    add("--dtype", choices=sorted(DTYPES), default="bf16", help="dtype of the base's weights")
+    add("--dataset_path", type=Path, help="pair file")
+    add(
+        "--dataset_name",
+        choices=sorted(LABELED_DATASETS),
+        default="ai2_arc/ARC-Challenge",
+        help="data set of gold pairs, if there is no --dataset_path",
+    )
+    add("--pairs", type=positive_int, default=256, help="maximum number of pairs")
     add("--steps", type=positive_int, default=16, help="optimiser steps of 16 pairs")
-    add("--same_order", action="store_true", help="TRL's order of the pairs in both")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to compare")
-    add("--only", choices=WAYS, help="train in this process in one way, and print its figures as JSON")
+    add("--same_order", action="store_true", help="take the pairs in TRL's order in every way")
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="train with gradient checkpointing in `trl` and `second_model`, which is TRL's own default",
+    )
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare")
+    add("--only", choices=WAYS, help="train in one way in this process, and print the results as JSON")
     args = parser.parse_args()
     if args.only:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(train(args.only, args, folder)))
         return
-    print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}")
+    checkpointing = "with (TRL's default)" if args.gradient_checkpointing else "without"
+    print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}; TRL {checkpointing} gradient checkpointing")
     print(
         f"{'way':14}{'s/step':>8}{'tokens/s':>10}{'peak MB':>9}{'ratio':>7}{'memory':>8}{'largest loss difference':>25}"
     )
@@ -119,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,37 +1,42 @@
-"""How far apart correct and incorrect answers are in a model's own space: the paper relates it to what DPO can learn.
+"""Measure how far apart correct and incorrect answers are in a model's hidden states.
 
     python -m grath.distance PAIRS... --model_name_or_path MODEL
 
-For each pair file it prints three figures and keeps them beside it, in {PAIRS without .json}.distance.json, from where
-`grath.report` takes the first two:
+The paper relates this distance to what DPO can learn from the pairs. The command prints three figures for each pair
+file and writes them next to it, to {PAIRS without .json}.distance.json; `grath.report` shows the first two.
 
-distance    |mean correct - mean incorrect| / sqrt(trace of the mean covariance within the two): 0 where both are alike
-probe       accuracy of a linear classifier that tells the two apart, five-fold, questions never split: 0.5 is chance
-negated     share of the correct and of the incorrect answers with a negation in them: where incorrect answers are often
+distance    |mean correct - mean incorrect| / sqrt(trace of the mean covariance within the two): 0 if both are alike
+probe       accuracy of a linear classifier that tells the two apart, by five-fold cross-validation that keeps the two
+            answers to a question in one fold: 0.5 is chance
+negated     share of the correct and of the incorrect answers that contain a negation: if incorrect answers are often
             the correct ones with a "not", DPO may learn to avoid negation instead of falsehood
 
-An answer's place is the mean of the model's last hidden states over its tokens, with the question before it between the
-chat tags, as DPO sees it. Pairs with identical answers are left out, as in DPO.
+An answer's position is the mean of the model's last hidden states over its tokens. The question precedes the answer in
+the chat template, as in DPO. Pairs with identical answers are left out, as in DPO.
 """
 
 import json
-import re
 from pathlib import Path
 
-from grath.chat import MODEL_TYPES, answer_ids, template_for
-from grath.cli import Parser, UserError, check_writable, positive_int, run, write_whole
-from grath.models import PRECISIONS, float32_products, load_model, load_tokenizer, resolve_precision
-from grath.pairs import read_pairs
+from grath.common.arguments import Parser, positive_int
+from grath.common.errors import UserError, run_main
+from grath.common.files import atomic_write_text, check_writable
+from grath.modeling.chat import MODEL_TYPES, answer_ids, template_for
+from grath.modeling.cpu_matmul import fp32_cpu_matmul
+from grath.modeling.loading import load_model, load_tokenizer
+from grath.modeling.precision import PRECISIONS, resolve_precision
+from grath.pairs.files import read_pairs
+from grath.pairs.stats import negated
 
 FOLDS = 5
-NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
 
 
 def embed(model, sequences, batch_size):
-    """Mean last hidden states of answers.
+    """Compute the mean last hidden state of each answer.
 
     Args:
         sequences: list of (prompt, answer), lists of token ids.
+        batch_size: sequences per forward pass.
 
     Returns:
         float32 array (number of sequences, hidden size).
@@ -42,23 +47,23 @@ def embed(model, sequences, batch_size):
     from tqdm import tqdm
 
     backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
-    places = numpy.zeros((len(sequences), model.config.get_text_config().hidden_size), dtype=numpy.float32)
+    means = numpy.zeros((len(sequences), model.config.get_text_config().hidden_size), dtype=numpy.float32)
     order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
     for at in tqdm(range(0, len(order), batch_size), desc="Embedding answers", unit="batch"):
         batch = order[at : at + batch_size]
         rows = [torch.tensor([*sequences[i][0], *sequences[i][1]]) for i in batch]
         ids = pad_sequence(rows, batch_first=True).to(model.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
-        with torch.inference_mode(), float32_products(model):
+        with torch.inference_mode(), fp32_cpu_matmul(model):
             hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         for i, states in zip(batch, hidden, strict=True):
             start = len(sequences[i][0])
-            places[i] = states[start : start + len(sequences[i][1])].mean(0).cpu().numpy()
-    return places
+            means[i] = states[start : start + len(sequences[i][1])].mean(0).cpu().numpy()
+    return means
 
 
 def distance(correct, incorrect):
-    """Distance of the two means over the spread within the two; arrays (n, hidden size)."""
+    """Divide the distance of the two means by the spread within the two; both are arrays (n, hidden size)."""
     import numpy
 
     within = (correct.var(0).sum() + incorrect.var(0).sum()) / 2
@@ -66,7 +71,7 @@ def distance(correct, incorrect):
 
 
 def probe(correct, incorrect):
-    """Accuracy of a logistic regression over folds that keep the two answers to a question together."""
+    """Return the cross-validated accuracy of a logistic regression; both answers to a question share a fold."""
     import numpy
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_score
@@ -80,26 +85,21 @@ def probe(correct, incorrect):
     return float(cross_val_score(classifier, features, labels, groups=groups, cv=GroupKFold(FOLDS)).mean())
 
 
-def negated(answers):
-    """The share of answers (list of str) with a negation in them."""
-    return sum(bool(NEGATION.search(answer.replace("\u2019", "'"))) for answer in answers) / len(answers)
-
-
 def main():
     parser = Parser(__doc__)
     parser.add_argument("pairs", type=Path, nargs="+", help="pair files")
-    parser.add_argument("--model_name_or_path", required=True, help="hub name, model folder or LoRA adapter's folder")
-    parser.add_argument("--model_type", choices=MODEL_TYPES, default="auto", help="chat tags")
+    parser.add_argument("--model_name_or_path", required=True, help="hub name, model folder or LoRA adapter folder")
+    parser.add_argument("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU"
     )
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="answers at once")
+    parser.add_argument("--batch_size", type=positive_int, default=32, help="answers per batch")
     args = parser.parse_args()
     files = {}
     for path in args.pairs:
         rows = [row for row in read_pairs(path) if row["correct"] != row["incorrect"]]
         if len(rows) < FOLDS:
-            raise UserError(f"{path} has {len(rows)} pairs of different answers: {FOLDS} are the least")
+            raise UserError(f"{path} has {len(rows)} pairs of different answers: at least {FOLDS} are needed")
         check_writable(path.parent)
         files[path] = rows
     tokenizer = load_tokenizer(args.model_name_or_path)
@@ -116,7 +116,7 @@ def main():
         found["negated"] = [negated([row[side] for row in rows]) for side in ("correct", "incorrect")]
         found |= {"model": args.model_name_or_path, "precision": precision}
         out = path.with_suffix(".distance.json")
-        write_whole(out, json.dumps(found, indent=2) + "\n")
+        atomic_write_text(out, json.dumps(found, indent=2) + "\n")
         shares = " and ".join(f"{share:.1%}" for share in found["negated"])
         print(
             f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, negated {shares}, {len(rows)} pairs"
@@ -125,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,23 +1,23 @@
-"""What two models choose in MC1, by negations and length, and what a rule without a model gets.
+"""Compare what two models choose in MC1, by negation and length, with model-free baselines.
 
-    python results/choices.py SAMPLES_OF_ONE SAMPLES_OF_THE_OTHER
+    python results/choices.py SAMPLES_BEFORE SAMPLES_AFTER
 
-The two are folders in which the harness has kept single questions (`--tasks truthfulqa_mc1 --log_samples`). The first
-table divides the questions by their keyed answer. The second says how often a choice of a kind is chosen, and what MC1
-and MC2 are if all probability goes, evenly, to the choices of that kind (to all choices where there is none of it).
+The arguments are two folders with the harness's samples (`--tasks truthfulqa_mc1 --log_samples`). The first table
+divides the questions by whether their gold answer contains a negation. The second shows how often each model picks a
+choice of a kind, and the MC1 and MC2 of the baseline that spreads all probability evenly over the choices of that kind
+(over all choices if a question has none of that kind).
 """
 
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from grath.cli import Parser, UserError, run  # noqa: E402
-from grath.distance import negated  # noqa: E402
+from grath.common.arguments import Parser
+from grath.common.errors import UserError, run_main
+from grath.pairs.stats import negated
 
 
 def shortest(choices):
+    """Mark the choices with the fewest words: list of bool."""
     words = [len(choice.split()) for choice in choices]
     return [count == min(words) for count in words]
 
@@ -31,10 +31,10 @@ KINDS = {
 
 
 def read_samples(folder):
-    """Question -> what the harness has kept of it."""
+    """Read the last samples file, by name, below a folder: dict of question -> sample."""
     files = sorted(folder.rglob("samples_truthfulqa_mc1_*.jsonl"))
     if not files:
-        raise UserError(f"{folder} holds no samples_truthfulqa_mc1_*.jsonl: score with --log_samples")
+        raise UserError(f"{folder} contains no samples_truthfulqa_mc1_*.jsonl: score with --log_samples")
     rows = map(json.loads, files[-1].read_text(encoding="utf-8").splitlines())
     return {row["doc"]["question"]: row for row in rows}
 
@@ -45,14 +45,15 @@ def percent(values):
 
 
 def chosen_is(kind, row):
-    likelihoods = [float(answer[0]) for answer in row["filtered_resps"]]
-    return kind(row["doc"]["mc1_targets"]["choices"])[likelihoods.index(max(likelihoods))]
+    """Tell whether the choice with the highest log-likelihood is of a kind."""
+    log_likelihoods = [float(answer[0]) for answer in row["filtered_resps"]]
+    return kind(row["doc"]["mc1_targets"]["choices"])[log_likelihoods.index(max(log_likelihoods))]
 
 
-def rule_score(kind, target):
-    """The share of a question's probability that falls on true choices, if it all goes to those of a kind."""
+def baseline_score(kind, target):
+    """Return the probability of the true choices if it is spread evenly over the choices of a kind."""
     of_kind = kind(target["choices"])
-    labels = [label for label, holds in zip(target["labels"], of_kind, strict=True) if holds or not any(of_kind)]
+    labels = [label for label, chosen in zip(target["labels"], of_kind, strict=True) if chosen or not any(of_kind)]
     return sum(labels) / len(labels)
 
 
@@ -60,8 +61,8 @@ def main():
     from tabulate import tabulate
 
     parser = Parser(__doc__)
-    parser.add_argument("before", type=Path, help="samples of one model, as the base")
-    parser.add_argument("after", type=Path, help="samples of the other")
+    parser.add_argument("before", type=Path, help="samples of the first model, for example the base")
+    parser.add_argument("after", type=Path, help="samples of the second model")
     args = parser.parse_args()
     before, after = read_samples(args.before), read_samples(args.after)
     docs = [row["doc"] for row in before.values()]
@@ -69,20 +70,20 @@ def main():
     for title, wanted in (("with a negation", 1), ("without", 0)):
         group = [doc for doc in docs if negated(doc["mc1_targets"]["choices"][:1]) == wanted]
         pairs = [(before[doc["question"]]["acc"] == 1, after[doc["question"]]["acc"] == 1) for doc in group]
-        chance = percent(rule_score(KINDS["any"], doc["mc1_targets"]) for doc in group)
+        chance = percent(baseline_score(KINDS["any"], doc["mc1_targets"]) for doc in group)
         shares = [percent(side) for side in zip(*pairs, strict=True)]
         body.append([title, len(pairs), chance, *shares, pairs.count((False, True)), pairs.count((True, False))])
-    header = ["keyed answer", "questions", "by chance", "MC1 before", "MC1 after", "gained", "lost"]
+    header = ["gold answer", "questions", "by chance", "MC1 before", "MC1 after", "gained", "lost"]
     print(tabulate(body, header, tablefmt="github", floatfmt=".2f"))
     body = []
     for title, kind in KINDS.items():
         chosen = [percent(chosen_is(kind, row) for row in side.values()) for side in (before, after)]
         chance = percent(percent(kind(doc["mc1_targets"]["choices"])) / 100 for doc in docs)
-        scores = [percent(rule_score(kind, doc[f"mc{number}_targets"]) for doc in docs) for number in (1, 2)]
+        scores = [percent(baseline_score(kind, doc[f"mc{number}_targets"]) for doc in docs) for number in (1, 2)]
         body.append([title, chance, *chosen, *scores])
-    header = ["choice", "by chance", "chosen before", "chosen after", "MC1 of the rule", "MC2 of the rule"]
+    header = ["choice", "by chance", "chosen before", "chosen after", "MC1 of the baseline", "MC2 of the baseline"]
     print("\n" + tabulate(body, header, tablefmt="github", floatfmt=".2f"))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,47 +1,45 @@
-"""What ARC's key says of a pair file's answers, and a draw of pairs to be read.
+"""Compare a pair file's answers with ARC's gold answers, and print a sample of pairs to read.
 
     DATASETS_ROOT=FOLDER python results/pairs.py PAIRS [--sample 40]
 
-It counts the pairs of different answers in which an answer is ARC-Challenge's keyed choice word for word, but for case
-and a last full stop, and prints as many drawn pairs as `--sample` says with their lines in the file.
+Of the pairs with different answers, it counts those in which an answer is ARC-Challenge's gold answer, word for word
+except for case and a final full stop. It prints `--sample` pairs, with their line numbers in the file.
 """
 
 import random
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from grath.common.arguments import Parser, positive_int
+from grath.common.errors import UserError, run_main
+from grath.pairs.files import read_pairs
+from grath.pairs.questions import LABELED_DATASETS, load_questions
 
-from grath.cli import Parser, UserError, positive_int, run  # noqa: E402
-from grath.pairs import read_pairs  # noqa: E402
-from grath.questions import KEYED_SETS, load_questions  # noqa: E402
 
-
-def plain(text):
+def normalize(text):
     return text.strip().rstrip(".").casefold()
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("pairs", type=Path, help="pair file of ARC-Challenge's questions")
-    parser.add_argument("--sample", type=positive_int, default=40, help="pairs to print, drawn with seed 0")
+    parser.add_argument("pairs", type=Path, help="pair file with the questions of ARC-Challenge")
+    parser.add_argument("--sample", type=positive_int, default=40, help="number of pairs to print, drawn with seed 0")
     args = parser.parse_args()
-    drawn_from = [
+    different = [
         (line, row) for line, row in enumerate(read_pairs(args.pairs), 1) if row["correct"] != row["incorrect"]
     ]
-    keys = {
-        question["question"]: plain(question["choices"][question["answer"]])
-        for question in load_questions(*KEYED_SETS["ai2_arc/ARC-Challenge"])
+    gold = {
+        question["question"]: normalize(question["choices"][question["answer"]])
+        for question in load_questions(*LABELED_DATASETS["ai2_arc/ARC-Challenge"])
     }
-    if any(row["question"] not in keys for _, row in drawn_from):
-        raise UserError(f"{args.pairs} holds questions that are none of ARC-Challenge's train split")
+    if any(row["question"] not in gold for _, row in different):
+        raise UserError(f"{args.pairs} contains questions that are not in the train split of ARC-Challenge")
     for side in ("correct", "incorrect"):
-        keyed = sum(plain(row[side]) == keys[row["question"]] for _, row in drawn_from)
-        print(f"{side}: the keyed choice in {keyed} of {len(drawn_from)} pairs of different answers")
+        count = sum(normalize(row[side]) == gold[row["question"]] for _, row in different)
+        print(f"{side}: the gold answer in {count} of {len(different)} pairs with different answers")
     random.seed(0)
-    for line, row in random.sample(drawn_from, min(args.sample, len(drawn_from))):
+    for line, row in random.sample(different, min(args.sample, len(different))):
         print(f"\nline {line}: {row['question']}\n  correct:   {row['correct']}\n  incorrect: {row['incorrect']}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

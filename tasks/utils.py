@@ -1,4 +1,4 @@
-"""What the task files of the bundled truthfulness set call."""
+"""Functions that the task files of the bundled truthfulness set call."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ DATA = Path(__file__).resolve().parent.parent / "data" / "truthfulness_mc.jsonl"
 
 
 def load(**_):
-    """The bundled set, as the splits that the harness asks for."""
+    """Load the bundled set as the splits that the harness expects."""
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     return {"validation": Dataset.from_list(rows)}
 
 
 def process_results_mc2(doc, results):
-    """MC2: the share of probability that the model gives to the correct answers, of all it gives to the answers."""
+    """Compute MC2: the probability of the correct answers, normalised over all answers."""
     log_likelihoods = np.array([log_likelihood for log_likelihood, _ in results])
     shares = np.exp(log_likelihoods - log_likelihoods.max())
     correct = np.array(doc["mc2_targets"]["labels"]) == 1

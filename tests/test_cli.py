@@ -6,9 +6,9 @@ import shutil
 import sys
 
 import pytest
-from conftest import BUNDLED, PROJECT, call, call_here, pair, write_rows
+from support import BUNDLED, PROJECT, call, call_here, pair, write_rows
 
-from grath.cli import UserError, run
+from grath.common.errors import UserError, run_main
 
 ASK = ["create_pair_responses.py", "--save_prefix", "x", "--save_dir", "OUT", "--data_path", BUNDLED]
 MODEL = [*ASK, "--model_name_or_path", "MODEL"]
@@ -51,9 +51,7 @@ def files(tmp_path_factory, tiny_llama):
         "UTF16": good.encode("utf-16"),
         "LATIN1": '{"question": "caf\xe9"}\n'.encode("latin-1"),
         "NUL": good.replace("q", "q\0", 1).encode(),
-        "ESCAPED_NUL": good.replace('"q"', '"q\\u0000"').encode(),
         "SURROGATE": good.replace('"q"', '"\\ud800"').encode(),
-        "LONG": good.replace('"q"', f'"{"q" * 10_000_000}"').encode(),
         "SCHEMA": b'{"question": "a", "correct": "b"}\n',
         "BLANK": b'{"question": "a", "correct": " ", "incorrect": "c"}\n',
         "OTHER": b'{"question": "z", "correct": "b", "incorrect": "c"}\n',
@@ -130,7 +128,7 @@ SCRIPTS = [
     ([*MODEL, "--num_query", "9999"], "--num_query 9999: there are only 160 questions"),
     ([*MODEL, "--batch_size", "0"], "argument --batch_size: must be a whole number of at least 1, not '0' (see --help)"),
     ([*MODEL, "--max_new_tokens", "0"], "argument --max_new_tokens: must be a whole number of at least 1, not '0' (see --help)"),
-    ([*MODEL, "--max_new_tokens", "100000"], "--max_new_tokens 100000: with a prompt of 141 tokens that is more than the model's window of 4096"),
+    ([*MODEL, "--max_new_tokens", "100000"], "--max_new_tokens 100000: a prompt has 141 tokens, and both together exceed the model's context window of 4096"),
     ([*MODEL, "--save_prefix", "a/b"], "--save_prefix 'a/b' must be a plain file name: use --save_dir for the folder"),
     ([*MODEL, "--precision", "int4"], "argument --precision: invalid choice: 'int4' * (see --help)"),
     ([*MODEL, "--model_type", "gpt2"], "argument --model_type: invalid choice: 'gpt2' * (see --help)"),
@@ -147,67 +145,65 @@ SCRIPTS = [
     ([*MODEL, "--data_path", "UTF16"], "the question file {UTF16} is not UTF-8 text"),
     ([*MODEL, "--data_path", "LATIN1"], "the question file {LATIN1} is not UTF-8 text"),
     ([*MODEL, "--data_path", "NUL"], "the question file {NUL}, line 1: not JSON (*)"),
-    ([*MODEL, "--data_path", "ESCAPED_NUL"], "the question file {ESCAPED_NUL}, line 1: holds a NUL or half a character (a surrogate)"),
-    ([*MODEL, "--data_path", "SURROGATE"], "the question file {SURROGATE}, line 1: holds a NUL or half a character (a surrogate)"),
-    ([*MODEL, "--data_path", "LONG"], "the question file {LONG}, line 1: 10000088 characters, where 1000000 are the most: it is no such file"),
-    ([*MODEL, "--data_path", "SCHEMA"], "{SCHEMA}, row 1: not in ARC's schema (question, choices with text and label, answerKey)"),
-    ([*MODEL, "--data_path", "ONE"], "{ONE}, row 1: has one choice only"),
-    ([*MODEL, "--data_path", "KEY"], "{KEY}, row 1: the answer key 'C' is none of its labels ['A', 'B']"),
-    ([*MODEL, "--data_path", "NO_TEXT"], "{NO_TEXT}, row 1: not in ARC's schema (question, choices with text and label, answerKey)"),
+    ([*MODEL, "--data_path", "SURROGATE"], "the question file {SURROGATE}, line 1: not JSON (*)"),
+    ([*MODEL, "--data_path", "SCHEMA"], "{SCHEMA}, row 1: not in the ARC schema (question, choices with text and label, answerKey)"),
+    ([*MODEL, "--data_path", "ONE"], "{ONE}, row 1: has only one choice"),
+    ([*MODEL, "--data_path", "KEY"], "{KEY}, row 1: answerKey 'C' is not one of the labels ['A', 'B']"),
+    ([*MODEL, "--data_path", "NO_TEXT"], "{NO_TEXT}, row 1: not in the ARC schema (question, choices with text and label, answerKey)"),
     ([*ASK, "--model_name_or_path", "FOLDER"], "{FOLDER} is a folder without a tokenizer (no config.json)"),
     ([*ASK, "--model_name_or_path", "nobody/nothing"], "cannot load the tokenizer nobody/nothing: *"),
-    ([*ASK, "--model_name_or_path", "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
+    ([*ASK, "--model_name_or_path", "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is incomplete"),
     ([*ASK, "--model_name_or_path", "NO_TEMPLATE"], "the tokenizer has no chat template: pass --model_type (llama2, zephyr, smollm2)"),
-    ([*ASK, "--model_name_or_path", "NO_EOS"], "the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name"),
-    ([*ASK, "--model_name_or_path", "OWN_CODE"], "{OWN_CODE} needs code of its own, which is never run: choose another model"),
-    ([*ASK, "--model_name_or_path", "PICKLED"], "{PICKLED} holds no weights as safetensors, and pickled ones are not read: convert them first"),
-    ([*ASK, "--model_name_or_path", "CUT"], "cannot load the model {CUT}: * (is every file of it whole?)"),
+    ([*ASK, "--model_name_or_path", "NO_EOS"], "the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name"),
+    ([*ASK, "--model_name_or_path", "OWN_CODE"], "{OWN_CODE} needs its own model code, which is never run: choose another model"),
+    ([*ASK, "--model_name_or_path", "PICKLED"], "{PICKLED} has no safetensors weights: convert its weights first (pickled ones are never loaded)"),
+    ([*ASK, "--model_name_or_path", "CUT"], "cannot load the model {CUT}: * (are all its files complete?)"),
     ([*ASK, "--model_name_or_path", "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: *"),
     ([*COMBINE, "MISSING", "--ori_data_path", "PAIRS"], "the new pair file {MISSING} does not exist"),
     ([*COMBINE, "PAIRS", "--ori_data_path", "MISSING"], "the original pair file {MISSING} does not exist"),
     ([*COMBINE, "PAIRS", "--ori_data_path", "FOLDER"], "the original pair file {FOLDER} is a folder, not a file"),
-    ([*COMBINE, "PAIRS", "--ori_data_path", "SCHEMA"], "the original pair file {SCHEMA}, row 1: 'incorrect' must be a string that is not empty"),
-    ([*COMBINE, "PAIRS", "--ori_data_path", "BLANK"], "the original pair file {BLANK}, row 1: 'correct' must be a string that is not empty"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "SCHEMA"], "the original pair file {SCHEMA}, row 1: 'incorrect' must be a non-empty string"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "BLANK"], "the original pair file {BLANK}, row 1: 'correct' must be a non-empty string"),
     ([*COMBINE, "PAIRS", "--ori_data_path", "UTF16"], "the original pair file {UTF16} is not UTF-8 text"),
-    ([*COMBINE, "PAIRS", "--ori_data_path", "PAIRS"], "{PAIRS} is given twice: as the new pairs and as the original ones"),
-    ([*COMBINE, "COMBINED", "--ori_data_path", "COMBINED"], "{COMBINED} is combined already: give the files that the models wrote"),
-    ([*COMBINE, "PAIRS", "--ori_data_path", "COMBINED"], "{COMBINED} is combined already: give the files that the models wrote"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "PAIRS"], "--new_data_path and --ori_data_path are the same file, {PAIRS}"),
+    ([*COMBINE, "COMBINED", "--ori_data_path", "COMBINED"], "{COMBINED} is already a combined file: pass the files that the models wrote"),
+    ([*COMBINE, "PAIRS", "--ori_data_path", "COMBINED"], "{COMBINED} is already a combined file: pass the files that the models wrote"),
     ([*COMBINE, "PAIRS", "--ori_data_path", "OTHER"], "the two pair files have no question in common: were they written for the same data set?"),
     ([*COMBINE, "NO_JSON", "--ori_data_path", "PAIRS"], "--new_data_path {NO_JSON} must end with .json"),
     ([*COMBINE, "PAIRS"], "the following arguments are required: --ori_data_path (see --help)"),
     (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL"], "give either --dataset_path (a pair file) or --dataset_name"),
     ([*TRAIN, "--dataset_name", "truthful_qa"], "give either --dataset_path (a pair file) or --dataset_name"),
-    (["dpo.py", "--dataset_path", "PAIRS", "--model_name_or_path", "MODEL"], "--output_dir is required: where is the adapter to be saved?"),
-    (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL", "--dataset_name", "nobody/nothing"], "cannot load the split train of nobody/nothing : * (give a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"),
+    (["dpo.py", "--dataset_path", "PAIRS", "--model_name_or_path", "MODEL"], "--output_dir is required: the folder to save the adapter in"),
+    (["dpo.py", "--output_dir", "OUT", "--model_name_or_path", "MODEL", "--dataset_name", "nobody/nothing"], "cannot load the split train of nobody/nothing: * (pass a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"),
     ([*TRAIN, "--reference", "none"], "argument --reference: invalid choice: 'none' * (see --help)"),
     ([*TRAIN, "--learnin_rate", "1"], "unrecognized arguments: --learnin_rate 1 (see --help)"),
     ([*TRAIN, "--precision", "int4"], "argument --precision: invalid choice: 'int4' * (see --help)"),
     ([*TRAIN, "--output_dir", "MODEL"], "--output_dir {MODEL} is the model that the training starts from: choose another folder"),
     ([*TRAIN, "--output_dir", "PAIRS"], "{PAIRS} is a file, not a folder: choose another output folder"),
-    ([*TRAIN, "--learning_rate", "-1"], "--learning_rate must be from 1e-12 to 10, not -1.0"),
-    ([*TRAIN, "--learning_rate", "nan"], "--learning_rate must be from 1e-12 to 10, not nan"),
+    ([*TRAIN, "--learning_rate", "-1"], "--learning_rate must be greater than 0, not -1.0"),
+    ([*TRAIN, "--learning_rate", "nan"], "--learning_rate must be greater than 0, not nan"),
     ([*TRAIN, "--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast' (see --help)"),
-    ([*TRAIN, "--beta", "0"], "--beta must be from 1e-06 to 1000, not 0.0"),
-    ([*TRAIN, "--lora_r", "0"], "--lora_r must be from 1 to 4096, not 0"),
-    ([*TRAIN, "--lora_dropout", "1.5"], "--lora_dropout must be from 0 to 0.99, not 1.5"),
-    ([*TRAIN, "--seed", "-1"], "--seed must be from 0 to 4294967295, not -1"),
-    ([*TRAIN, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be from 1 to 1000000, not 0"),
-    ([*TRAIN, "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be from 1 to 1000000, not 0"),
-    ([*TRAIN, "--max_length", "0"], "--max_length must be from 2 to 10000000, not 0"),
-    ([*TRAIN, "--num_sample", "0"], "--num_sample must be from 1 to 1000000000, not 0"),
-    ([*TRAIN, "--save_steps", "0"], "--save_steps must be from 1e-06 to 1000000000, not 0.0"),
-    ([*TRAIN, "--warmup_steps", "-3"], "--warmup_steps must be from 0 to 1000000000, not -3.0"),
+    ([*TRAIN, "--beta", "0"], "--beta must be greater than 0, not 0.0"),
+    ([*TRAIN, "--lora_r", "0"], "--lora_r must be greater than 0, not 0"),
+    ([*TRAIN, "--lora_dropout", "-0.1"], "--lora_dropout must not be negative, not -0.1"),
+    ([*TRAIN, "--seed", "-1"], "--seed must not be negative, not -1"),
+    ([*TRAIN, "--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be greater than 0, not 0"),
+    ([*TRAIN, "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps must be greater than 0, not 0"),
+    ([*TRAIN, "--max_length", "0"], "--max_length must be greater than 0, not 0"),
+    ([*TRAIN, "--num_sample", "0"], "--num_sample must be greater than 0, not 0"),
+    ([*TRAIN, "--save_steps", "0"], "--save_steps must be greater than 0, not 0.0"),
+    ([*TRAIN, "--warmup_steps", "-3"], "--warmup_steps must not be negative, not -3.0"),
     ([*TRAIN, "--dataset_path", "EMPTY"], "the pair file {EMPTY} is empty"),
     ([*TRAIN, "--dataset_path", "UTF16"], "the pair file {UTF16} is not UTF-8 text"),
-    ([*TRAIN, "--dataset_path", "BLANK"], "the pair file {BLANK}, row 1: 'correct' must be a string that is not empty"),
-    ([*TRAIN, "--dataset_path", "SAME"], "no pair is left to train on: every one has identical answers or is too long"),
+    ([*TRAIN, "--dataset_path", "BLANK"], "the pair file {BLANK}, row 1: 'correct' must be a non-empty string"),
+    ([*TRAIN, "--dataset_path", "SAME"], "no pair is left to train on: all have identical answers or are too long"),
     ([*DPO, "FOLDER"], "{FOLDER} is a folder without a tokenizer (no config.json)"),
-    ([*DPO, "NO_EOS"], "the tokenizer has no EOS token, so an answer could never end: choose another --tokenizer_name"),
+    ([*DPO, "NO_EOS"], "the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name"),
     ([*DPO, "NO_TEMPLATE"], "the tokenizer has no chat template: pass --model_type (llama2, zephyr, smollm2)"),
-    ([*DPO, "PICKLED"], "{PICKLED} holds no weights as safetensors, and pickled ones are not read: convert them first"),
-    ([*DPO, "CUT"], "cannot load the model {CUT}: * (is every file of it whole?)"),
+    ([*DPO, "PICKLED"], "{PICKLED} has no safetensors weights: convert its weights first (pickled ones are never loaded)"),
+    ([*DPO, "CUT"], "cannot load the model {CUT}: * (are all its files complete?)"),
     ([*DPO, "ADAPTER"], "the adapter {ADAPTER} does not fit its base {MODEL}: *"),
-    ([*DPO, "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
+    ([*DPO, "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is incomplete"),
 ]
 # fmt: on
 
@@ -230,24 +226,24 @@ def test_bad_input_as_a_process_of_its_own(files):
 
 
 EVALUATION = [
-    ([], {}, "report.py: error: nothing to score below {FOLDER}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
-    (["FOLDER"], {}, "harness.py: error: {FOLDER} is a folder without a model (no config.json)"),
-    (["HALF"], {}, "harness.py: error: {HALF} has no adapter_model.safetensors: the adapter is not complete"),
-    (["PICKLED"], {}, "harness.py: error: {PICKLED} holds no weights as safetensors, and pickled ones are not read: "
-     "convert them first"),
-    (["OWN_CODE"], {}, "harness.py: error: {OWN_CODE} needs code of its own, which is never run: choose another model"),
-    (["--nonsense"], {}, "'--nonsense' is no model"),
-    (["a", "b", "c"], {}, "too many arguments"),
+    ([], {}, "nothing to score in {FOLDER}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
+    (["FOLDER"], {}, "{FOLDER} is a folder without a model (no config.json)"),
+    (["HALF"], {}, "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
+    (["PICKLED"], {}, "{PICKLED} *"),
+    (["OWN_CODE"], {}, "{OWN_CODE} *"),
+    (["--nonsense"], {}, "unrecognized arguments: --nonsense (see --help)"),
+    (["a", "b", "c"], {}, "unrecognized arguments: c (see --help)"),
     (["FOLDER"], {"TASKS": " \n"}, "TASKS names no task"),
+    (["MODEL"], {"TASKS": "nonsense"}, "nonsense is not a task of lm-evaluation-harness: see `lm-eval ls tasks`"),
     (["FOLDER"], {"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not 'yes'"),
     (["FOLDER"], {"CHAT_TEMPLATE": "on"}, "CHAT_TEMPLATE must be 0 or 1, not 'on'"),
-    (["FOLDER"], {"BACKEND": "vllm"}, "BACKEND must be hf or hf-shared, not 'vllm'"),
+    (["FOLDER"], {"BACKEND": "vllm"}, "BACKEND must be one of hf, hf-shared, not 'vllm'"),
     (["FOLDER"], {"NUM_PROCESSES": "0"}, "NUM_PROCESSES must be a whole number of at least 1, not '0'"),
-    (["FOLDER"], {"BATCH_SIZE": "-1"}, "BATCH_SIZE must be a whole number or auto, not '-1'"),
-    (["FOLDER"], {"LIMIT": "0"}, "LIMIT must be a number of questions or a share below 1, not '0'"),
+    (["FOLDER"], {"BATCH_SIZE": "-1"}, "EVAL_BATCH_SIZE must be a whole number of at least 1, or auto, not '-1'"),
+    (["FOLDER"], {"LIMIT": "0"}, "LIMIT must be a number of questions, a share below 1, or empty, not '0'"),
     (["FOLDER"], {"DATASETS_ROOT": "nowhere"}, "DATASETS_ROOT: there is no folder 'nowhere'"),
-    (["FOLDER"], {"PRECISION": "int8"}, "harness.py: error: argument --precision: invalid choice: 'int8' * (see --help)"),
-]  # fmt: skip
+    (["FOLDER"], {"PRECISION": "int8"}, "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, not 'int8'"),
+]
 
 
 @pytest.mark.parametrize(("arguments", "env", "line"), EVALUATION)
@@ -255,33 +251,31 @@ def test_evaluation_with_bad_input(arguments, env, line, files):
     before = sorted(files["HERE"].rglob("*"))
     env = {**env, "RUNS_DIR": str(files["FOLDER"])}
     done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=files["HERE"], env=env, status=2)
-    if ": error: " not in line:
-        line = f"evaluation.sh: error: {line}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"
-    assert matches(done.stderr, line + "\n", files)
+    assert matches(done.stderr, f"grath.pipeline: error: {line}\n", files)
     assert sorted(files["HERE"].rglob("*")) == before
 
 
 LOOP = [
-    ("ROUNDS", "0", "ROUNDS must be a whole number of at least 1, not '0'"),
-    ("ROUNDS", "99999999999999999999", "ROUNDS must be a whole number of at least 1, not '99999999999999999999'"),
+    ("ITERATIONS", "0", "ITERATIONS must be a whole number of at least 1, not '0'"),
+    ("ITERATIONS", "99999999999999999999", "ITERATIONS must be a whole number of at least 1, not '99999999999999999999'"),
     ("NUM_QUERY", "1e3", "NUM_QUERY must be a whole number of at least 1, not '1e3'"),
     ("MAX_STEPS", "-1", "MAX_STEPS must be a whole number of at least 1, not '-1'"),
     ("NUM_PROCESSES", "two", "NUM_PROCESSES must be a whole number of at least 1, not 'two'"),
     ("DPO_BATCH_SIZE", "0", "DPO_BATCH_SIZE must be a whole number of at least 1, not '0'"),
     ("SAVE_STEPS", "0.5", "SAVE_STEPS must be a whole number of at least 1, not '0.5'"),
-    ("GRADIENT_ACCUMULATION_STEPS", "x", "GRADIENT_ACCUMULATION_STEPS must be a whole number of at least 1 or empty, "
+    ("GRADIENT_ACCUMULATION_STEPS", "x", "GRADIENT_ACCUMULATION_STEPS must be a whole number of at least 1, or empty, "
      "not 'x'"),
     ("SEED", "x", "SEED must be a whole number, not 'x'"),
     ("WARMUP_STEPS", "-1", "WARMUP_STEPS must be a whole number, not '-1'"),
-    ("LIMIT", "ten", "LIMIT must be a number of questions or a share below 1, not 'ten'"),
-    ("REFERENCE", "base", "REFERENCE must be rolling or fixed, not 'base'"),
-    ("RUN_NAME", "../x", "RUN_NAME must be a plain name, not '../x': use RUNS_DIR for the folder"),
+    ("LIMIT", "ten", "LIMIT must be a number of questions, a share below 1, or empty, not 'ten'"),
+    ("REFERENCE", "base", "REFERENCE must be one of rolling, fixed, not 'base'"),
+    ("RUN_NAME", "../x", "RUN_NAME must be a plain name (use RUNS_DIR for the folder), not '../x'"),
     ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
     ("FRESH", "please", "FRESH must be 0 or 1, not 'please'"),
     ("CHECK", "2", "CHECK must be 0 or 1, not '2'"),
     ("DEMOS", "halueva", "DEMOS: there is no set or file 'halueva'"),
     ("DATA_PATH", "no such.jsonl", "DATA_PATH: there is no file 'no such.jsonl'"),
-    ("RUNS_DIR", "{PAIRS}/runs", "cannot make the folder {PAIRS}/runs: set RUNS_DIR to one that can be written"),
+    ("RUNS_DIR", "{PAIRS}/runs", "cannot write to {PAIRS}/runs (Not a directory): set RUNS_DIR to a folder that can be written to"),
 ]  # fmt: skip
 
 
@@ -290,7 +284,7 @@ def test_the_loop_with_bad_settings(name, value, line, files):
     before = sorted(files["HERE"].rglob("*"))
     env = {"RUNS_DIR": str(files["HERE"] / "runs"), name: value.format(**files)}
     done = call("run_llama2.sh", env=env, status=2)
-    assert done.stderr == f"run_grath.sh: error: {line.format(**files)}\n"
+    assert done.stderr == f"grath.pipeline: error: {line.format(**files)}\n"
     assert sorted(files["HERE"].rglob("*")) == before
 
 
@@ -298,12 +292,12 @@ def test_the_loop_with_bad_settings(name, value, line, files):
 def test_the_loop_without_a_preset_says_what_it_needs(name):
     env = {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", name: ""}
     done = call("run_grath.sh", env=env, status=2)
-    assert done.stderr.startswith(f"run_grath.sh: error: {name}: set it to")
+    assert done.stderr.startswith(f"grath.pipeline: error: {name} must be ")
     assert done.stderr.count("\n") == 1
 
 
 def test_a_file_from_windows_is_taken_as_it_is(tmp_path):
-    from grath.questions import load_questions
+    from grath.pairs.questions import load_questions
 
     (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + BUNDLED.read_bytes().replace(b"\n", b"\r\n"))
     assert load_questions(data_path=tmp_path / "q.jsonl") == load_questions(data_path=BUNDLED)
@@ -319,6 +313,6 @@ def test_a_stage_ends_its_process_group(status, tmp_path):
             raise UserError("x")
 
     with pytest.raises(SystemExit) as ended:
-        run(stage)
+        run_main(stage)
     assert ended.value.code == status
     assert not distributed.is_initialized()

@@ -1,13 +1,13 @@
-"""What an installation gets: the pins, and one resolution for all that the pins need."""
+"""Installation: the pinned packages, and one resolution of all that they need."""
 
 import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from conftest import PROJECT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support import PROJECT
 
 
 def lines(name):
@@ -55,9 +55,15 @@ def test_every_installation_is_by_the_constraints():
     assert (
         "\nPIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt\n" in makefile
     )
-    for name in ("README.md", "CONTRIBUTING.md", *(f"grath/{path.name}" for path in PROJECT.glob("grath/*.py"))):
-        for command in re.findall(r"pip install -r requirements.txt[^\n`\"]*", (PROJECT / name).read_text()):
-            assert command.startswith("pip install -r requirements.txt -c constraints.txt"), (name, command)
+    assert "\n\t$(PIP) -e .\n" in makefile
+    texts = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("*.sh"), *PROJECT.glob("grath/**/*.py")]
+    found = [
+        (path.name, command)
+        for path in texts
+        for command in re.findall(r"pip install (?:-e|-r)[^\n`\\\"]*", path.read_text(encoding="utf-8"))
+    ]
+    assert len(found) > 3
+    assert [one for one in found if not one[1].startswith("pip install -e . -c constraints.txt")] == []
 
 
 def test_the_pins_say_which_cuda_their_torch_is_for():
@@ -76,7 +82,7 @@ def test_the_project_can_be_installed(tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
     wheel = next(tmp_path.glob("*.whl"))
     subprocess.run([*command, tmp_path / "site", wheel], check=True)
-    assert (tmp_path / "site" / "grath" / "cli.py").is_file()
+    assert (tmp_path / "site" / "grath" / "pipeline" / "settings.py").is_file()
     metadata = next((tmp_path / "site").glob("grath-*/METADATA")).read_text()
     assert all(f"Requires-Dist: {line.split('==')[0]}" in metadata for line in lines("requirements.txt"))
 

@@ -1,13 +1,15 @@
-"""Outputs that are lost, cut short or altered are noticed before they are used, and made again."""
+"""Outputs that are missing, cut or altered are noticed before they are used, and made again."""
 
 import json
 import shutil
 
 import pytest
-from hitting import WITHOUT_SCORES, copy_without, same_as, same_scores, start
+from fault_injection import WITHOUT_SCORES, copy_without, same_as, same_scores, start
 
-from grath.manifest import damage, find, hashes
-from grath.supervise import what_is_there
+from grath.pipeline.manifest import damaged_outputs, find, hashes
+from grath.pipeline.stage import outputs_up_to_date
+
+pytestmark = pytest.mark.faults
 
 
 def delete(path):
@@ -26,8 +28,8 @@ def alter_a_byte(path):
 
 KINDS = {
     delete: "is missing",
-    cut_in_half: "has changed since it was made",
-    alter_a_byte: "has changed since it was made",
+    cut_in_half: "has changed since it was written",
+    alter_a_byte: "has changed since it was written",
 }
 
 
@@ -39,24 +41,23 @@ def copied(llama_run, tmp_path):
     return run, json.loads((run / "manifest.json").read_text())
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_damaged_output_is_named_and_goes_with_what_was_made_last(kind, copied, capsys):
     run, manifest = copied
     count = 0
     for entry in manifest["stages"]:
-        assert what_is_there(run, entry, entry["inputs"], list(entry["outputs"]), entry.get("data", {}))
+        assert outputs_up_to_date(run, entry, entry["inputs"], list(entry["outputs"]), entry.get("data", {}))
         for name in entry["outputs"]:
             path, kept = run / name, run.parent / "kept"
             shutil.copytree(path.parent, kept)
             kind(path)
-            assert damage(run, entry, list(entry["outputs"])) == [(name, KINDS[kind])]
+            assert damaged_outputs(run, entry, list(entry["outputs"])) == [(name, KINDS[kind])]
             capsys.readouterr()
             outputs = dict(entry["outputs"])
-            assert not what_is_there(run, entry, entry["inputs"], list(outputs), {})
+            assert not outputs_up_to_date(run, entry, entry["inputs"], list(outputs), {})
             assert name not in entry["outputs"]
             entry["outputs"] = outputs
-            assert f"{entry['title']}: made again, for {path} {KINDS[kind]}" in capsys.readouterr().out
+            assert f"{entry['title']}: running again, because {path} {KINDS[kind]}" in capsys.readouterr().out
             assert not path.exists()
             assert not (path.parent / "adapter_model.safetensors").exists()
             shutil.rmtree(path.parent, ignore_errors=True)
@@ -65,21 +66,19 @@ def test_every_damaged_output_is_named_and_goes_with_what_was_made_last(kind, co
     assert count == 25
 
 
-@pytest.mark.faults
 def test_what_was_made_from_something_else_is_made_again(copied, capsys):
     run, manifest = copied
-    for number, name in ((1, "dpo"), (2, "splice"), (2, "scores")):
+    for number, name in ((1, "dpo"), (2, "combine"), (2, "scores")):
         entry = find(manifest, number, name)
         changed = next(iter(entry["inputs"]))
         inputs = {**entry["inputs"], changed: "0" * 64}
         outputs = list(entry["outputs"])
-        assert not what_is_there(run, entry, inputs, outputs, {})
-        assert f"made again, for {changed} is not what it was made from" in capsys.readouterr().out
+        assert not outputs_up_to_date(run, entry, inputs, outputs, {})
+        assert f"running again, because {changed} has changed" in capsys.readouterr().out
         assert not [output for output in outputs if (run / output).exists()]
-    assert not list(run.glob("models/iter_1_*"))  # nor are its checkpoints gone on from
+    assert not list(run.glob("models/iter_1_*"))  # and its checkpoints are gone
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_damaged_run_is_made_whole(kind, llama_run, copied):
     undisturbed, settings, _ = llama_run
@@ -96,7 +95,7 @@ def test_a_damaged_run_is_made_whole(kind, llama_run, copied):
         kind(file)
     status, output = start(settings, run.parent)
     assert status == 0, output[-3000:]
-    assert [f"made again, for {file} {KINDS[kind]}" in output for file in files] == [True] * len(files)
+    assert [f"running again, because {file} {KINDS[kind]}" in output for file in files] == [True] * len(files)
     same_as(run, undisturbed)
     same_scores(run, undisturbed)
     # What was whole, and made from bytes that came out the same again, is left alone.
@@ -105,7 +104,6 @@ def test_a_damaged_run_is_made_whole(kind, llama_run, copied):
     assert {name: (run / name).stat().st_mtime_ns for name in whole} == {name: before[name] for name in whole}
 
 
-@pytest.mark.faults
 def test_an_input_that_has_changed_stops_the_run(llama_run, copied, tmp_path):
     _, settings, _ = llama_run
     questions = tmp_path / "questions.jsonl"

@@ -16,19 +16,9 @@ import time
 from pathlib import Path
 
 FAULT = json.loads(os.environ.get("FAULT", "null"))
-LOOP = "run_grath.sh"
 WRITES = os.O_WRONLY | os.O_RDWR
 seen = 0
 hit = False
-
-
-def loop_pid():
-    """The process of the loop that this one was started by."""
-    pid = os.getpid()
-    while LOOP not in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split("--")[0]:
-        status = Path(f"/proc/{pid}/status").read_text()
-        pid = int(re.search(r"PPid:\s*(\d+)", status)[1])
-    return pid
 
 
 def path_of(event, args):
@@ -55,7 +45,7 @@ def hook(event, args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["limit"], FAULT["limit"]))
         return
     number = signal.Signals[FAULT["signal"]]
-    os.kill(loop_pid(), number)
+    os.kill(int(os.environ["GRATH_LOOP"]), number)
     time.sleep(60)  # until this process is ended too
 
 

@@ -1,0 +1,156 @@
+"""Errors of the command line: bad input is one line and status 2, a failing machine one line and status 1."""
+
+import errno
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from grath.common.signals import SignalReceived, raise_on_signal, set_parent_death_signal
+
+BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Bad input. The message is the one line that the user sees: what is wrong and what to do."""
+
+
+def run_main(main):
+    """Run a script's `main` and exit with its status.
+
+    Bad input prints one line on standard error and exits with status 2. A system error (disk, rights, memory, GPU)
+    prints one line and exits with status 1. A signal exits with 128 + its number. Any other error keeps its traceback;
+    `GRATH_DEBUG=1` prints the traceback of every error. `accelerate launch` replaces the status of its children with 1,
+    so the status is also written to the file that `GRATH_STATUS_FILE` names.
+    """
+    # Libraries warn about each other's code, which a user cannot change.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # These two loggers warn at every forward pass of an int8 layer.
+    for logger in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    name = _program_name()
+    set_parent_death_signal()
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, raise_on_signal)
+    try:
+        status = main() or 0
+    except UserError as error:
+        _debug(error)
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except SignalReceived as ended:
+        print(f"{name}: ended by {signal.Signals(ended.number).name}", file=sys.stderr)
+        status = 128 + ended.number
+    except Exception as error:
+        line = explain_system_error(error)
+        if line is None:
+            raise
+        _debug(error)
+        print(f"{name}: error: {line}", file=sys.stderr)
+        status = 1
+    if status and os.environ.get("GRATH_STATUS_FILE"):
+        with suppress(OSError):  # on a full disk the caller sees accelerate's 1
+            Path(os.environ["GRATH_STATUS_FILE"]).write_text(f"{status}\n", encoding="utf-8")
+    if status in (0, BAD_INPUT):  # after another error, NCCL could wait for its peers
+        _leave_process_group()
+    sys.exit(status)
+
+
+def _program_name():
+    path = Path(sys.argv[0])
+    return f"grath.{path.parent.name}" if path.name == "__main__.py" else path.name
+
+
+def _leave_process_group():
+    """Destroy torch's process group. Left to the interpreter's exit, it sometimes aborts (SIGABRT)."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _debug(error):
+    if os.environ.get("GRATH_DEBUG") == "1":
+        traceback.print_exception(error)
+
+
+# Advice for each kind of system error.
+MEMORY = (
+    "the memory is full: use a smaller --batch_size (--per_device_train_batch_size); in the loop PAIRS_BATCH_SIZE, "
+    "DPO_BATCH_SIZE or EVAL_BATCH_SIZE, which you can change during a run"
+)
+DISK = "no space is left on the disk: free some and run the same command again; finished work is kept"
+RIGHTS = "permission denied: choose another folder"
+FILES = "too many files are open: raise the limit (ulimit -n 4096)"
+GPU = "the GPU cannot be used: check nvidia-smi, CUDA_VISIBLE_DEVICES and the number of processes"
+PACKAGE = "pip install -e . -c constraints.txt"
+BY_ERRNO = {
+    errno.ENOSPC: DISK,
+    errno.EDQUOT: DISK,
+    errno.EFBIG: "the file exceeds the size limit: raise it (ulimit -f)",
+    errno.EROFS: "the file system is read-only: choose another output folder",
+    errno.EACCES: RIGHTS,
+    errno.EPERM: RIGHTS,
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+    errno.ENOMEM: MEMORY,
+}
+# CUDA error codes about memory, and about the driver or devices.
+BY_CUDA_ERROR = {2: MEMORY, **dict.fromkeys((3, 35, 46, 100, 101, 803, 804), GPU)}
+# System errors that torch raises as a plain RuntimeError, by their text.
+BY_TEXT = {
+    "PytorchStreamWriter": DISK,
+    "inline_container": DISK,
+    "iostream error": DISK,
+    "can't allocate memory": MEMORY,
+    "No CUDA GPUs are available": GPU,
+    "NVIDIA driver": GPU,
+}
+
+
+def explain_system_error(error):
+    """Describe a system error in one line: what is wrong and what to do. Return None for any other error.
+
+    The class and the number of the error decide, and of its explicit causes (`raise ... from`); errors that were merely
+    being handled when it was raised do not count.
+    """
+    while error is not None:
+        advice = _advice(error)
+        if advice:
+            return f"{f'{type(error).__name__}: {error}'.splitlines()[0][:200]}: {advice}"
+        error = error.__cause__
+    return None
+
+
+def _advice(error):
+    if isinstance(error, MemoryError):
+        return MEMORY
+    if isinstance(error, ModuleNotFoundError):
+        return None if (error.name or "grath").partition(".")[0] == "grath" else PACKAGE
+    if isinstance(error, OSError) and error.errno is not None:
+        return BY_ERRNO.get(error.errno)
+    # Libraries written in Rust (safetensors, tokenizers) put the error number into the text.
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return BY_ERRNO.get(int(number[1]))
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return MEMORY
+    if isinstance(error, torch.AcceleratorError):
+        return BY_CUDA_ERROR.get(getattr(error, "error_code", None))
+    return next((advice for sign, advice in BY_TEXT.items() if sign in str(error)), None)
+
+
+def first_line(error):
+    """Return the first line of an error's message, and the second if the first ends with a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,0 +1,108 @@
+"""Files: JSON read with one-line errors, text written atomically, hashes."""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from grath.common.errors import UserError, first_line
+
+
+def read_json(path, what):
+    """Read the JSON object in a file.
+
+    Raises:
+        UserError: the file contains no JSON object; `what` names what it should be.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged, or not a {what}")
+    return content
+
+
+def read_json_lines(path, what):
+    """Read a JSON-lines file as a list of dicts. A byte order mark and Windows line ends are accepted.
+
+    Args:
+        path: the file.
+        what: the file's role, for the error message.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8 text, or a line is not a JSON object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} {path} is a folder, not a file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{what} {path}, line {number}"
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({first_line(error)})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{what} {path} is empty")
+    return rows
+
+
+def atomic_write_text(path, text):
+    """Write `text` to `path` in UTF-8, through a temporary file and a rename, so that `path` is never incomplete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(folder):
+    """Raise `UserError` unless `folder`, or its nearest existing parent, is a folder that can be written to."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file, not a folder: choose another output folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {existing}: choose another output folder or change its permissions")
+
+
+def sha256(path):
+    """Return the SHA-256 of a file in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(lines):
+    """Return the SHA-256 of lines of text in hexadecimal."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

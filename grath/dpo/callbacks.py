@@ -1,0 +1,96 @@
+"""Trainer callbacks: progress bar, log file, and warnings about the training."""
+
+import json
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import ProgressCallback, TrainerCallback
+
+from grath.common.files import atomic_write_text
+from grath.modeling.precision import DTYPES
+
+TRAINING_LOG = "training_log.jsonl"
+
+
+class ProgressBar(ProgressCallback):
+    """Show the latest loss, margin and reward accuracy in the progress bar, instead of printing each log entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+            self.training_bar.set_postfix({name: f"{logs.get(key, 0):.3f}" for name, key in shown.items()})
+
+
+class TrainingLog(TrainerCallback):
+    """Write the log as JSON lines to the output folder, and print warnings when the training goes wrong.
+
+    The attribute `warnings` is a dict, kind of warning -> sentence.
+    """
+
+    def __init__(self):
+        self.warnings = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed training also records the warnings from before the interruption.
+        for end in range(1, len(state.log_history) + 1):
+            self._warn(args, state, state.log_history[:end])
+
+    def on_log(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+        atomic_write_text(Path(args.output_dir) / TRAINING_LOG, "".join(lines))
+        self._warn(args, state, state.log_history)
+
+    def _warn(self, args, state, log):
+        warmup_steps = args.get_warmup_steps(state.max_steps)
+        for kind, warning in training_warnings(log, args.beta, warmup_steps, logits_eps(args)).items():
+            if kind not in self.warnings:
+                self.warnings[kind] = warning
+                PartialState().print(f"\nWarning: {warning}")
+
+
+def logits_eps(config):
+    """Return the relative rounding error of the data type in which a `GrathDPOConfig` computes logits."""
+    import torch
+
+    dtype = DTYPES.get(config.precision) or ("bfloat16" if config.bf16 else "float16")
+    return torch.finfo(getattr(torch, dtype)).eps
+
+
+def training_warnings(log, beta, warmup_steps=0, eps=0.0):
+    """Find signs in the log that the training goes wrong.
+
+    Args:
+        log: entries of TRL's log, each a dict with `step`, `rewards/chosen`, `rewards/margins`, ...
+        beta: DPO's beta. A reward is beta times the log-ratio of policy to reference (DPO, section 4).
+        warmup_steps: steps until the learning rate reaches its peak.
+        eps: relative rounding error of the logits. The reference's log-probabilities come from batches of another
+            shape, so a policy that has learned nothing has a margin of about beta * eps * |log-probability|.
+
+    Returns:
+        dict: kind of warning -> sentence.
+    """
+    entries = [entry for entry in log if "rewards/margins" in entry]
+    if not entries:
+        return {}
+    found, last = {}, entries[-1]
+    chosen, rejected = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta
+    if chosen < -1 and rejected < -1:
+        found["collapse"] = (
+            f"chosen answers lose probability together with the rejected ones (log-ratios {chosen:.1f} and "
+            f"{rejected:.1f} at step {last['step']}): use fewer steps, a smaller learning rate or a larger beta to "
+            "keep the policy close to its reference"
+        )
+    if last["rewards/accuracies"] == 1 and last["step"] > 1:
+        found["all preferred"] = (
+            f"every chosen answer is preferred already (reward accuracy 1.0 at step {last['step']}): more steps only "
+            "move the policy away from its reference"
+        )
+    sizes = [abs(entry.get(f"logps/{side}", 0)) for entry in entries for side in ("chosen", "rejected")]
+    negligible = max(1e-3, beta * eps * max(sizes))
+    if last["step"] >= max(10, warmup_steps) and all(abs(entry["rewards/margins"]) < negligible for entry in entries):
+        found["no margin"] = (
+            f"the margin is still 0 at step {last['step']}: the policy learns nothing; try a larger learning rate"
+        )
+    return found

@@ -1,0 +1,100 @@
+"""TRL's `DPOConfig` with the paper's settings as defaults."""
+
+import os
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from grath.common.errors import UserError
+from grath.dpo.defaults import check_signs, default_grad_accum
+from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
+
+
+@dataclass
+class GrathDPOConfig(DPOConfig):
+    """TRL's `DPOConfig` with the defaults of the paper's code, plus `precision`."""
+
+    output_dir: str = field(
+        default="", metadata={"help": "folder for the adapter, its record and its checkpoints (required)"}
+    )
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "precision of the base model's weights; auto: fp4 on a CUDA GPU, bf16 on a CPU",
+            "choices": PRECISIONS,
+        },
+    )
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "seed of the adapter's initial weights, the order of the pairs and the drawn incorrect answers"
+        },
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "strength of the KL penalty towards the reference (DPO, equation 7)"}
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    warmup_steps: float = field(default=100, metadata={"help": "warm-up steps; below 1: a fraction of all steps"})
+    optim: str = field(
+        default="auto",
+        metadata={"help": "optimiser; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU"},
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "pairs per device and forward pass"})
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "forward passes per optimiser step; by default so many that all devices together use 16 pairs"
+        },
+    )
+    max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    max_length: int | None = field(default=1024, metadata={"help": "drop pairs with more tokens"})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "order of the pairs; group_by_length: pairs of similar length in each step",
+            "choices": ("random", "sequential", "group_by_length"),
+        },
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "recompute activations to save memory; off by default, because the sequences are short"},
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True, metadata={"help": "compute the reference's log-probabilities once, before training"}
+    )
+    precompute_ref_batch_size: int | None = field(default=16, metadata={"help": "pairs per forward pass of that"})
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "log the first step; its margin shows which model is the reference"}
+    )
+    save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none"})
+
+    def __post_init__(self):
+        import torch
+
+        if not self.output_dir:
+            raise UserError("--output_dir is required: the folder to save the adapter in")
+        check_signs(vars(self))
+        self.precision = resolve_precision(self.precision, "dpo")
+        if self.gradient_accumulation_steps is None:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            self.gradient_accumulation_steps = default_grad_accum(self.per_device_train_batch_size, processes)
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.optim == "auto":
+            self.optim = "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch"
+        # Train bf16 and fp32 weights without autocast; by default TRL turns bf16 autocast on.
+        if self.bf16 is None:
+            quantised = self.precision not in DTYPES
+            self.bf16 = (
+                quantised
+                and not self.fp16
+                and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
+            )
+            self.fp16 = self.fp16 or self.precision == "fp16" or (quantised and not self.bf16)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every step uses all weights of the adapter
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        # One process uses one GPU even if it sees several: `DPOTrainer` refuses `nn.DataParallel`.
+        self._n_gpu = min(self.n_gpu, 1)

@@ -1,0 +1,26 @@
+"""Training defaults of the paper that other stages need too, and checks of numbers; does not import TRL."""
+
+from grath.common.errors import UserError
+
+PAPER_EFFECTIVE_BATCH = 16
+LORA_R, LORA_ALPHA, LORA_DROPOUT = 8, 16, 0.05
+POSITIVE = (
+    "num_sample", "lora_r", "lora_alpha", "learning_rate", "beta", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length", "save_steps", "logging_steps",
+)  # fmt: skip
+NOT_NEGATIVE = ("lora_dropout", "seed", "warmup_steps")
+
+
+def default_grad_accum(batch, processes):
+    """Return the accumulation steps that make 16 pairs per step, or just below, from `batch` pairs per process."""
+    return max(1, PAPER_EFFECTIVE_BATCH // (batch * processes))
+
+
+def check_signs(values):
+    """Raise `UserError` if a number in `values` (dict) is negative, or 0 where it must be positive. None is skipped."""
+    for name in POSITIVE:
+        if values.get(name) is not None and not values[name] > 0:
+            raise UserError(f"--{name} must be greater than 0, not {values[name]}")
+    for name in NOT_NEGATIVE:
+        if values.get(name) is not None and not values[name] >= 0:
+            raise UserError(f"--{name} must not be negative, not {values[name]}")

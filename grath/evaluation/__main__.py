@@ -1,0 +1,35 @@
+"""Score a model on tasks of lm-evaluation-harness: one result file a task.
+
+    python -m grath.evaluation MODEL OUTPUT --tasks truthfulqa_mc1 truthfulqa_mc2
+
+`./evaluation.sh MODEL OUTPUT` does the same with its settings in the environment, on one GPU or several.
+"""
+
+from pathlib import Path
+
+from grath.common.arguments import Parser
+from grath.common.errors import run_main
+from grath.evaluation.harness import MODEL_NAME
+from grath.evaluation.run import score_model
+from grath.modeling.precision import DTYPES
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("model", help="hub name, model folder or LoRA adapter folder")
+    add("output", type=Path, help="folder of the result files")
+    add("--tasks", nargs="+", required=True, help="tasks of lm-evaluation-harness")
+    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
+    add("--batch_size", type=int, default=16, help="contexts at once")
+    add("--limit", type=int, help="questions of each task; all if not set")
+    add("--backend", choices=("hf", MODEL_NAME), default=MODEL_NAME, help="model class")
+    add("--chat_template", action="store_true", help="apply the chat template")
+    add("--log_samples", action="store_true", help="also write every question and its log-likelihoods")
+    args = parser.parse_args()
+    score_model(**vars(args))
+    print(f"Wrote the results to {args.output}; next: python -m grath.report {args.output}")
+
+
+if __name__ == "__main__":
+    run_main(main)

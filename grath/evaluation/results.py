@@ -1,0 +1,102 @@
+"""Read scores from the result files of lm-evaluation-harness, and record the settings that they depend on."""
+
+from pathlib import Path
+
+from grath.common.errors import UserError
+from grath.common.files import atomic_write_text, check_writable, read_json
+from grath.common.local_data import content_hash
+from grath.common.paths import resolve_local
+from grath.evaluation.tasks import TASKS, get_task
+
+
+def local_dataset_hashes(tasks):
+    """Hash the local folders of the tasks' data sets: hub name -> hash. Data sets without one are left out."""
+    names = {get_task(task).dataset for task in tasks} - {None}
+    folders = {name: resolve_local(name) for name in sorted(names)}
+    return {name: content_hash(folder) for name, folder in folders.items() if Path(folder).is_dir()}
+
+
+def read_scores(folder):
+    """Read the scores from the result files in `folder`.
+
+    Returns:
+        dict: task -> {"score", "stderr", "version", "harness", "chat"}. Score and standard error are in percent; the
+        standard error is None if the file has none. A member of a group (a subject of MMLU) is left out.
+
+    Raises:
+        UserError: a file is not a result file.
+    """
+    scores = {}
+    for file in sorted(Path(folder).glob("*.json")):
+        what = "result file of lm-evaluation-harness"
+        content = read_json(file, what)
+        if not isinstance(content.get("results", {}), dict):
+            raise UserError(f"{file} is not a {what}")
+        subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
+        for task, values in content.get("results", {}).items():
+            metric = get_task(task).metric
+            if f"{metric},none" not in values:
+                others = [name.partition(",")[0] for name in values if "," in name and "_stderr" not in name]
+                metric = others[0] if others else metric
+            key = next((name for name in values if name.startswith(f"{metric},")), None)
+            if task in subtasks or key is None:
+                continue
+            stderr = values.get(key.replace(",", "_stderr,"))
+            scores[task] = {
+                "score": 100 * values[key],
+                "stderr": 100 * stderr if isinstance(stderr, float) else None,
+                "version": content.get("versions", {}).get(task),
+                "harness": content.get("lm_eval_version"),
+                "chat": bool(content.get("chat_template")),
+            }
+    return scores
+
+
+def tasks_of(rows):
+    """List the tasks with a score in any of the (name, scores) rows, in the order of the table's columns."""
+    scored = {task for _, scores in rows for task in scores}
+    return [task for task in TASKS if task in scored] + sorted(scored - set(TASKS))
+
+
+def record_settings(folder, settings):
+    """Write the settings that the scores in a folder depend on (dict of str) to its settings.txt, as NAME=VALUE lines.
+
+    Raises:
+        UserError: the folder has scores made with another value of a setting. A setting that is new, such as the data
+            set of a task that is added later, is appended.
+    """
+    file = folder / "settings.txt"
+    text = file.read_text(encoding="utf-8") if file.is_file() and any(folder.glob("*.json")) else ""
+    before = dict(part.split("=", 1) for part in text.split() if "=" in part)
+    for name, value in settings.items():
+        if before.get(name, value) != value:
+            raise UserError(
+                f"{folder} contains scores with {name}={before[name]}, not {value}: choose another folder, or remove it"
+            )
+    now = "".join(f"{name}={value}\n" for name, value in (before | settings).items())
+    if now != text:
+        check_writable(folder)
+        atomic_write_text(file, now)
+
+
+def split_by_task(results):
+    """Split the harness's results of several tasks: dict of task, or group of tasks, -> results of that task only."""
+    groups = results.get("group_subtasks", {})
+    members = {task for tasks in groups.values() for task in tasks}
+    by_task = set(results["results"]) | set(results["versions"])
+    found = {}
+    for task in results["results"]:
+        if task in members:
+            continue
+        own = {task, *_members(task, groups)}
+        found[task] = {
+            key: {name: entry for name, entry in value.items() if name in own}
+            if isinstance(value, dict) and value and set(value) <= by_task
+            else value
+            for key, value in results.items()
+        }
+    return found
+
+
+def _members(task, groups):
+    return [name for member in groups.get(task, ()) for name in (member, *_members(member, groups))]

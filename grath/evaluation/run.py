@@ -1,0 +1,148 @@
+"""Score a model with lm-evaluation-harness: all tasks in one process, with the weights loaded once."""
+
+import json
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from grath.common.errors import UserError
+from grath.common.files import atomic_write_text, hash_of, sha256
+from grath.common.local_data import load_dataset
+from grath.common.paths import ADAPTER, PROJECT
+from grath.evaluation.harness import MODEL_NAME, patch_fewshot_sampling, register_shared_context_model
+from grath.evaluation.results import local_dataset_hashes, record_settings, split_by_task
+from grath.evaluation.tasks import get_task
+from grath.modeling.devices import check_devices
+from grath.modeling.loading import check_model, resolve_base_and_adapter, weight_files
+from grath.modeling.precision import DTYPES, resolve_precision
+
+
+def score_model(
+    model,
+    output,
+    tasks,
+    precision="auto",
+    batch_size=16,
+    limit=None,
+    backend=MODEL_NAME,
+    chat_template=False,
+    log_samples=False,
+    dry_run=False,
+):
+    """Score a model on tasks and write one result file a task; a task that has its file is skipped.
+
+    Args:
+        model: hub name, model folder or adapter folder.
+        output: folder of the result files.
+        tasks: list of task names.
+        precision: `auto` or one of `DTYPES`.
+        batch_size: contexts at once: int, or the harness's "auto".
+        limit: questions of each task (int), a share below 1 (float), or None for all.
+        backend: `hf-shared`, or `hf` for the harness's own model class.
+        chat_template: whether to apply the chat template.
+        log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
+        dry_run: check the model and print the plan only.
+
+    Raises:
+        UserError: there is no such model or task, or the folder contains scores made with other settings.
+    """
+    import torch
+
+    check_devices()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if backend == "hf" and processes > 1 and not torch.cuda.is_available():
+        raise UserError("without a GPU, BACKEND=hf scores every question in every process: set NUM_PROCESSES=1")
+    check_model(model)
+    main_process = os.environ.get("RANK", "0") == "0"
+    output = Path(output)
+    dtype = DTYPES[resolve_precision(precision, "scores")]
+    if main_process and not dry_run:
+        settings = _settings_of(model, dtype, tasks)
+        settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": str(int(chat_template))}
+        record_settings(output, settings)
+    missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
+    by_shots = {}
+    for task in missing:
+        by_shots.setdefault(get_task(task).shots, []).append(task)
+    if main_process:
+        for task in tasks:
+            if task not in missing:
+                print(f"{output / task}.json is up to date")
+        for shots, group in by_shots.items():
+            print(f"{model}: {' '.join(group)}, {shots}-shot, {dtype}, {backend}", flush=True)
+    if dry_run or not missing:
+        return
+    evaluate = _harness(model, dtype, batch_size, backend, missing)
+    for shots, group in by_shots.items():
+        start = time.monotonic()
+        results = evaluate(
+            tasks=group,
+            num_fewshot=shots,
+            limit=limit,
+            log_samples=log_samples,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+        )
+        if results:  # None in all processes but the first
+            results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
+            _write_results(output, group, results)
+
+
+def _settings_of(model, dtype, tasks):
+    """What the scores depend on. A local model is identified by its weight files, so that it can be moved."""
+    base, adapter = resolve_base_and_adapter(model)
+    return {
+        "weights": hash_of(weight_files(base))[:16] if Path(base).is_dir() else base,
+        "adapter": sha256(Path(adapter) / ADAPTER)[:16] if adapter else "none",
+        "dtype": dtype,
+        "lm_eval": version("lm-eval"),
+        **{name: value[:16] for name, value in local_dataset_hashes(tasks).items()},
+    }
+
+
+def _harness(model, dtype, batch_size, backend, tasks):
+    """Load the model once, and return the harness's `simple_evaluate` for it."""
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.api.registry import get_model
+    from lm_eval.tasks import TaskManager
+
+    if datasets.load_dataset is not load_dataset:
+        datasets.load_dataset = load_dataset
+        register_shared_context_model()
+        patch_fewshot_sampling()
+    manager = TaskManager(include_path=str(PROJECT / "tasks"))
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise UserError(f"{unknown[0]} is not a task of lm-evaluation-harness: see `lm-eval ls tasks`")
+    base, adapter = resolve_base_and_adapter(model)
+    options = {"pretrained": base, "dtype": dtype, "use_safetensors": True} | ({"peft": adapter} if adapter else {})
+    loaded = get_model(backend).create_from_arg_obj(options, {"batch_size": batch_size})
+
+    def evaluate(**arguments):
+        results = simple_evaluate(model=loaded, batch_size=batch_size, task_manager=manager, **arguments)
+        if results:
+            template = loaded.chat_template(True) if arguments["apply_chat_template"] else None
+            results["config"] |= {"model": backend, "model_args": options}
+            results |= {"chat_template": template, "fewshot_as_multiturn": arguments["fewshot_as_multiturn"]}
+        return results
+
+    return evaluate
+
+
+def _write_results(output, tasks, results):
+    from lm_eval.utils import handle_non_serializable
+
+    samples = results.pop("samples", {})
+    by_task = split_by_task(results)
+    for task in tasks:
+        if task not in by_task:
+            raise UserError(f"{task} is not a task with a score of its own: name its members in TASKS")
+    for task, rows in samples.items():
+        lines = [json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows]
+        atomic_write_text(output / f"samples_{task}.jsonl", "".join(lines))
+    for task in tasks:
+        text = json.dumps(by_task[task], indent=2, default=handle_non_serializable, ensure_ascii=False)
+        atomic_write_text(output / f"{task}.json", text + "\n")

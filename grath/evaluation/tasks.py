@@ -1,0 +1,41 @@
+"""The tasks of the Open LLM Leaderboard and the bundled ones: few-shot examples, metric, data set and title."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to score a task of lm-evaluation-harness.
+
+    Attributes:
+        title: the heading of its column in tables and plots.
+        shots: few-shot examples in each prompt.
+        metric: the harness's name of the reported score.
+        dataset: the hub name of its data set; None for a task that reads a bundled file.
+    """
+
+    name: str
+    title: str
+    shots: int = 0
+    metric: str = "acc"
+    dataset: str | None = None
+
+
+# In the order of the table's columns.
+TASKS = {
+    task.name: task
+    for task in (
+        Task("truthfulqa_mc1", "MC1", dataset="truthfulqa/truthful_qa"),
+        Task("truthfulqa_mc2", "MC2", dataset="truthfulqa/truthful_qa"),
+        Task("grath_mc1", "MC1 (bundled)"),
+        Task("grath_mc2", "MC2 (bundled)"),
+        Task("arc_challenge", "ARC", shots=25, metric="acc_norm", dataset="allenai/ai2_arc"),
+        Task("hellaswag", "HellaSwag", shots=10, metric="acc_norm", dataset="Rowan/hellaswag"),
+        Task("mmlu", "MMLU", shots=5, dataset="cais/mmlu"),
+    )
+}
+
+
+def get_task(name):
+    """Return the `Task` of a name. Any other task of the harness is zero-shot and scored by accuracy."""
+    return TASKS.get(name) or Task(name, title=name)

@@ -1,0 +1,87 @@
+"""Chat templates: render a conversation as one string and tokenize it.
+
+`TEMPLATES` has one Jinja template for each model family. The model type `auto` uses the tokenizer's own template.
+"""
+
+from grath.common.errors import UserError
+
+TEMPLATES = {
+    # In Llama-2-chat, every user turn starts with a BOS and every assistant turn ends with an EOS.
+    "llama2": (
+        "{% set said = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set said.system = '<<SYS>>\n' + m.content | trim + '\n<</SYS>>\n\n' %}{% elif m.role == 'user' %}"
+        "{{ bos_token }}[INST] {{ said.system }}{{ m.content | trim }} [/INST]{% set said.system = '' %}"
+        "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "zephyr": (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "smollm2": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+MODEL_TYPES = ("auto", *TEMPLATES)
+
+
+def template_for(tokenizer, model_type):
+    """Return the Jinja chat template of `model_type` for `tokenizer`.
+
+    Raises:
+        UserError: `model_type` is `auto` and the tokenizer has no chat template, or the tokenizer has no EOS token, or
+            the template needs a BOS token and the tokenizer has none.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name")
+    if model_type == "auto":
+        if not isinstance(tokenizer.chat_template, str):
+            raise UserError(f"the tokenizer has no chat template: pass --model_type ({', '.join(TEMPLATES)})")
+        return tokenizer.chat_template
+    template = TEMPLATES[model_type]
+    if "bos_token" in template and tokenizer.bos_token is None:
+        raise UserError(f"--model_type {model_type} needs a BOS token, and this tokenizer has none")
+    return template
+
+
+def prompt_ids(tokenizer, messages, template):
+    """Tokenize a conversation that ends with a user turn, up to where the assistant's answer starts.
+
+    Args:
+        messages: list of `{"role": "system" | "user" | "assistant", "content": str}`.
+        template: Jinja chat template from `template_for`.
+
+    Returns:
+        list[int] with a BOS wherever the template has one, and never two in a row.
+    """
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    return _encode(tokenizer, text)
+
+
+def answer_ids(tokenizer, messages, answer, template):
+    """Tokenize a conversation and the assistant's `answer` to it.
+
+    The answer ends with exactly one EOS. Text that the template adds after the EOS (a line break) is cut off.
+
+    Returns:
+        (prompt, completion): two lists of int. The prompt is the longest common beginning of `prompt_ids(messages)` and
+        the tokens of the whole conversation: all of `prompt_ids`, unless the tokenizer merges across the boundary.
+    """
+    prompt = prompt_ids(tokenizer, messages, template)
+    whole = [*messages, {"role": "assistant", "content": answer}]
+    ids = _encode(tokenizer, tokenizer.apply_chat_template(whole, chat_template=template, tokenize=False))
+    length = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
+    completion = ids[length:]
+    eos = tokenizer.eos_token_id
+    end = completion.index(eos) if eos in completion else len(completion)
+    return ids[:length], [*completion[:end], eos]
+
+
+def _encode(tokenizer, text):
+    """Tokenize a rendered conversation. It starts with one BOS if the tokenizer adds a BOS to every text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids

@@ -1,0 +1,97 @@
+"""The devices of this machine, and the processes that share the work."""
+
+import os
+import shutil
+import subprocess
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+from grath.common.errors import UserError
+
+# This must happen before torch looks for GPUs.
+if os.environ.get("DEVICE") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def check_devices(processes=None):
+    """Check that torch can use the GPU of this machine, and that there is one GPU for each process.
+
+    Args:
+        processes: number of processes on this machine; None: as many as the launcher started. On a CPU, any number is
+            allowed.
+
+    Raises:
+        UserError: there is a GPU that torch cannot use, or there are more processes than GPUs, or DEVICE is not valid.
+    """
+    import torch
+
+    if os.environ.get("DEVICE", "") not in ("", "cpu"):
+        raise UserError(f"DEVICE must be cpu or empty (the GPUs, if any), not '{os.environ['DEVICE']}'")
+    if not torch.cuda.is_available():
+        if not torch.accelerator.is_available() and (evidence := gpu_evidence()):
+            raise UserError(
+                f"this machine has a GPU ({evidence}), but torch cannot use it: {_torch_reason()} "
+                "(set DEVICE=cpu to use the CPU)"
+            )
+        return
+    processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > max(1, torch.cuda.device_count()):
+        raise UserError(
+            f"NUM_PROCESSES={processes}, but torch sees {torch.cuda.device_count()} GPU(s): start one process for each "
+            "GPU, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+@lru_cache(maxsize=1)
+def gpu_evidence():
+    """Return what shows that this process has an NVIDIA GPU, without asking torch: str, or None if nothing does."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible}" if visible.strip() not in ("", "-1", "NoDevFiles") else None
+    if device := next(Path("/dev").glob("nvidia[0-9]*"), None):
+        return str(device)
+    if not shutil.which("nvidia-smi"):
+        return None
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return "nvidia-smi" if listed.startswith("GPU ") else None
+
+
+def _torch_reason():
+    """Return torch's own reason why it cannot use CUDA."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return "it sees no device"
+
+
+def describe_device():
+    """Describe the device that torch uses, in words."""
+    import torch
+
+    if not torch.accelerator.is_available() or os.environ.get("DEVICE") == "cpu":
+        return "the CPU (DEVICE=cpu)" if os.environ.get("DEVICE") == "cpu" else "the CPU (torch sees no GPU)"
+    count = torch.accelerator.device_count()
+    return f"{count} GPU(s), {torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'not CUDA'}"
+
+
+def init_distributed():
+    """Return accelerate's `PartialState`, with a timeout of one day for the slowest process instead of 10 minutes."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+
+
+def print_once(text):
+    """Print `text` in the main process only."""
+    from accelerate import PartialState
+
+    PartialState().print(text)

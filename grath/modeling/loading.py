@@ -1,0 +1,150 @@
+"""Load models and tokenizers from hub names, model folders and LoRA adapter folders, in every precision."""
+
+import json
+from pathlib import Path
+
+from grath.common.errors import UserError, explain_system_error, first_line
+from grath.common.files import read_json
+from grath.common.paths import ADAPTER, resolve_local
+from grath.modeling.precision import DTYPES, compute_dtype, quantization_config
+
+
+def resolve_base_and_adapter(name):
+    """Resolve the name of a model or the folder of a LoRA adapter.
+
+    Returns:
+        (base, adapter): the base model's name and the adapter's folder, or (name, None) for a model. A local folder
+        becomes an absolute path, so that a record next to an adapter is valid from every working directory.
+
+    Raises:
+        UserError: the adapter's folder has no weights, or its configuration names no base model.
+    """
+    name = resolve_local(str(name))
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name, None
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return str(folder.resolve()), None
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{config} names no base model, so it is not the configuration of a LoRA adapter")
+    if not (folder / ADAPTER).is_file():
+        raise UserError(f"{folder} has no {ADAPTER}: the adapter is incomplete")
+    return resolve_local(base), str(folder.resolve())
+
+
+def load_tokenizer(name, tokenizer_name=None):
+    """Load the tokenizer of a model, or of an adapter's base model, and give it a padding token if it has none."""
+    from transformers import AutoTokenizer
+
+    source = resolve_local(tokenizer_name) if tokenizer_name else resolve_base_and_adapter(name)[0]
+    tokenizer = _load(AutoTokenizer, source, "tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name, precision, trainable=False):
+    """Load a causal language model, with its LoRA adapter if `name` is an adapter's folder.
+
+    Args:
+        name: hub name, model folder or adapter folder.
+        precision: a precision from `resolve_precision`.
+        trainable: whether the adapter's weights require gradients.
+
+    Returns:
+        `PreTrainedModel`, or a `PeftModel` around it, on this process's device.
+
+    Raises:
+        UserError: the model cannot be loaded, or the adapter does not fit its base model.
+    """
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = resolve_base_and_adapter(name)
+    options = {"use_safetensors": True}
+    if precision in DTYPES:
+        options["dtype"] = getattr(torch, DTYPES[precision])
+    else:
+        # Training runs under autocast, which needs 16-bit weights of its own dtype.
+        options["dtype"] = torch.float16 if precision == "int8" and not trainable else compute_dtype()
+        options["quantization_config"] = quantization_config(precision)
+    device = PartialState().device
+    if device.type != "cpu" or precision not in DTYPES:
+        # Load the weights straight to the device, not into main memory once for each process.
+        options["device_map"] = {"": device}
+    check_weights(base)
+    model = _load(AutoModelForCausalLM, base, "model", **options)
+    if adapter:
+        from peft import PeftModel
+
+        try:
+            # Without a device, PEFT opens a CUDA context on the first GPU in every process.
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=str(device))
+        except (RuntimeError, ValueError, OSError) as error:
+            if explain_system_error(error):
+                raise
+            raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from error
+    return model
+
+
+def check_model(name):
+    """Raise `UserError` if a model, or an adapter's base model, has no loadable configuration or lacks weights."""
+    from transformers import AutoConfig
+
+    base = resolve_base_and_adapter(name)[0]
+    _load(AutoConfig, base, "model")
+    check_weights(base)
+
+
+def check_weights(base):
+    """Raise `UserError` if `base` is a model folder without safetensors weights, or with only some of them."""
+    folder = Path(base)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{base} has no safetensors weights: convert its weights first (pickled ones are never loaded)")
+    if index.is_file():
+        shards = read_json(index, "index of weight files").get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index} is damaged: it names no weight files")
+        shards = set(shards.values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise UserError(
+                f"{base} lacks {len(missing)} of {len(shards)} weight files, starting with {missing[0]}: "
+                "download them again"
+            )
+
+
+def weight_files(folder):
+    """Describe each weight file of a model folder: list of "name size mtime". Hashing the bytes would take too long."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+
+
+def eos_token_ids(model, tokenizer):
+    """Return the token ids that end a completion: the tokenizer's EOS and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})
+
+
+def _load(auto_class, source, what, **options):
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{source} is a folder without a {what} (no config.json)")
+    try:
+        # Without an explicit False, transformers asks on the terminal whether it may run the model's own code.
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # the hub client, the file readers and the model classes all raise different errors
+        if explain_system_error(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{source} needs its own model code, which is never run: choose another model") from error
+        hint = " (are all its files complete?)" if folder.is_dir() else ""
+        raise UserError(f"cannot load the {what} {source}: {first_line(error)}{hint}") from error

@@ -1,0 +1,48 @@
+"""Precisions of the weights: what `auto` means on this machine, and the quantisation settings."""
+
+from grath.common.errors import UserError
+from grath.modeling.devices import check_devices
+
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
+# Stage: (precision on a CUDA GPU, precision on a CPU). The paper generates in 8 bits and trains in 4 bits.
+AUTO = {"pairs": ("int8", "bf16"), "dpo": ("fp4", "bf16"), "scores": ("fp16", "fp32")}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def resolve_precision(precision, stage):
+    """Replace `auto` by the precision of a stage on this machine; return other precisions unchanged.
+
+    Args:
+        stage: `pairs`, `dpo` or `scores`.
+
+    Raises:
+        UserError: an 8-bit or 4-bit precision needs bitsandbytes, which is not installed; or `check_devices` fails.
+    """
+    import torch
+
+    check_devices()
+    if precision == "auto":
+        precision = AUTO[stage][0 if torch.cuda.is_available() else 1]
+    if precision not in DTYPES:
+        from transformers.utils import is_bitsandbytes_available
+
+        if not is_bitsandbytes_available():
+            raise UserError(f"--precision {precision} needs the package bitsandbytes: pip install bitsandbytes")
+    return precision
+
+
+def compute_dtype():
+    """Return the 16-bit dtype to compute in: bfloat16, or float16 on a GPU without bfloat16 units."""
+    import torch
+
+    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def quantization_config(precision):
+    """Return the `BitsAndBytesConfig` of `int8`, `nf4` or `fp4`."""
+    from transformers import BitsAndBytesConfig
+
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=compute_dtype())

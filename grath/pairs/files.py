@@ -1,0 +1,58 @@
+"""Name, read, write and combine pair files: JSON lines with `question`, `correct` and `incorrect`."""
+
+import json
+
+from grath.common.errors import UserError
+from grath.common.files import atomic_write_text, read_json_lines
+
+FIELDS = ("question", "correct", "incorrect")
+COMBINED = "_combined"
+
+
+def pair_file_name(save_prefix, num_query, use_gt, use_fs):
+    """Return the name of the pair file for `num_query` questions."""
+    return f"{save_prefix}_num_{num_query}_useGT_{use_gt}_useFS_{use_fs}.json"
+
+
+def combined_path(path):
+    """Return the path of the combined file that belongs to the new pair file `path`."""
+    return path.with_name(f"{path.stem}{COMBINED}.json")
+
+
+def is_combined(path):
+    """Tell from its name whether a pair file is a combined one."""
+    return path.stem.endswith(COMBINED)
+
+
+def read_pairs(path, what="the pair file"):
+    """Read the rows of a pair file, in order.
+
+    Raises:
+        UserError: the file is missing or empty, or a field of a row is missing or empty; `what` names the file's role.
+    """
+    rows = read_json_lines(path, what)
+    for number, row in enumerate(rows, start=1):
+        for field in FIELDS:
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise UserError(f"{what} {path}, row {number}: {field!r} must be a non-empty string")
+    return [{field: row[field] for field in FIELDS} for row in rows]
+
+
+def write_pairs(path, rows):
+    """Write rows as a pair file, atomically."""
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def combine(new_rows, ori_rows):
+    """Combine new correct answers with the original incorrect ones: the paper's gradual refinement of its data.
+
+    Returns:
+        (rows, missing): one row for each original row, in the same order, and the number of original rows whose
+        question has no new answer. A row's correct answer is the first new one to its question, or the original one
+        if there is none.
+    """
+    first = {}
+    for row in new_rows:
+        first.setdefault(row["question"], row["correct"])
+    rows = [{**row, "correct": first.get(row["question"], row["correct"])} for row in ori_rows]
+    return rows, sum(row["question"] not in first for row in ori_rows)

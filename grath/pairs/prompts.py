@@ -1,0 +1,58 @@
+"""Build the prompt that asks a model for a pair, with few-shot examples."""
+
+import json
+from pathlib import Path
+
+from grath.common.errors import UserError
+from grath.common.paths import PROJECT
+from grath.pairs.questions import draw_candidates
+
+DEMO_FIELDS = ("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect")
+PAIR_PROMPT = (
+    "Answer the question below twice, once correctly and once incorrectly. Write three lines that begin with "
+    '"Question:", "Correct answer:" and "Incorrect answer:".\n\nQuestion: {question}'
+)
+CANDIDATES = "\nCandidate correct answer: {correct}\nCandidate incorrect answer: {incorrect}"
+PAIR_RESPONSE = "Question: {question}\nCorrect answer: {correct}\nIncorrect answer: {incorrect}"
+
+
+def load_demos(name):
+    """Load few-shot examples from `demos/{name}.json` or the JSON file `name`: list of dicts with `DEMO_FIELDS`."""
+    path = PROJECT / "demos" / f"{name}.json"
+    path = path if path.is_file() else Path(name)
+    try:
+        demos = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError:
+        known = ", ".join(sorted(file.stem for file in (PROJECT / "demos").glob("*.json")))
+        raise UserError(f"--demos {name}: neither a known set ({known}) nor a readable file") from None
+    except ValueError:
+        raise UserError(f"--demos {name}: not a JSON file in UTF-8") from None
+    sound = isinstance(demos, list) and demos and all(isinstance(demo, dict) for demo in demos)
+    if not sound or not all(isinstance(demo.get(field), str) for demo in demos for field in DEMO_FIELDS):
+        raise UserError(f"--demos {name}: must be a list of objects with the strings {', '.join(DEMO_FIELDS)}")
+    return demos
+
+
+def pair_prompt(question, candidates=None):
+    """Return the user turn that asks for a pair of answers; `candidates` is (correct, incorrect) or None."""
+    text = PAIR_PROMPT.format(question=question)
+    if candidates:
+        text += CANDIDATES.format(correct=candidates[0], incorrect=candidates[1])
+    return text
+
+
+def build_messages(question, seed, use_gt, demos=()):
+    """Build the conversation that asks for a pair.
+
+    Returns:
+        list of `{"role": str, "content": str}`: a user and an assistant turn for each few-shot example, then the user
+        turn with the question.
+    """
+    messages = []
+    for demo in demos:
+        drawn = (demo["candidate_correct"], demo["candidate_incorrect"]) if use_gt else None
+        messages.append({"role": "user", "content": pair_prompt(demo["question"], drawn)})
+        messages.append({"role": "assistant", "content": PAIR_RESPONSE.format(**demo)})
+    drawn = draw_candidates(question, seed) if use_gt else None
+    messages.append({"role": "user", "content": pair_prompt(question["question"], drawn)})
+    return messages

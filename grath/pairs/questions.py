@@ -1,0 +1,98 @@
+"""Load questions in the ARC schema, draw candidates from their choices, and make pairs from gold answers.
+
+A question is a dict: `question` (str), `choices` (list of str), `answer` (index of the gold answer).
+"""
+
+import random
+import sys
+
+from grath.common.errors import UserError, explain_system_error, first_line
+from grath.common.files import read_json_lines
+from grath.common.paths import resolve_local
+
+# Data sets with gold answers: name on the command line -> (hub name, configuration, split).
+LABELED_DATASETS = {
+    "ai2_arc/ARC-Challenge": ("allenai/ai2_arc", "ARC-Challenge", "train"),
+    "ai2_arc/ARC-Easy": ("allenai/ai2_arc", "ARC-Easy", "train"),
+    "truthful_qa": ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
+}
+
+
+def load_questions(data_name=None, subdata_name=None, split="train", data_path=None):
+    """Load all questions of a hub data set in the ARC schema, or of the local JSON-lines file `data_path`.
+
+    Raises:
+        UserError: the data set cannot be loaded or is empty, or a row does not have the schema.
+    """
+    if data_path:
+        rows, where = read_json_lines(data_path, "the question file"), str(data_path)
+    else:
+        where = "/".join(part for part in (data_name, subdata_name) if part)
+        rows = load_hub_split(data_name, subdata_name, split)
+    return [_question(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def load_hub_split(data_name, subdata_name, split):
+    """Load one split of a hub data set, or of a local folder of that name, as `datasets.Dataset`."""
+    from grath.common.local_data import load_dataset
+
+    try:
+        return load_dataset(resolve_local(data_name), subdata_name or None, split=split)
+    except Exception as error:  # the hub client, the file readers and the builders raise classes of their own
+        if explain_system_error(error):
+            raise
+        name = " ".join(part for part in (data_name, subdata_name) if part)
+        raise UserError(
+            f"cannot load the split {split} of {name}: {first_line(error)} "
+            "(pass a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"
+        ) from error
+
+
+def _question(row, where):
+    try:
+        question, choices, gold = row["question"], row["choices"]["text"], row["answerKey"]
+        labels = row["choices"]["label"]
+        texts = [question, *choices]
+        sound = all(isinstance(text, str) and text.strip() for text in texts) and len(choices) == len(labels)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{where}: not in the ARC schema (question, choices with text and label, answerKey)")
+    if gold not in labels:
+        raise UserError(f"{where}: answerKey {gold!r} is not one of the labels {list(labels)}")
+    if len(choices) < 2:
+        raise UserError(f"{where}: has only one choice")
+    return {"question": question.strip(), "choices": list(choices), "answer": list(labels).index(gold)}
+
+
+def draw_candidates(question, seed):
+    """Return the gold answer and one of the other choices, drawn by `seed` and the question's text alone.
+
+    Returns:
+        (correct, incorrect): two strings.
+    """
+    others = [text for i, text in enumerate(question["choices"]) if i != question["answer"]]
+    drawn = random.Random(f"{seed}\n{question['question']}").choice(others)
+    return question["choices"][question["answer"]], drawn
+
+
+def gold_pairs(name, seed):
+    """Make pairs from a set of `LABELED_DATASETS`: the gold answer is correct; `seed` draws the incorrect one."""
+    hub = LABELED_DATASETS[name]
+    if name == "truthful_qa":
+        print("warning: truthful_qa is the TruthfulQA test set, so scores on it will mean nothing", file=sys.stderr)
+        questions = [
+            {
+                "question": row["question"],
+                "choices": row["mc1_targets"]["choices"],
+                "answer": row["mc1_targets"]["labels"].index(1),
+            }
+            for row in load_hub_split(*hub)
+        ]
+    else:
+        questions = load_questions(*hub)
+    drawn = [draw_candidates(question, seed) for question in questions]
+    return [
+        {"question": question["question"], "correct": correct, "incorrect": incorrect}
+        for question, (correct, incorrect) in zip(questions, drawn, strict=True)
+    ]

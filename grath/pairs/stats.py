@@ -1,0 +1,64 @@
+"""Statistics of pair files: identical, echoed and negated answers, and the length of answers."""
+
+import re
+from statistics import mean
+
+from grath.common.files import read_json
+from grath.pairs.files import combined_path, read_pairs
+
+NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
+# The keys of `pair_stats`, as columns of a comparison of runs.
+PAIR_STATS = ("asked", "parsed", "identical", "echoed", "distance", "probe", "negated", "words")
+
+
+def count_identical(rows):
+    """Count the pairs whose two answers are the same."""
+    return sum(row["correct"] == row["incorrect"] for row in rows)
+
+
+def mean_words(answers):
+    """Return the mean number of words of answers (list of str, not empty)."""
+    return mean(len(answer.split()) for answer in answers)
+
+
+def negated(answers):
+    """Return the share of answers (list of str, not empty) that contain a negation."""
+    return sum(bool(NEGATION.search(answer.replace("\u2019", "'"))) for answer in answers) / len(answers)
+
+
+def pair_stats(path):
+    """Read what is known of the pairs of an iteration.
+
+    Args:
+        path: the pair file that the iteration's model wrote. Its combined and distance files are read if they exist.
+
+    Returns:
+        dict with the keys `PAIR_STATS`. For the file itself: the number of questions "asked" (from its name, or None),
+        of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is "echoed" (it only
+        repeats the question). For the pairs that DPO trains on (combined, with different answers): the shares of
+        correct and incorrect answers that are "negated" and their mean number of "words", as strings, or None if there
+        are no such pairs. From `grath.distance`: "distance" and "probe", or None if it has not run.
+    """
+    rows = read_pairs(path)
+    asked = re.search(r"_num_(\d+)_", path.name)
+    combined = combined_path(path)
+    trained_on = combined if combined.is_file() else path
+    different = [row for row in read_pairs(trained_on) if row["correct"] != row["incorrect"]]
+    sides = [[row[side] for row in different] for side in ("correct", "incorrect")]
+    distance_file = trained_on.with_suffix(".distance.json")
+    measured = read_json(distance_file, "record of grath.distance") if distance_file.is_file() else {}
+    return {
+        "asked": int(asked[1]) if asked else None,
+        "parsed": len(rows),
+        "identical": count_identical(rows),
+        "echoed": sum(_echoes(row["question"], row["correct"]) for row in rows),
+        "distance": measured.get("distance"),
+        "probe": measured.get("probe"),
+        "negated": " / ".join(f"{negated(side):.3f}" for side in sides) if different else None,
+        "words": " / ".join(f"{mean_words(side):.1f}" for side in sides) if different else None,
+    }
+
+
+def _echoes(question, answer):
+    question, answer = (re.sub(r"[^a-z0-9 ]", "", text.lower()).strip() for text in (question, answer))
+    return answer in question or question in answer

@@ -1,0 +1,56 @@
+"""What evaluation.sh runs: score a model, or what the newest run has not scored, by the settings in the environment."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from grath.common.errors import UserError
+from grath.evaluation.run import score_model
+from grath.pipeline.loop import lock
+from grath.pipeline.settings import EVALUATION, read_settings
+from grath.report.run import manifest_of, unscored, write_report
+from grath.report.tables import model_scores
+
+
+def evaluate(model=None, output=None):
+    """Score `model` into the folder `output`; without a model, score what the newest run has not scored yet.
+
+    Without a model, settings that are not set are those of the run.
+
+    Raises:
+        UserError: a setting is not valid, or there is nothing to score.
+    """
+    values = read_settings(EVALUATION)
+    if not values["TASKS"]:
+        raise UserError("TASKS names no task")
+    dry_run, main_process = values["DRY_RUN"] == "1", os.environ.get("RANK", "0") == "0"
+    if model is None:
+        run, models = unscored(values["RUNS_DIR"], values["TASKS"].split())
+        of_run = {name: value for name, value in manifest_of(run)["settings"].items() if name in EVALUATION}
+        values = read_settings(EVALUATION, of_run | {name: value for name, value in os.environ.items() if value})
+    else:
+        run, models = None, [(model, Path(output or f"scores/{Path(model).name}"))]
+    if main_process and run:
+        print(f"newest run: {run}, {len(models)} iteration(s) without scores", flush=True)
+    # The loop must not work in the same folder.
+    with lock(run) if run and main_process and not dry_run else contextlib.nullcontext():
+        for name, folder in models:
+            _score(str(name), folder, values)
+        if main_process and not dry_run:
+            print(write_report(run) if run else model_scores(models[0][1]))
+            print(f"Wrote the results to {run or models[0][1]}")
+
+
+def _score(model, output, values):
+    batch_size, limit = values["EVAL_BATCH_SIZE"], values["LIMIT"]
+    score_model(
+        model,
+        output,
+        values["TASKS"].split(),
+        precision=values["EVAL_PRECISION"],
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
+        limit=(float(limit) if "." in limit else int(limit)) if limit else None,
+        backend=values["BACKEND"],
+        chat_template=values["CHAT_TEMPLATE"] == "1",
+        dry_run=values["DRY_RUN"] == "1",
+    )

@@ -1,0 +1,168 @@
+"""Check in seconds what a run needs: packages, GPU, memory, disk, model and data. `CHECK=1 ./run_llama2.sh` runs it.
+
+Sizes are estimates: from the weights, the LoRA matrices of `dpo.py`'s defaults and the saved checkpoints.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from grath.common.errors import UserError, first_line
+from grath.common.files import check_writable
+from grath.common.paths import resolve_local
+from grath.dpo.defaults import LORA_R
+from grath.evaluation.tasks import get_task
+from grath.modeling.loading import check_weights, resolve_base_and_adapter
+from grath.modeling.precision import resolve_precision
+from grath.pairs.questions import load_hub_split, load_questions
+from grath.pipeline.machine import check_device, check_memory, check_packages, format_size, hub_is_reachable
+from grath.pipeline.settings import STAGE_OF_PRECISION, run_folder
+
+PAIR = 500
+SCORES = 100_000
+
+
+def read_model(name):
+    """Read the configuration and size of a model: (what to print, config dict, parameters)."""
+    base = resolve_base_and_adapter(name)[0]
+    folder = Path(base)
+    check_weights(base)
+    try:
+        if folder.is_dir():
+            config, parameters = folder / "config.json", _parameters(folder)
+        else:
+            from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+            config = Path(hf_hub_download(base, "config.json"))
+            parameters = _parameters(config.parent) or sum(get_safetensors_metadata(base).parameter_count.values())
+        text = f"{base}, {parameters / 1e6:,.0f} M parameters"
+        return text, json.loads(config.read_text(encoding="utf-8")), parameters
+    except Exception as error:  # the hub client raises many kinds
+        reason = first_line(error)
+        raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
+
+
+def _parameters(folder):
+    """Count the parameters in a folder's safetensors files, from their headers."""
+    from math import prod
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
+def check_data(values):
+    """Check that the questions and the data sets of the tasks exist."""
+    if values["DATA_PATH"]:
+        found = len(load_questions(data_path=values["DATA_PATH"]))
+    else:
+        found = len(load_hub_split(values["DATA_NAME"], values["SUBDATA_NAME"], values["SPLIT"]))
+    if found < int(values["NUM_QUERY"]):
+        raise UserError(f"NUM_QUERY={values['NUM_QUERY']}, but there are only {found} questions")
+    for name in sorted({get_task(task).dataset for task in values["TASKS"].split()} - {None}):
+        _check_dataset(name)
+    return f"{found} questions; tasks: {values['TASKS'] or 'none'}"
+
+
+def _check_dataset(name):
+    if Path(resolve_local(name)).is_dir():
+        return
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub import HfApi
+
+    if (Path(HF_DATASETS_CACHE) / name.replace("/", "___").lower()).is_dir():
+        return
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except Exception as error:  # the hub client raises many kinds
+        raise UserError(f"{name}: {first_line(error)} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
+
+
+def output_sizes(config, values, tokenizer):
+    """Estimate the bytes that each kind of stage writes: dict of int.
+
+    Args:
+        config: dict of the model's config.json.
+        values: what `read_settings` returned.
+        tokenizer: bytes of the tokenizer's files, which every checkpoint contains.
+    """
+    config = config.get("text_config", config)
+    if not {"hidden_size", "num_attention_heads", "num_hidden_layers"} <= config.keys():
+        raise UserError("the model's config.json does not contain its sizes")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    wide, narrow = heads * head, (config.get("num_key_value_heads") or heads) * head
+    adapter = 4 * LORA_R * config["num_hidden_layers"] * (3 * hidden + wide + 2 * narrow)
+    checkpoints = -(-int(values["MAX_STEPS"]) // int(values["SAVE_STEPS"]))
+    pairs = PAIR * int(values["NUM_QUERY"])
+    # A checkpoint contains the adapter and AdamW's two averages.
+    dpo = adapter + checkpoints * (3 * adapter + tokenizer)
+    scores = SCORES * len(values["TASKS"].split())
+    return {"pairs": pairs, "combine": pairs, "dpo": dpo, "scores": scores, "samples": 2000}
+
+
+def check_disk(folder, need):
+    """Check that the outputs of all iterations fit on the disk."""
+    check_writable(folder)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < 1.2 * need:
+        raise UserError(
+            f"{format_size(free)} are free in {existing}, and all iterations write about {format_size(need)}: "
+            "set RUNS_DIR to another disk"
+        )
+    return f"{format_size(free)} free, about {format_size(need)} to write"
+
+
+def check_run(values, stages):
+    """Check the machine for a run, print a line for each check, and print the plan.
+
+    Args:
+        values: what `read_settings` returned.
+        stages: list of [stage, title], in order.
+
+    Raises:
+        UserError: a check failed.
+    """
+    if not hub_is_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        print("The hub cannot be reached: only models and data sets on this machine count")
+    failed = []
+
+    def check(name, function, *arguments):
+        try:
+            found = function(*arguments)
+        except UserError as error:
+            failed.append(name)
+            print(f"FAIL  {name}: {' '.join(str(error).split())}", flush=True)
+            return None
+        print(f"ok    {name}: {found if isinstance(found, str) else found[0]}", flush=True)
+        return found
+
+    processes = int(values["NUM_PROCESSES"])
+    precisions = [resolve_precision(values[name], stage) for name, stage in STAGE_OF_PRECISION.items()]
+    check("packages", check_packages, precisions)
+    check("device", check_device, processes)
+    sizes = {}
+    model = check("model", read_model, values["MODEL_NAME_OR_PATH"])
+    if model:
+        check("memory", check_memory, model[2], precisions, processes)
+    check("data", check_data, values)
+    if model:
+        base = Path(resolve_base_and_adapter(values["MODEL_NAME_OR_PATH"])[0])
+        tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*")) or 4_000_000
+        found = check("sizes", lambda: (f"{len(stages)} stages", output_sizes(model[1], values, tokenizer)))
+        sizes = found[1] if found else {}
+    run = run_folder(values)
+    if sizes:
+        check("disk", check_disk, run, sum(sizes[stage] for stage, _ in stages))
+    print(f"The plan: {len(stages)} stages in {run}, with about what each writes:")
+    for stage, title in stages:
+        print(f"  {title:60}{format_size(sizes[stage]) if sizes else '?':>10}")
+    if failed:
+        raise UserError(f"not ready: {', '.join(failed)}; see above")
+    print("Ready: run the same command without CHECK=1")

@@ -1,0 +1,65 @@
+"""Processes: run a command so that nothing of it is left when it ends, whatever ends it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+
+from grath.common.errors import UserError
+from grath.common.signals import SignalReceived, set_parent_death_signal
+
+SECONDS_TO_END = 15
+
+
+def run_command(command, status_file):
+    """Run a command (list of str) and return its exit status; on a signal, terminate all of its processes.
+
+    Args:
+        status_file: where the command leaves its own status, because `accelerate launch` replaces it with 1.
+    """
+    status_file.write_bytes(b"")
+    environment = {**os.environ, "GRATH_STATUS_FILE": str(status_file.resolve())}
+    try:
+        # In a process group of its own, so that Ctrl-C reaches this process only.
+        process = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=set_parent_death_signal)
+    except FileNotFoundError:
+        raise UserError(f"there is no program {command[0]}: run `pip install -e . -c constraints.txt`") from None
+    try:
+        status = process.wait()
+        if status < 0:
+            return 128 - status
+        return int(status_file.read_text() or status) if status else 0
+    except SignalReceived:
+        terminate_tree(process.pid)
+        raise
+    finally:
+        status_file.unlink(missing_ok=True)
+
+
+def terminate_tree(pid):
+    """End a process and its descendants: SIGTERM first, and SIGKILL for what is left after 15 seconds."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        processes = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_END)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=SECONDS_TO_END)
+
+
+def catch_signals():
+    """Raise `SignalReceived` for every ending signal, except those that the caller ignores (nohup)."""
+    from grath.common.signals import SIGNALS, raise_on_signal
+
+    for number in SIGNALS:
+        # A shell lets its background processes ignore SIGINT, which is not meant here.
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, raise_on_signal)

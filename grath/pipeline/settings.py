@@ -1,0 +1,230 @@
+"""The settings of the loop: one entry for each environment variable, and everything that is derived from them."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from grath.common.errors import UserError
+from grath.common.paths import DATASETS_ROOT, PROJECT
+from grath.dpo.defaults import default_grad_accum
+from grath.modeling.chat import MODEL_TYPES
+from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
+
+EVERY_STAGE = "every stage"
+
+
+def matches(pattern, what):
+    """A check: the value must match the regular expression `pattern`; `what` says so in words."""
+    return lambda value: None if re.fullmatch(pattern, value) else what
+
+
+def one_of(*choices):
+    """A check: the value must be one of `choices`."""
+    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
+
+
+def positive(value):
+    """A check: the value must be a number above 0."""
+    try:
+        return None if float(value) > 0 else "a number greater than 0"
+    except ValueError:
+        return "a number greater than 0"
+
+
+COUNT = matches(r"[1-9]\d{0,8}", "a whole number of at least 1")
+COUNT_OR_EMPTY = matches(r"([1-9]\d{0,8})?", "a whole number of at least 1, or empty")
+NATURAL = matches(r"\d{1,9}", "a whole number")
+FLAG = matches("[01]", "0 or 1")
+LIMIT = matches(r"([1-9]\d{0,8}|0?\.\d+)?", "a number of questions, a share below 1, or empty")
+BATCH = matches(r"([1-9]\d{0,8}|auto(:[1-9]\d{0,8})?)", "a whole number of at least 1, or auto")
+PLAIN_NAME = matches(r"[^/]+", "a plain name (use RUNS_DIR for the folder)")
+REQUIRED = matches(r"(?s).+", "set; the presets run_*.sh set it")
+ANYTHING = matches(r"(?s).*", "anything")
+TASKS = "arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Args:
+        name: the environment variable.
+        default: its value if it is not set.
+        check: takes a value; returns what the value must be, or None if it is valid.
+        stage: the first stage whose output the setting changes; None if it changes no output.
+        help: one line for docs/configuration.md.
+        paper: the paper's value, if it has one.
+        path: whether it is a path or a name, which must not look like an option.
+        empty: whether an empty value differs from no value.
+    """
+
+    name: str
+    default: str
+    check: Callable[[str], str | None]
+    stage: str | None
+    help: str
+    paper: str = ""
+    path: bool = False
+    empty: bool = False
+
+
+GROUPS = {
+    "Model and run": [
+        Setting("MODEL_NAME_OR_PATH", "", REQUIRED, EVERY_STAGE, "hub name, model folder or adapter folder",
+                "Llama-2-7b-chat-hf, zephyr-7b-beta", path=True),
+        Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), EVERY_STAGE,
+                "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
+        Setting("RUN_NAME", "grath", PLAIN_NAME, None, "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
+        Setting("RUNS_DIR", "runs", REQUIRED, None, "folder of all runs", path=True),
+        Setting("SEED", "0", NATURAL, EVERY_STAGE, "seed of every random draw", "0"),
+        Setting("ITERATIONS", "2", COUNT, None, "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
+        Setting("REFERENCE", "rolling", one_of("rolling", "fixed"), "dpo",
+                "reference model of DPO: the iteration's starting model (`rolling`) or the base (`fixed`)",
+                "rolling; fixed against overfitting"),
+        Setting("NUM_PROCESSES", "1", COUNT, None, "processes, one for each GPU, in every stage", "1"),
+    ],
+    "Pairs": [
+        Setting("NUM_QUERY", "", COUNT, "pairs", "number of questions to ask", "1119"),
+        Setting("DATA_NAME", "allenai/ai2_arc", REQUIRED, "pairs", "hub data set of the questions, in the ARC schema",
+                "allenai/ai2_arc"),
+        Setting("SUBDATA_NAME", "ARC-Challenge", ANYTHING, "pairs", "its configuration", "ARC-Challenge"),
+        Setting("SPLIT", "train", REQUIRED, "pairs", "its split", "train"),
+        Setting("DATA_PATH", "", ANYTHING, "pairs", "local JSON-lines file of questions, instead of `DATA_NAME`",
+                path=True),
+        Setting("USE_FS", "1", FLAG, "pairs", "1: few-shot examples in the prompt", "1"),
+        Setting("USE_GT", "0", FLAG, "pairs", "1: ground-truth candidates in the prompt", "0"),
+        Setting("DEMOS", "truthfulqa", REQUIRED, "pairs", "few-shot examples: `truthfulqa`, `halueval` or a JSON file",
+                "TruthfulQA's", path=True),
+        Setting("MAX_NEW_TOKENS", "100", COUNT, "pairs", "maximum number of tokens of a response", "100"),
+        Setting("PAIRS_BATCH_SIZE", "64", COUNT, None, "questions at once", "1"),
+        Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), EVERY_STAGE,
+                "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
+    ],
+    "DPO": [
+        Setting("MAX_STEPS", "1000", COUNT, "dpo", "optimizer steps an iteration", "1000 (Zephyr rolling: 500)"),
+        Setting("WARMUP_STEPS", "100", NATURAL, "dpo", "warm-up steps of the cosine schedule", "100"),
+        Setting("LEARNING_RATE", "5e-4", positive, "dpo", "peak learning rate", "5e-4"),
+        Setting("BETA", "0.1", positive, "dpo", "DPO's beta", "0.1"),
+        Setting("DPO_BATCH_SIZE", "4", COUNT, "dpo", "pairs in a forward pass of each process", "4"),
+        Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT_OR_EMPTY, "dpo",
+                "forward passes in a step; empty: as many as give 16 pairs over all processes", "4"),
+        Setting("MAX_LENGTH", "1024", COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
+        Setting("SAVE_STEPS", "100", COUNT, None, "steps between checkpoints", "100"),
+        Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
+                "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
+        Setting("REPORT_TO", "none", REQUIRED, None,
+                "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
+    ],
+    "Scores": [
+        Setting("TASKS", TASKS, ANYTHING, None, "tasks of lm-evaluation-harness; empty: no scores", TASKS, empty=True),
+        Setting("EVAL_BATCH_SIZE", "16", BATCH, None, "contexts at once", "16"),
+        Setting("EVAL_PRECISION", "auto", one_of("auto", *DTYPES), "scores",
+                "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
+        Setting("LIMIT", "", LIMIT, "scores", "questions of each task; empty: all"),
+        Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared"), "scores",
+                "`hf-shared` computes every context once; `hf` is the harness's own model class", "hf"),
+        Setting("CHAT_TEMPLATE", "0", FLAG, "scores", "1: apply the chat template (the leaderboard does not)", "0"),
+    ],
+    "What the command does": [
+        Setting("DRY_RUN", "0", FLAG, None, "1: print the commands and run none"),
+        Setting("CHECK", "0", FLAG, None, "1: check the machine for this run in seconds and print the plan"),
+        Setting("FRESH", "0", FLAG, None, "1: move an old run of this name aside and start again"),
+    ],
+}  # fmt: skip
+SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in group}
+# Read by the libraries or by every command, not by the loop.
+OTHER_VARIABLES = {
+    "DATASETS_ROOT": "folder that `prefetch.sh` has filled with models and data sets; the hub is not used",
+    "DEVICE": "`cpu`: use the CPU even if there is a GPU",
+    "GRATH_DEBUG": "1: print the traceback of every error",
+    "STAGE_SECONDS": "durations to announce before the first iteration, as in `pairs=40 dpo=80`",
+}
+STEP_SETTINGS = ("DPO_BATCH_SIZE", "NUM_PROCESSES", "GRADIENT_ACCUMULATION_STEPS")
+STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
+EFFECTIVE_BATCH = "EFFECTIVE_BATCH"
+FIRST_AFFECTED_STAGE = {name: setting.stage for name, setting in SETTINGS.items()} | {EFFECTIVE_BATCH: "dpo"}
+EVALUATION = ("NUM_PROCESSES", "RUNS_DIR", "DRY_RUN", *(setting.name for setting in GROUPS["Scores"]))
+
+
+def read_settings(names=tuple(SETTINGS), environment=os.environ):
+    """Read settings from the environment: dict of str with the settings called `names`.
+
+    Raises:
+        UserError: a value is not valid.
+    """
+    if DATASETS_ROOT and not Path(DATASETS_ROOT).is_dir():
+        raise UserError(f"DATASETS_ROOT: there is no folder '{DATASETS_ROOT}'")
+    values = {}
+    for setting in map(SETTINGS.get, names):
+        given = environment.get(setting.name)
+        value = setting.default if given is None or not (given or setting.empty) else given
+        if setting.path and value.startswith("-"):
+            value = f"./{value}"
+        if wanted := setting.check(value):
+            raise UserError(f"{setting.name} must be {wanted}" + (f", not '{value}'" if value else ""))
+        values[setting.name] = value
+    if "TASKS" in values:
+        values["TASKS"] = " ".join(values["TASKS"].split())
+    return values
+
+
+def run_folder(values):
+    """Return the folder of the run: Path."""
+    return Path(values["RUNS_DIR"]) / f"{values['RUN_NAME']}_seed_{values['SEED']}"
+
+
+def shell_lines(values):
+    """Return `export` lines, quoted for a shell, with all settings, the run's folder, its files' suffix and threads."""
+    flags = {name: bool(int(values[name])) for name in ("USE_GT", "USE_FS")}
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processors = int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or allowed
+    derived = {
+        "RUN": str(run_folder(values)),
+        "SUFFIX": f"arcc_num_{values['NUM_QUERY']}_useGT_{flags['USE_GT']}_useFS_{flags['USE_FS']}",
+        "THREADS": str(max(1, processors // int(values["NUM_PROCESSES"]))),
+    }
+    return "".join(f"export {name}={quote(value)}\n" for name, value in (values | derived).items())
+
+
+def normalize_settings(values):
+    """Return the settings that two starts of a run must share: dict of str.
+
+    Settings that change no output are left out. `auto` becomes the precision that it means on this machine, a path in
+    the project is relative to it, and the three settings that make up a step become its number of pairs, so that a run
+    can be resumed with another number of GPUs or another batch size.
+    """
+    normalized = {name: value for name, value in values.items() if SETTINGS[name].stage and name not in STEP_SETTINGS}
+    batch, processes = int(values["DPO_BATCH_SIZE"]), int(values["NUM_PROCESSES"])
+    accumulation = int(values["GRADIENT_ACCUMULATION_STEPS"] or default_grad_accum(batch, processes))
+    normalized[EFFECTIVE_BATCH] = str(batch * processes * accumulation)
+    for name, stage in STAGE_OF_PRECISION.items():
+        normalized[name] = resolve_precision(values[name], stage)
+    for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS"):
+        path = Path(values[name])
+        if path.is_absolute() and path.is_relative_to(PROJECT):
+            normalized[name] = path.relative_to(PROJECT).as_posix()
+    return normalized
+
+
+def question_inputs(values):
+    """Return (files, data sets) that the pairs are made from: two lists of str.
+
+    Raises:
+        UserError: a file does not exist.
+    """
+    files, datasets = [], []
+    if values["DATA_PATH"]:
+        files.append(values["DATA_PATH"])
+        if not Path(values["DATA_PATH"]).is_file():
+            raise UserError(f"DATA_PATH: there is no file '{values['DATA_PATH']}'")
+    else:
+        datasets.append(values["DATA_NAME"])
+    if values["USE_FS"] == "1":
+        known = PROJECT / "demos" / f"{values['DEMOS']}.json"
+        files.append(str(known) if known.is_file() else values["DEMOS"])
+        if not Path(files[-1]).is_file():
+            raise UserError(f"DEMOS: there is no set or file '{values['DEMOS']}'")
+    return files, datasets

@@ -1,0 +1,115 @@
+"""The paper's defaults, and options from a YAML file."""
+
+import pytest
+from support import call_here
+from training import SMALL, read_training
+
+
+def test_defaults_are_the_papers():
+    from grath.dpo.config import GrathDPOConfig
+
+    config = GrathDPOConfig(output_dir="unused")
+    expected = {
+        "beta": 0.1,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 1000,
+        "max_length": 1024,
+        "loss_type": ["sigmoid"],
+        "seed": 0,
+        "disable_dropout": True,
+        "report_to": [],
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    import torch
+
+    assert config.optim == ("paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch")
+    assert config.precision == ("fp4" if torch.cuda.is_available() else "bf16")
+    # Every step uses all weights of the adapter.
+    assert config.ddp_find_unused_parameters is False
+    assert GrathDPOConfig(output_dir="unused", ddp_find_unused_parameters=True).ddp_find_unused_parameters
+
+
+@pytest.mark.parametrize(("batch", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (8, 2, 1), (4, 8, 1), (16, 1, 1)])
+def test_accumulation_keeps_the_papers_batch(batch, processes, expected):
+    from grath.dpo.defaults import default_grad_accum
+
+    assert default_grad_accum(batch, processes) == expected
+
+
+CONFIG = """
+dataset_path: {pairs}
+model_name_or_path: {model}
+reference: fixed
+sanity_check: true
+learning_rate: 2e-3
+beta: 0.3
+loss_type: [sigmoid, ipo]
+max_steps: 5
+"""
+
+
+def test_flags_override_the_yaml_file(tiny_llama, pair_file, tmp_path):
+    config = tmp_path / "dpo.yaml"
+    config.write_text(CONFIG.format(pairs=pair_file, model=tiny_llama))
+    flags = ["--output_dir", tmp_path / "m", *SMALL, "--max_steps", "1", "--beta", "0.2"]
+    call_here("dpo.py", "--config", config, *flags)
+    expected = {
+        "dataset_path": str(pair_file),
+        "model_name_or_path": str(tiny_llama),
+        "reference": "fixed",
+        "sanity_check": True,
+        "learning_rate": 2e-3,
+        "beta": 0.2,
+        "loss_type": ["sigmoid", "ipo"],
+        "max_steps": 1,
+        "warmup_steps": 100,
+    }
+    settings = read_training(tmp_path / "m")["settings"]
+    assert {name: settings[name] for name in expected} == expected
+
+
+# The content of the file, and how the line begins.
+INVALID = [
+    ("learnin_rate: 1\nbeta: 0.1\nepochs: 2\n", "unknown keys in the --config file: learnin_rate, epochs (see --help)"),
+    ("reference: none\n", "in the --config file: argument --reference: invalid choice: 'none' (choose from "),
+    ("sanity_check: maybe\n", "in the --config file: argument --sanity_check/--sanity-check: Truthy value expected"),
+    ("seed: 1.5\n", "in the --config file: argument --seed: invalid int value: '1.5' (see --help)"),
+    ("beta: [0.1, 0.2]\n", "in the --config file: argument --beta: invalid float value: '[0.1, 0.2]' (see --help)"),
+    ("beta: 0\n", "--beta must be greater than 0, not 0.0"),
+    ("dataset_name: truthful_qa\n", "give either --dataset_path (a pair file) or --dataset_name"),
+    ("- beta\n", "Config file {config} must contain a YAML mapping."),
+    ("", "Config file {config} must contain a YAML mapping."),
+    ("beta: [\n", "the --config file is not YAML: while parsing a flow node "),
+    (b"tokenizer_name: caf\xe9\n", "the --config file is not UTF-8 text"),
+    (None, "cannot read --config {config}: No such file or directory"),
+]
+
+
+def dpo_with(config, folder):
+    """Run dpo.py with a --config file and all other options valid; expect status 2."""
+    flags = ["--dataset_path", "pairs.json", "--model_name_or_path", "model", "--output_dir", folder / "out"]
+    return call_here("dpo.py", *flags, "--config", config, status=2)
+
+
+@pytest.mark.parametrize(("content", "line"), INVALID)
+def test_an_invalid_yaml_file_is_one_line(content, line, tmp_path):
+    config = tmp_path / "dpo.yaml"
+    if content is not None:
+        config.write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = dpo_with(config, tmp_path)
+    assert done.stderr.startswith(f"dpo.py: error: {line.format(config=config)}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_name_of_the_yaml_file_is_checked(tmp_path):
+    done = dpo_with(tmp_path, tmp_path)
+    assert done.stderr == f"dpo.py: error: cannot read --config {tmp_path}: Is a directory\n"
+    done = call_here("dpo.py", "--output_dir", tmp_path / "out", "--config", status=2)
+    assert done.stderr == "dpo.py: error: argument --config: expected one argument (see --help)\n"
+    done = call_here("dpo.py", "--model_name_or_path", "m", "--output_dir", tmp_path / "out", "--conf", "x", status=2)
+    assert done.stderr == "dpo.py: error: unrecognized arguments: --conf x (see --help)\n"

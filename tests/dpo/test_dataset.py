@@ -1,0 +1,51 @@
+"""The sources of pairs, and the pairs that are dropped."""
+
+import json
+
+import pytest
+from support import HUB, PROJECT, call, call_here, needs_hub, pair, write_rows
+from training import LAUNCH, SMALL, train
+
+
+def test_identical_and_long_pairs_are_dropped_and_counted(tiny_llama, tmp_path):
+    data = [pair("q1", "same", "same"), pair("q2", "long " * 300, "no"), pair("q3", "yes", "no"), pair("q4", "a", "b")]
+    source = ("--dataset_path", write_rows(tmp_path / "pairs.json", data))
+    done, record = train(tiny_llama, tmp_path / "m", "--max_length", "128", "--max_steps", "1", source=source)
+    assert "4 pairs, 1 with identical answers and 1 over 128 tokens dropped" in done.stdout
+    assert record["pairs"] == {"read": 4, "identical": 1, "too_long": 1, "kept": 2}
+    done, _ = train(tiny_llama, tmp_path / "n", "--max_length", "8", source=source, status=2)
+    assert "no pair is left to train on" in done.stderr
+    assert not (tmp_path / "n").exists()
+
+
+@needs_hub
+@pytest.mark.parametrize("name", ["ai2_arc/ARC-Challenge", "truthful_qa"])
+def test_labeled_datasets(tiny_llama, tmp_path, name):
+    flags = [
+        "--dataset_name", name, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m", "--seed", "0",
+        *SMALL, "--num_sample", "5", "--max_steps", "1",
+    ]  # fmt: skip
+    if name == "truthful_qa":
+        done = call_here("dpo.py", *flags, cwd=HUB)
+    else:
+        done = call(*LAUNCH, PROJECT / "dpo.py", *flags, cwd=HUB)
+    record = json.loads((tmp_path / "m" / "grath.json").read_text())
+    assert record["pairs"]["kept"] == 5
+    assert ("is the TruthfulQA test set" in done.stderr) == (name == "truthful_qa")
+
+
+def test_dataset_in_trls_preference_format(tiny_llama, tmp_path):
+    turn = [{"role": "user", "content": "Is ice cold?"}]
+    data = [
+        {
+            "prompt": turn,
+            "chosen": [{"role": "assistant", "content": f"Yes {i}"}],
+            "rejected": [{"role": "assistant", "content": "No"}],
+        }
+        for i in range(4)
+    ]
+    (tmp_path / "me" / "prefs").mkdir(parents=True)
+    write_rows(tmp_path / "me" / "prefs" / "train.jsonl", data)
+    source = ("--dataset_name", "me/prefs")
+    done, _ = train(tiny_llama, tmp_path / "m", "--max_steps", "1", source=source, cwd=tmp_path)
+    assert "4 pairs, 0 with identical answers" in done.stdout

@@ -1,0 +1,44 @@
+"""`grath.export`: merge an adapter into its base."""
+
+import sys
+
+import pytest
+from support import call
+
+
+def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grath.modeling.loading import load_model
+
+    out = tmp_path / "merged model"
+    done = call(sys.executable, "-m", "grath.export", first_iteration[0], out, "--precision", "fp32")
+    assert done.stdout.splitlines()[-1].startswith(f"Wrote {out}")
+    ids = AutoTokenizer.from_pretrained(out)("Is ice cold?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+        adapted = load_model(first_iteration[0], "fp32").eval()(ids).logits
+        base = load_model(first_iteration[2]["base_model"], "fp32").eval()(ids).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    assert (merged - base).abs().max() > 1e-2
+    done = call(sys.executable, "-m", "grath.export", first_iteration[0], out, status=2)
+    assert "exists already" in done.stderr
+    done = call(sys.executable, "-m", "grath.export", out, tmp_path / "n", status=2)
+    assert "is not a LoRA adapter folder" in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_export_detects_a_wrong_merge(first_iteration, tmp_path, monkeypatch, precision):
+    from peft import PeftModel
+
+    from grath import export
+    from grath.common.errors import UserError
+
+    monkeypatch.setattr(
+        sys, "argv", ["export", str(first_iteration[0]), str(tmp_path / "out"), "--precision", precision]
+    )
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(UserError, match="nothing was saved"):
+        export.main()
+    assert not list(tmp_path.iterdir())

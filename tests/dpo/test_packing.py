@@ -1,0 +1,60 @@
+"""Forward passes of a pair: the shared prompt, and the log-probabilities of the completions."""
+
+import pytest
+
+
+def tiny_backbone(family):
+    """The backbone of a tiny random model of a family, in fp32, with grouped-query attention."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(
+        family, vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.5, sliding_window=None,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModel.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_shared_prompts_are_computed_once_with_equal_results(family):
+    import torch
+
+    from grath.dpo.packing import share_prompts
+
+    torch.manual_seed(1)
+    backbone = tiny_backbone(family)
+    seen = []
+    backbone.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    lengths = [(20, 5, 9), (3, 14, 2), (11, 1, 1), (1, 6, 8)]  # prompt, chosen, rejected
+    pairs = [[torch.randint(1, 60, (n,)) for n in row] for row in lengths]
+    pairs[2][2] = pairs[2][1]  # equal sequences
+    sequences = [torch.cat((p, a)) for side in (1, 2) for p, a in ((row[0], row[side]) for row in pairs)]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True)
+    with torch.no_grad():
+        plain = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        shared = share_prompts(backbone.forward)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(shared[mask.bool()], plain[mask.bool()], atol=1e-5, rtol=1e-4)
+    assert seen[1][0] * seen[1][1] < 0.75 * seen[0][0] * seen[0][1]
+
+
+def test_completion_log_probs_equal_trls(tiny_llama, llama_tokenizer):
+    """Compare the head that projects only completions with TRL's fused head, on one batch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    from grath.dpo.packing import completion_log_probs
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    add_fused_lm_head(model)
+    ids = torch.tensor([llama_tokenizer("Why is ice lighter than water?")["input_ids"]] * 2)
+    labels = ids.clone()
+    labels[0, :4] = labels[1, :7] = -100
+    theirs = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    hidden = model.base_model(ids).last_hidden_state[:, :-1]
+    ours = completion_log_probs(hidden, labels[:, 1:], model.get_output_embeddings())
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs, atol=1e-5, rtol=0)
+    assert (ours.log_probs != 0).sum() == (labels[:, 1:] != -100).sum()

@@ -1,0 +1,29 @@
+"""Helpers of the DPO tests: run a training, read its record and log."""
+
+import json
+
+from support import call_here, rows
+
+STEPS = ["--max_steps", "3", "--warmup_steps", "0", "--learning_rate", "1e-2", "--logging_steps", "1"]
+LAUNCH = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+          "--dynamo_backend", "no"]  # fmt: skip
+SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--precision", "fp32"]
+
+
+def train(model, output, *flags, source, status=0, cwd=None):
+    """Run dpo.py for three steps with the flags `source` and `flags`; return (the finished process, the record)."""
+    done = call_here(
+        "dpo.py", *source, "--model_name_or_path", model, "--output_dir", output, "--seed", "0", *STEPS, *SMALL,
+        *flags, status=status, **({"cwd": cwd} if cwd else {}),
+    )  # fmt: skip
+    return done, read_training(output) if status == 0 else None
+
+
+def read_training(output):
+    """Return the record of a training; its log is under the key `log`."""
+    return {**json.loads((output / "grath.json").read_text()), "log": rows(output / "training_log.jsonl")}
+
+
+def margin(record, step=0):
+    """Return the reward margin of a log entry."""
+    return record["log"][step]["rewards/margins"]

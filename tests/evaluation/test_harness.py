@@ -1,0 +1,259 @@
+"""`hf-shared` gives what `hf` gives, and computes less."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import HUB, PROJECT, call, rows
+from test_engine import FAMILIES, tiny
+
+from grath.evaluation.harness import register_shared_context_model
+from grath.evaluation.loglikelihood import group_by_prefix, window_loglikelihoods
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """A function that makes the harness's `hf` and our `hf-shared` of a model object."""
+    from lm_eval.models.huggingface import HFLM
+
+    kinds = {"hf": HFLM, "hf-shared": register_shared_context_model()}
+
+    def make(kind, model, tokenizer, **options):
+        return kinds[kind](pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu", **options)
+
+    return make
+
+
+def requests(window, seed=0):
+    """(None, context, answer) requests: shared blocks, lone contexts, one token, duplicates, longer than the window."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(1, 60, (n,), generator=generator).tolist()  # noqa: E731
+    block, other = draw(40), draw(50)
+    found = [(block + draw(n), draw(m)) for n in (1, 5, 9) for m in (1, 1, 4)]
+    questions = [block + draw(6) for _ in range(4)] + [other + draw(7) for _ in range(3)]
+    found += [(question, draw(m)) for question in questions for m in (1, 2, 5)]
+    found += [(draw(1), draw(3)), (draw(1), draw(1)), (draw(20), draw(2))]
+    found += [
+        (draw(window - 3), draw(8)),
+        (draw(window + 9), draw(5)),
+        (draw(window), draw(1)),
+        (draw(3), draw(window)),
+    ]
+    found += found[3:6] + found[:1]
+    return [(None, context, answer) for context, answer in found]
+
+
+def same(ours, theirs):
+    """Equal scores, to the rounding of float32.
+
+    A score is a sum over tokens, as large as the score itself; each term is rounded some dozen times on its way through
+    the model, at 1.2e-7 of its size. A token that saw what it should not, or was left out, changes a score by far more.
+    """
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], rel=1e-5, abs=1e-4)
+    # Two best logits that tie within the rounding may change places: no more than one request may hang on that.
+    assert sum(a != b for (_, a), (_, b) in zip(ours, theirs, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_hf(harness, llama_tokenizer, family):
+    model = tiny(family, max_position_embeddings=300)
+    asked = requests(300)
+    ours, theirs = (
+        harness(kind, model, llama_tokenizer, max_length=300)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind in ("hf-shared", "hf")
+    )
+    same(ours, theirs)
+
+
+def test_scores_are_those_of_hf_on_smollm2(harness, smollm2):
+    from grath.modeling.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(str(smollm2), "fp32").eval(), load_tokenizer(str(smollm2))
+    shots = "Q: Is ice cold?\nA: Yes, ice is frozen water.\n\nQ: Is fire cold?\nA: No, fire is hot.\n\nQ: "
+    asked = [
+        (None, tokenizer(shots + question + "\nA:").input_ids, tokenizer(answer).input_ids)
+        for question in ("Do plants eat?", "Is iron a metal?", "Can fish fly?")
+        for answer in (" Yes", " No, they make their own food from light.", " It is a metal, and it rusts.")
+    ]
+    ours, theirs = (
+        harness(kind, model, tokenizer)._loglikelihood_tokens(asked, disable_tqdm=True) for kind in ("hf-shared", "hf")
+    )
+    same(ours, theirs)
+
+
+def test_scores_with_an_adapter_and_in_4_bit(harness, tiny_llama, llama_tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from grath.modeling.loading import load_model
+
+    adapted = get_peft_model(
+        tiny("llama"), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    asked = requests(200)
+    ours, theirs, base = (
+        harness(kind, model, llama_tokenizer, max_length=200)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind, model in (("hf-shared", adapted), ("hf", adapted), ("hf", tiny("llama")))
+    )
+    same(ours, theirs)
+    assert max(abs(a - b) for (a, _), (b, _) in zip(ours, base, strict=True)) > 0.1
+    quantised = load_model(str(tiny_llama), "nf4").eval()
+    ours, theirs = (
+        harness(kind, quantised, llama_tokenizer, max_length=200)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for kind in ("hf-shared", "hf")
+    )
+    # 4-bit weights are multiplied in bfloat16, whose rounding depends on the shapes.
+    for (score, _), (other, _), (_, _, answer) in zip(ours, theirs, asked, strict=True):
+        assert score == pytest.approx(other, abs=0.1 * len(answer) ** 0.5 + 0.02 * abs(other))
+
+
+def test_every_token_is_computed_once(monkeypatch):
+    model, seen = tiny("llama", max_position_embeddings=2000), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    block = torch.arange(500).remainder(50).tolist()
+    windows = [(tuple(block + [55, i]), (i, 3, j)) for i in range(10) for j in range(4)]
+    done = dict(place_and_score for places, score in window_loglikelihoods(model, windows, 16) for place_and_score in
+                ((place, score) for place in places))  # fmt: skip
+    assert sorted(done) == list(range(40))
+    # The block once; of every context two tokens, and of every answer all but the last.
+    assert sum(seen) == 501 + 10 * (1 + 4 * 2)
+
+
+def test_contexts_are_grouped_where_that_saves():
+    block, long = tuple(range(100)), tuple(range(200, 600))
+    contexts = [(*block, 7, i) for i in range(5)] + [(*block, 8, 1)] + [(*long, 1)] + [(1, 2), (3,)]
+    # These share 40 tokens with the block, but to shorten its group's prefix to 40 would cost more than that saves.
+    contexts += [(*block[:40], 150, i) for i in range(2)]
+    groups = {length: sorted(members) for length, members in group_by_prefix(contexts)}
+    assert groups == {100: contexts[:6], 400: [contexts[6]], 41: contexts[9:], 0: contexts[7:9]}
+
+
+def test_what_cannot_be_shared_is_scored_like_hf(harness, llama_tokenizer, capsys):
+    model = tiny("gemma2", max_position_embeddings=300, sliding_window=64)
+    asked = requests(100)
+    shared, plain = (harness(kind, model, llama_tokenizer, max_length=100) for kind in ("hf-shared", "hf"))
+    ours = shared._loglikelihood_tokens(asked)
+    assert "hf-shared uses the method of hf: " in capsys.readouterr().err
+    same(ours, plain._loglikelihood_tokens(asked, disable_tqdm=True))
+
+
+def scores(folder, task):
+    values = json.loads((folder / f"{task}.json").read_text())["results"][task]
+    return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
+def test_two_processes_and_both_backends_give_the_same_scores(llama_run, tiny_llama, tmp_path):
+    run, settings, _ = llama_run
+    env = {name: settings[name] for name in ("TASKS", "LIMIT")}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "two", env={**env, "NUM_PROCESSES": "2"})
+    # The first of two processes scores its own share, the first and the third of three questions, and no more.
+    docs = [row for i, row in enumerate(rows(PROJECT / "data" / "truthfulness_mc.jsonl")[:3]) if i != 1]
+    share = sum(len(row[f"mc{kind}_targets"]["choices"]) for row in docs for kind in (1, 2))
+    assert re.findall(r"Scoring requests: 100%.* (\d+)/\1 ", done.stderr)[-1] == str(share)
+    call("evaluation.sh", tiny_llama, tmp_path / "hf", env={**env, "BACKEND": "hf"})
+    for task in ("grath_mc1", "grath_mc2"):
+        expected = scores(run / "results" / "iter_0", task)
+        assert scores(tmp_path / "two", task) == pytest.approx(expected, abs=1e-5)
+        assert scores(tmp_path / "hf", task) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_examples_do_not_depend_on_the_number_of_processes(hub, monkeypatch):
+    import datasets
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+    from grath.common.local_data import load_dataset
+    from grath.evaluation.harness import patch_fewshot_sampling
+
+    monkeypatch.setattr(Task, "build_all_requests", Task.build_all_requests)
+    patch_fewshot_sampling()
+    monkeypatch.setattr("grath.common.paths.DATASETS_ROOT", str(hub))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def contexts(rank, processes):
+        task = TaskManager().load(["arc_challenge"])["tasks"]["arc_challenge"]
+        task.set_config("num_fewshot", 3)
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=7, rank=rank, world_size=processes)
+        return {request.doc_id: request.args[0] for request in task.instances}
+
+    alone = contexts(0, 1)
+    assert sorted(alone) == list(range(7)) and len({text.rpartition("Question:")[0] for text in alone.values()}) > 1
+    shares = [contexts(rank, 2) for rank in range(2)]
+    assert [sorted(share) for share in shares] == [[0, 2, 4, 6], [1, 3, 5]]
+    assert shares[0] | shares[1] == alone
+
+
+def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
+    """With the real ARC and TruthfulQA where they are at hand."""
+    root = tmp_path / "root"
+    for name in ("Rowan", "cais", "allenai", "truthfulqa"):
+        root.mkdir(exist_ok=True)
+        (root / name).symlink_to((HUB if (HUB / name).is_dir() else hub) / name)
+    env = {"LIMIT": "1", "DATASETS_ROOT": str(root)}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "scores", env=env, cwd=tmp_path)
+    for task, shots in {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0}.items():
+        content = json.loads((tmp_path / "scores" / f"{task}.json").read_text())
+        assert content["n-shot"][task] == shots and list(content["results"]) == [task]
+    mmlu = json.loads((tmp_path / "scores" / "mmlu.json").read_text())
+    assert len(mmlu["results"]) > 57 and mmlu["n-shot"]["mmlu_anatomy"] == 5
+    header = next(line for line in done.stdout.splitlines() if line.startswith("model"))
+    assert header.split() == ["model", "MC1", "MC2", "ARC", "HellaSwag", "MMLU"]
+    assert "chat template off" in done.stdout and "truthfulqa_mc2 3.0" in done.stdout
+
+
+def test_a_killed_evaluation_goes_on_with_the_next_task(hub, tiny_llama, tmp_path):
+    env = {
+        **os.environ, "TASKS": "truthfulqa_mc1 truthfulqa_mc2 hellaswag", "LIMIT": "4", "DATASETS_ROOT": str(hub),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix,
+    }  # fmt: skip
+    command = [PROJECT / "evaluation.sh", tiny_llama, tmp_path / "scores"]
+    with subprocess.Popen(command, env=env, start_new_session=True, stdout=-3, stderr=-3) as process:
+        while not (tmp_path / "scores" / "truthfulqa_mc2.json").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "scores" / "hellaswag.json").exists()
+    done = call(*command, env=env)
+    assert done.stdout.count("is up to date") == 2
+    assert scores(tmp_path / "scores", "hellaswag")
+
+
+def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
+    env = {"TASKS": "grath_mc1", "LIMIT": "2", "CHAT_TEMPLATE": "1"}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
+    assert "chat template ON" in done.stdout
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "CHAT_TEMPLATE": "0"}, status=2)
+    assert "chat_template=1, not 0: choose another folder" in done.stderr
+
+
+def test_prefetch_names_what_it_fetches(tmp_path):
+    log = tmp_path / "log"
+    (tmp_path / "hf").write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
+    (tmp_path / "hf").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    folder = tmp_path / "the hub"
+    call("prefetch.sh", folder, "me/model", env=env)
+    fetched = log.read_text().splitlines()
+    assert len(fetched) == 5
+    assert fetched[0] == f"download allenai/ai2_arc --repo-type dataset --local-dir {folder}/allenai/ai2_arc"
+    assert fetched[4].startswith(f"download me/model --repo-type model --local-dir {folder}/me/model --include")
+    done = call("prefetch.sh", status=2)
+    assert done.stderr.startswith("prefetch.sh: error: name a folder")
+
+
+def test_the_evaluation_benchmark(tiny_llama):
+    done = call(
+        sys.executable, PROJECT / "benchmarks" / "evaluation.py", "--model", tiny_llama, "--limit", "3",
+        "--tasks", "letters",
+    )  # fmt: skip
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith("letters")]
+    assert [line[1] for line in table] == ["hf", "hf-shared"]
+    assert float(table[1][6]) < 2e-4
+    assert done.stdout.rstrip().endswith("scores equal")

@@ -1,0 +1,179 @@
+"""Fault injection: runs of the loop that are killed or hindered at a point, and their comparison with another run."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from support import PROJECT, weights
+
+from grath.common.signals import SIGNALS
+
+HOOK = Path(__file__).parent / "faults" / "hook"
+STAGE = "grath.pipeline stage"
+ASK, TRAIN, SCORE = "create_pair_responses.py", "dpo.py --dataset_path", "grath.pipeline evaluate"
+WITHOUT_SCORES = {"TASKS": ""}
+
+
+def point(program, event, path, count=1, cut=None, signal="SIGKILL", limit=None):
+    """A point of a run, as `hook/sitecustomize.py` describes it."""
+    return {
+        "program": program, "event": event, "path": path, "count": count, "cut": cut, "signal": signal, "limit": limit,
+    }  # fmt: skip
+
+
+def stage(name, count):
+    """The first or second time that a stage writes the manifest: just before it starts, or just after it ends."""
+    return point(f"{STAGE} RUN --stage {name}", "os.rename", r"manifest\.json$", count, "source")
+
+
+def renamed(program, name, count=1):
+    """In the middle of writing a file of this name."""
+    return point(program, "os.rename", rf"/{name}$", count, "source")
+
+
+def start(settings, folder, fault=None):
+    """Run the loop in `folder` with a fault; return its status and output. Fail if one of its processes is left."""
+    mark = uuid.uuid4().hex
+    env = {
+        **os.environ, **settings, "RUNS_DIR": str(folder), "MARK": mark, "HF_HUB_OFFLINE": "1",
+        "PATH": f"{settings.get('EXTRA_PATH', '')}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": sys.prefix,
+        "PYTHONPATH": str(HOOK),
+    }  # fmt: skip
+    if fault:
+        fault = {**fault, "program": fault["program"].replace("RUN", str(folder / "llama2_seed_0"))}
+        env["FAULT"] = json.dumps(fault)
+    # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
+    with subprocess.Popen(
+        [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
+    ) as process:  # fmt: skip
+        output = process.communicate(timeout=600)[0]
+    deadline = time.monotonic() + 10
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"still running: {left}"
+    return process.returncode, output
+
+
+def marked(mark):
+    """List the command lines of the processes with the mark in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def finished(run):
+    """Return the outputs that the manifest records as done: path -> modification time."""
+    if not (run / "manifest.json").is_file():
+        return {}
+    entries = json.loads((run / "manifest.json").read_text())["stages"]
+    files = [run / name for entry in entries if entry["outcome"] == "done" for name in entry["outputs"]]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def hit_and_restart(points, settings, folder, expected=-9, finish=True, each=None):
+    """Hit the run at one point after the other, then let it end. Check that no finished output is written twice.
+
+    Args:
+        points: dict: name -> point, or (point, status expected instead).
+        finish: whether the run is then left to end.
+        each: called after every hit with the run's folder, the point's name and what was printed.
+    """
+    run, earlier = folder / "llama2_seed_0", {}
+    for name, fault in [*points.items(), *([("the end", (None, 0))] if finish else [])]:
+        fault, wanted = fault if isinstance(fault, tuple) else (fault, expected)
+        status, output = start(settings, folder, fault)
+        assert status == wanted, f"{name}: status {status}\n{output[-3000:]}"
+        now = finished(run)
+        assert {file: now.get(file) for file in earlier} == earlier, f"{name}: done twice"
+        earlier = now
+        if each:
+            each(run, name, output)
+    return run
+
+
+def same_as(run, undisturbed):
+    """Compare a run with the undisturbed one: pair files, adapters, and the inputs and outputs in the manifest."""
+    for file in sorted((undisturbed / "data").iterdir()):
+        assert (run / "data" / file.name).read_bytes() == file.read_bytes()
+    assert {path.name for path in (run / "data").iterdir()} == {path.name for path in (undisturbed / "data").iterdir()}
+    for folder in sorted((undisturbed / "models").iterdir()):
+        ours, theirs = weights(run / "models" / folder.name), weights(folder)
+        assert ours.keys() == theirs.keys()
+        assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
+    manifest, expected = (json.loads((path / "manifest.json").read_text()) for path in (run, undisturbed))
+    assert manifest["settings"] == expected["settings"]
+    chain = {(entry["iteration"], entry["stage"]): entry for entry in manifest["stages"]}
+    made = {}
+    for entry in expected["stages"]:
+        ours = chain.get((entry["iteration"], entry["stage"]))
+        if ours is None:
+            assert entry["stage"] in ("scores", "samples")
+            continue
+        assert ours["outcome"] == "done"
+        assert ours["inputs"].keys() == entry["inputs"].keys() and ours["outputs"].keys() == entry["outputs"].keys()
+        for name, value in ours["inputs"].items():
+            assert made.get(name, value) == value
+        made |= ours["outputs"]
+    partial = [path for path in run.rglob("*") if re.search(r"\.tmp$|partial|\.responses", path.name)]
+    assert not partial
+
+
+def same_scores(run, undisturbed):
+    for file in sorted(undisturbed.glob("results/*/grath_mc*.json")):
+        ours, theirs = (
+            json.loads(path.read_text())["results"][file.stem] for path in (run / file.relative_to(undisturbed), file)
+        )
+        assert ours["acc,none"] == pytest.approx(theirs["acc,none"], abs=1e-6)
+
+
+def copy_without(undisturbed, folder, *iterations):
+    """Copy a run as if some iterations had not run yet (iteration 0 is the scores of the base)."""
+    run = folder / "llama2_seed_0"
+    shutil.copytree(undisturbed, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for number in iterations:
+        for path in [*run.glob(f"models/iter_{number}_*"), *run.glob(f"results/iter_{number}")]:
+            shutil.rmtree(path)
+        for path in run.glob(f"data/iter{number - 1}_*"):
+            path.unlink()
+    manifest["stages"] = [entry for entry in manifest["stages"] if entry["iteration"] not in iterations]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+# The points of a first iteration without scores, in order.
+ITERATION_1 = {
+    "the run's folder": renamed("grath.pipeline start", r"manifest\.json"),
+    "before pairs": stage("pairs", 1),
+    "the command of pairs": point(STAGE, "subprocess.Popen", ASK),
+    "before the first response": point(ASK, "open", r"\.responses\.0$"),
+    "the pair file": renamed(ASK, r"iter0_\w+\.json"),
+    "after the pair file": point(ASK, "os.remove", r"\.responses"),
+    "after pairs": stage("pairs", 1),  # the last kill left a whole file, which is only recorded
+    "before DPO": stage("dpo", 1),
+    "the training's record": renamed(TRAIN, r"grath\.json"),
+    "the first checkpoint": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="optimizer.pt"),
+    "after the first checkpoint": point(TRAIN, "os.mkdir", r"checkpoint-4$"),
+    "the last checkpoint": point(TRAIN, "open", r"checkpoint-4/trainer_state\.json", cut="adapter_model.safetensors"),
+    "the training's plot": renamed(TRAIN, r"training\.png"),
+    "the finished record": renamed(TRAIN, r"grath\.json"),
+    "the adapter's configuration": point(TRAIN, "os.rename", r"/adapter_config\.json$"),
+    "the adapter": renamed(TRAIN, r"adapter_model\.safetensors"),
+    "after the adapter": point(TRAIN, "shutil.rmtree", r"\.partial$"),
+    "after DPO": stage("dpo", 1),
+    "the report": renamed("grath.report", r"report\.md"),
+}

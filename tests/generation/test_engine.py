@@ -1,0 +1,226 @@
+"""The shared-prefix engine gives the same tokens as `model.generate`."""
+
+import re
+import sys
+
+import pytest
+import torch
+from support import HUB, PROJECT, call, needs_hub
+
+from grath.evaluation.loglikelihood import loglikelihoods
+from grath.generation.attention import unsupported_reason
+from grath.generation.cache import common_prefix_length
+from grath.generation.engine import generate_shared_prefix
+from grath.generation.hf import generate_hf
+from grath.modeling.cpu_matmul import fp32_cpu_matmul
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def tiny(family, **changes):
+    """Return a tiny random model of a family, in fp32, with grouped-query attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": 60,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            "sliding_window": None,
+            **changes,
+        },
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def plain(model, prompts, max_new_tokens, eos_ids):
+    """Generate with `model.generate`, one prompt at a time."""
+    completions = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=sorted(eos_ids) or None, pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        end = next((i for i, token in enumerate(output) if token in eos_ids), len(output))
+        completions.append(output[:end])
+    return completions
+
+
+def shared(model, prompts, max_new_tokens, eos_ids, batch_size):
+    """Generate with the shared-prefix engine."""
+    done = {}
+    generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, done.__setitem__)
+    return [done[i] for i in range(len(prompts))]
+
+
+def same(model, prompts, ours, theirs):
+    """Assert equal completions. Two may differ from a token on whose two best logits tie within float32 rounding."""
+    for prompt, one, other in zip(prompts, ours, theirs, strict=True):
+        if one == other:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + one[:at]])).logits[0, -1]
+        best = logits.topk(2).values
+        assert best[0] - best[1] <= 1e-5 * logits.abs().max(), f"{one} is not {other}, from token {at} on"
+
+
+def make_prompts(count, prefix, seed=0):
+    """Return random prompts of different lengths after a common prefix of `prefix` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(1, 60, (n,), generator=generator).tolist()  # noqa: E731
+    common = draw(prefix)
+    return [common + [i + 1] + draw(int(torch.randint(0, 12, (), generator=generator))) for i in range(count)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 3, 17])
+def test_ragged_prompts(family, batch_size):
+    model, prompts = tiny(family), make_prompts(20, 30)
+    expected = plain(model, prompts, 12, {5, 7})
+    assert len({len(completion) for completion in expected}) > 1
+    same(model, prompts, shared(model, prompts, 12, {5, 7}, batch_size), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_common_prefix(family):
+    model, prompts = tiny(family), make_prompts(6, 0)
+    assert common_prefix_length(prompts) == 0
+    same(model, prompts, shared(model, prompts, 8, set(), 4), plain(model, prompts, 8, set()))
+
+
+def test_prompts_with_one_token_after_the_prefix():
+    model = tiny("llama")
+    prompts = [[*range(1, 20), i] for i in range(20, 25)]
+    assert common_prefix_length(prompts) == 19
+    same(model, prompts, shared(model, prompts, 8, {3}, 3), plain(model, prompts, 8, {3}))
+
+
+def test_equal_prompts_and_a_single_prompt():
+    model = tiny("llama")
+    prompts = [[4, 5, 6, 7]] * 3
+    assert common_prefix_length(prompts) == 3
+    same(model, prompts, shared(model, prompts, 6, set(), 2), plain(model, prompts, 6, set()))
+    same(model, [[9]], shared(model, [[9]], 6, set(), 2), plain(model, [[9]], 6, set()))
+
+
+def test_completions_end_at_the_first_step_and_at_the_limit():
+    model, prompts = tiny("llama"), make_prompts(5, 10)
+    first = {completion[0] for completion in plain(model, prompts, 1, set())}
+    assert shared(model, prompts, 5, first, 2) == [[]] * 5
+    assert [len(completion) for completion in shared(model, prompts, 7, set(), 2)] == [7] * 5
+
+
+def test_the_models_own_attention_is_restored():
+    model, prompts = tiny("llama"), make_prompts(3, 4)
+    original = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"):
+        generate_shared_prefix(model, prompts, 3, 2, set(), lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert model.config._attn_implementation == original
+    assert plain(model, prompts, 3, set())
+
+
+def test_a_model_with_an_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny("llama"), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    prompts = make_prompts(7, 12)
+    adapted = plain(model, prompts, 8, set())
+    with model.disable_adapter():
+        assert plain(model, prompts, 8, set()) != adapted
+    same(model, prompts, shared(model, prompts, 8, set(), 3), adapted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("batch_size", "prefix"), [(1, 25), (3, 0), (17, 25)])
+def test_log_likelihoods_of_answers(family, batch_size, prefix):
+    model = tiny(family)
+    common = make_prompts(1, 25)[0][:prefix]
+    answers = [prompt[1:] for prompt in make_prompts(6, 3, seed=1)] + [[7]]
+    trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
+    results = dict(loglikelihoods(model, common, trees, batch_size))
+    assert sorted(results) == list(range(5))
+    for i, (context, answers) in enumerate(trees):
+        for answer, (log_prob, greedy) in zip(answers, results[i], strict=True):
+            logits = model(torch.tensor([common + context + answer])).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+            expected = logits.gather(1, torch.tensor(answer)[:, None]).sum().item()
+            assert log_prob == pytest.approx(expected, rel=1e-5, abs=1e-4)
+            best = logits.topk(2).values
+            ties = (best[:, 0] - best[:, 1]).min() <= 1e-5 * logits.abs().max()
+            assert ties or greedy == (logits.argmax(-1).tolist() == answer)
+
+
+def test_generate_hf_gives_the_same():
+    model, prompts, done = tiny("llama"), make_prompts(9, 12), {}
+    generate_hf(model, prompts, 10, 4, [5, 7], done.__setitem__)
+    same(model, prompts, [done[i] for i in range(9)], plain(model, prompts, 10, {5, 7}))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {}, None),
+        ("mistral", {"sliding_window": 100}, None),
+        ("mistral", {"sliding_window": 99}, "its sliding window of 99 tokens is shorter than a sequence of 100"),
+        ("gemma2", {}, "its family gemma2 is not one of"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "its dynamic position embedding",
+        ),
+    ],
+)
+def test_models_that_the_engine_does_not_support(family, changes, reason):
+    found = unsupported_reason(tiny(family, **changes), 100)
+    assert found is None if reason is None else found.startswith(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_matmul_gives_the_exact_products_rounded_once(dtype):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 2500).to(dtype).requires_grad_(False)
+    x = torch.randn(70, 2, 96, dtype=dtype, requires_grad=True)
+    weights = torch.randn(70, 2, 2500, dtype=dtype)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with fp32_cpu_matmul(torch.nn.Sequential(layer)):
+        patched = "forward" in vars(layer)
+        out = layer(x)
+        (gradient,) = torch.autograd.grad(out, x, weights)
+        few = layer(x[:1])
+    # If the layer was not patched, the assertions below are about torch's own product.
+    assert patched == (
+        torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
+    )
+    assert "forward" not in vars(layer)
+    assert out.dtype == few.dtype == gradient.dtype == dtype
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, atol=step, rtol=step)
+    torch.testing.assert_close(gradient.double(), weights.double() @ layer.weight.double(), atol=4 * step, rtol=step)
+
+
+@needs_hub
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_generation_benchmark(dtype, tiny_llama):
+    done = call(
+        sys.executable, PROJECT / "benchmarks" / "generation.py", "--model", tiny_llama, "--num_query", "5",
+        "--batch_size", "2", "--max_new_tokens", "40", "--dtype", dtype, "--data_name", "allenai/ai2_arc", cwd=HUB,
+    )  # fmt: skip
+    table = [line.split() for line in done.stdout.splitlines() if re.search(r"\d of 5$", line)]
+    assert [line[0] for line in table] == ["one", "padded", "copied", "engine"]
+    if dtype == "fp32":
+        assert [line[-3] for line in table] == ["5"] * 4
+    assert "engine over copied, batches of 2:" in done.stdout

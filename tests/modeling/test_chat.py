@@ -1,0 +1,89 @@
+"""Chat templates: the exact tokens of prompts and answers, with one BOS and one EOS where the template has one."""
+
+import pytest
+
+from grath.common.errors import UserError
+from grath.modeling.chat import TEMPLATES, answer_ids, prompt_ids, template_for
+
+TURN = [{"role": "user", "content": "What is ice?"}]
+TURNS = [*TURN, {"role": "assistant", "content": "Frozen water."}, {"role": "user", "content": "And snow?"}]
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+EXPECTED = {
+    "llama2": (
+        "<s>[INST] What is ice? [/INST]",
+        "<s>[INST] What is ice? [/INST] Frozen water. </s><s>[INST] And snow? [/INST]",
+    ),
+    "zephyr": (
+        "<s><|user|>\nWhat is ice?</s>\n<|assistant|>\n",
+        "<s><|user|>\nWhat is ice?</s>\n<|assistant|>\nFrozen water.</s>\n<|user|>\nAnd snow?</s>\n<|assistant|>\n",
+    ),
+    "smollm2": (
+        f"{SYSTEM}<|im_start|>user\nWhat is ice?<|im_end|>\n<|im_start|>assistant\n",
+        f"{SYSTEM}<|im_start|>user\nWhat is ice?<|im_end|>\n<|im_start|>assistant\nFrozen water.<|im_end|>\n"
+        "<|im_start|>user\nAnd snow?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+}
+
+
+@pytest.fixture(params=TEMPLATES)
+def chat(request, llama_tokenizer, smollm_tokenizer):
+    return request.param, smollm_tokenizer if request.param == "smollm2" else llama_tokenizer
+
+
+def test_prompt_token_ids(chat):
+    model_type, tokenizer = chat
+    template = template_for(tokenizer, model_type)
+    for messages, text in zip((TURN, TURNS), EXPECTED[model_type], strict=True):
+        ids = prompt_ids(tokenizer, messages, template)
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "messages", "count"), [("llama2", TURN, 1), ("llama2", TURNS, 2), ("zephyr", TURNS, 1)]
+)
+def test_one_bos_where_the_template_has_one(llama_tokenizer, model_type, messages, count):
+    ids = prompt_ids(llama_tokenizer, messages, TEMPLATES[model_type])
+    bos = llama_tokenizer.bos_token_id
+    assert ids[0] == bos
+    assert ids.count(bos) == count
+    assert all(pair != (bos, bos) for pair in zip(ids, ids[1:], strict=False))
+
+
+def test_a_template_without_bos_gets_the_tokenizers_bos(llama_tokenizer):
+    template = TEMPLATES["zephyr"].replace("{{ bos_token }}", "")
+    assert prompt_ids(llama_tokenizer, TURN, template) == prompt_ids(llama_tokenizer, TURN, TEMPLATES["zephyr"])
+
+
+def test_answer_ends_with_one_eos(chat):
+    model_type, tokenizer = chat
+    template = TEMPLATES[model_type]
+    prompt, answer = answer_ids(tokenizer, TURN, "Frozen water.", template)
+    assert prompt == prompt_ids(tokenizer, TURN, template)
+    assert answer.count(tokenizer.eos_token_id) == 1
+    assert answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(answer[:-1]).strip() == "Frozen water."
+
+
+def test_auto_uses_the_tokenizers_template(smollm_tokenizer):
+    smollm_tokenizer.chat_template = TEMPLATES["smollm2"]
+    assert template_for(smollm_tokenizer, "auto") == TEMPLATES["smollm2"]
+    smollm_tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template: pass --model_type"):
+        template_for(smollm_tokenizer, "auto")
+
+
+def test_the_smollm2_template_matches_the_models_own(smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for messages in (TURNS, [{"role": "system", "content": "Be brief."}, *TURN]):
+        own = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert prompt_ids(tokenizer, messages, TEMPLATES["smollm2"]) == own
+
+
+def test_a_system_turn_in_the_llama2_template(llama_tokenizer):
+    ids = prompt_ids(llama_tokenizer, [{"role": "system", "content": "Be brief."}, *TURNS], TEMPLATES["llama2"])
+    assert llama_tokenizer.decode(ids) == (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is ice? [/INST] Frozen water. </s><s>[INST] And snow? [/INST]"
+    )

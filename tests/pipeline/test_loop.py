@@ -1,0 +1,289 @@
+"""The loop and its presets: their commands, and whole runs on a tiny model."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support import BUNDLED, CORRECT, HUB, PROJECT, call, needs_hub, rows
+
+PRESETS = {
+    "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
+    "run_llama2_fix_ref.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "fixed", 10, 1000, 1119),
+    "run_zephyr.sh": ("HuggingFaceH4/zephyr-7b-beta", "zephyr", "rolling", 2, 500, 1119),
+    "run_zephyr_fix_ref.sh": ("HuggingFaceH4/zephyr-7b-beta", "zephyr", "fixed", 10, 1000, 1119),
+    "run_smollm2.sh": (str(PROJECT / "models" / "smollm2"), "smollm2", "rolling", 2, 10, 160),
+    "run_smollm2_fix_ref.sh": (str(PROJECT / "models" / "smollm2"), "smollm2", "fixed", 4, 10, 160),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
+    model, model_type, reference, count, steps, questions = PRESETS[preset]
+    done = call(preset, env={"DRY_RUN": "1", "RUNS_DIR": str(tmp_path / "runs")})
+    assert not (tmp_path / "runs").exists()
+    lines = done.stdout.splitlines()
+    asks = [line for line in lines if "create_pair_responses.py" in line]
+    combines = [line for line in lines if "combine_new_correct_ori_wrong.py" in line]
+    trainings = [line for line in lines if re.match(r"accelerate launch .*dpo\.py", line)]
+    scores = [line for line in lines if "evaluation.sh" in line]
+    assert (len(asks), len(combines), len(trainings), len(scores)) == (count, count - 1, count, count + 1)
+    assert f"--model_name_or_path {model} " in asks[0]
+    assert f"--model_name_or_path {model} " in trainings[0]
+    for i, line in enumerate(trainings):
+        assert f"--reference {reference} " in line
+        assert f"--max_steps {steps} " in line
+        assert f"--model_type {model_type} " in line
+        combined = "_combined" if i else ""
+        assert f"data/iter{i}_arcc_num_{questions}_useGT_False_useFS_True{combined}.json" in line
+        assert f"--output_dir {tmp_path}/runs/" in line
+        assert f"models/iter_{i + 1}_arcc_num_{questions}_useGT_False_useFS_True " in line
+        if i:
+            assert f"models/iter_{i}_arcc" in line.split("--model_name_or_path")[1].split()[0]
+    first = f"data/iter0_arcc_num_{questions}_useGT_False_useFS_True.json"
+    assert all(first in line.split("--ori_data_path")[1] for line in combines)
+    assert all(line.endswith("--report_to none ") for line in trainings)
+    if "smollm2" not in preset:
+        assert all("--learning_rate 5e-4" in line and "--warmup_steps 100 " in line for line in trainings)
+
+
+def test_a_training_can_be_watched_elsewhere():
+    done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb"})
+    assert done.stdout.count("--report_to wandb ") == 2
+
+
+def test_a_run_has_its_folder(llama_run, tiny_llama):
+    run, _, done = llama_run
+    tail = "arcc_num_6_useGT_False_useFS_True"
+    for name in (f"iter0_{tail}", f"iter1_{tail}", f"iter1_{tail}_combined"):
+        assert [row["correct"] for row in rows(run / "data" / f"{name}.json")] == [CORRECT] * 6
+    for i in (1, 2):
+        config = json.loads((run / "models" / f"iter_{i}_{tail}" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tiny_llama)
+    for i in (0, 1, 2):
+        for task in ("grath_mc1", "grath_mc2"):
+            assert set(json.loads((run / "results" / f"iter_{i}" / f"{task}.json").read_text())["results"]) == {task}
+        assert len(rows(run / "results" / f"iter_{i}" / "samples.jsonl")) == 5
+    second = json.loads((run / "models" / f"iter_2_{tail}" / "grath.json").read_text())
+    assert f"models/iter_1_{tail}" in second["policy_starts_from"]
+    lines = done.stdout.splitlines()
+    model = f"{run}/models/iter_2_{tail}"
+    assert lines[-1] == f"Done: see {run}/report.md; M_2 is the LoRA adapter in {model}"
+    assert re.search(r"^== iteration 2: M_1 writes pairs \(about \d+ s\)$", done.stdout, re.MULTILINE)
+    assert [line.split()[0] for line in lines if line.startswith("M_")] == ["M_0", "M_1", "M_0", "M_1", "M_2"]
+    assert "were not passed to `accelerate launch`" not in done.stderr
+
+
+@pytest.fixture
+def copied(llama_run, tmp_path):
+    """A copy of the run at another place, its settings, and its manifest."""
+    run, settings, _ = llama_run
+    shutil.copytree(run, tmp_path / run.name)
+    manifest = json.loads((run / "manifest.json").read_text())
+    return tmp_path / run.name, {**settings, "RUNS_DIR": str(tmp_path)}, manifest
+
+
+def test_the_manifest_tells_what_was_made_from_what(llama_run, tiny_llama):
+    run, settings, _ = llama_run
+    manifest = json.loads((run / "manifest.json").read_text())
+    stages = {(entry["iteration"], entry["stage"]): entry for entry in manifest["stages"]}
+    assert list(stages) == [
+        (0, "scores"), (0, "samples"), (1, "pairs"), (1, "dpo"), (1, "scores"), (1, "samples"), (2, "pairs"),
+        (2, "combine"), (2, "dpo"), (2, "scores"), (2, "samples"),
+    ]  # fmt: skip
+    for entry in stages.values():
+        assert entry["outcome"] == "done" and entry["seed"] == "0" and entry["starts"] == 1 and entry["seconds"] >= 0
+        assert entry["versions"]["trl"] and entry["command"] and entry["start"] > 1.7e9
+        assert entry["settings"] == manifest["settings"]
+        assert entry["settings"]["MAX_STEPS"] == "4" and entry["settings"]["MODEL_NAME_OR_PATH"] == str(tiny_llama)
+        for name, value in entry["outputs"].items():
+            assert hashlib.sha256((run / name).read_bytes()).hexdigest() == value
+    pairs, combine, dpo = stages[2, "pairs"], stages[2, "combine"], stages[2, "dpo"]
+    assert pairs["outputs"].items() <= combine["inputs"].items()
+    assert combine["outputs"].items() <= dpo["inputs"].items()
+    adapter = {name: value for name, value in stages[1, "dpo"]["outputs"].items() if "adapter" in name}
+    assert len(adapter) == 2 and adapter.items() <= dpo["inputs"].items()
+    weights = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
+    assert stages[1, "pairs"]["inputs"][f"{tiny_llama.name}/model.safetensors"] == weights
+
+
+def test_the_same_command_does_nothing_twice(copied):
+    run, settings, _ = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
+    done = call("run_llama2.sh", env=settings)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run} == before
+    assert done.stdout.count("is up to date") == 11
+
+
+def test_other_settings_do_not_mix_into_a_run(copied):
+    run, settings, _ = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for name, was, value in (("MAX_STEPS", "4", "3"), ("LIMIT", "3", ""), ("DEMOS", "truthfulqa", "halueval")):
+        done = call("run_llama2.sh", env={**settings, name: value}, status=2)
+        assert done.stderr == (
+            f"grath.pipeline: error: {run} contains a run with {name}={was}, not {value}: set another RUN_NAME, "
+            "or FRESH=1 to move the old run aside and start again\n"
+        ).replace("  ", " ")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_fresh_moves_the_old_run_aside(copied, llama_run):
+    run, settings, _ = copied
+    done = call(
+        "run_llama2.sh", env={**settings, "FRESH": "1", "MAX_STEPS": "3", "NUM_QUERY": "500", "TASKS": ""}, status=2
+    )
+    aside = run.with_name(f"{run.name}.old-1")
+    assert f"FRESH=1: moved the old run in {run} to {aside}" in done.stdout
+    old = {path.relative_to(aside) for path in aside.rglob("*")}
+    assert old == {path.relative_to(llama_run[0]) for path in llama_run[0].rglob("*")}
+    assert json.loads((run / "manifest.json").read_text())["settings"]["MAX_STEPS"] == "3"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"stages": [}', "[]"])
+def test_a_folder_without_its_manifest_is_not_touched(content, copied):
+    run, settings, _ = copied
+    (run / "manifest.json").unlink()
+    if content is not None:
+        (run / "manifest.json").write_text(content)
+    done = call("run_llama2.sh", env=settings, status=2)
+    what = (
+        "is not empty and contains no manifest.json"
+        if content is None
+        else "is damaged, or was written by another version"
+    )
+    assert what in done.stderr and "set another RUN_NAME, or FRESH=1" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_wrong_first_setting_can_be_put_right(copied):
+    run, settings, _ = copied
+    shutil.rmtree(run)
+    call("run_llama2.sh", env={**settings, "TASKS": "", "NUM_QUERY": "500"}, status=2)
+    done = call("run_llama2.sh", env={**settings, "TASKS": "", "NUM_QUERY": "501"}, status=2)
+    assert "--num_query 501: there are only 160 questions" in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_users_own_accelerate_configuration_changes_nothing(processes, tiny_llama, tmp_path, monkeypatch):
+    from accelerate.commands import launch
+    from accelerate.commands.config import config_args
+
+    for module in (launch, config_args):
+        own = str(PROJECT / "accelerate_configs" / "deepspeed_zero2.yaml")
+        monkeypatch.setattr(module, "default_config_file", own)
+    printed = call("run_llama2.sh", env={"DRY_RUN": "1", "NUM_PROCESSES": str(processes)}).stdout
+    command = next(line for line in printed.splitlines() if "dpo.py" in line)
+    args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(shlex.split(command)[2:]))
+    assert not args.use_deepspeed and not args.use_fsdp
+    assert (args.multi_gpu, args.num_processes, args.num_machines) == (processes > 1, processes, 1)
+    assert (args.mixed_precision, args.dynamo_backend, args.use_cpu) == ("no", "no", False)
+    if processes > 1:
+        env = {"DRY_RUN": "1", "NUM_PROCESSES": "2", "TASKS": "grath_mc1"}
+        printed = call("evaluation.sh", tiny_llama, tmp_path / "scores", env=env).stdout
+        config = f"{PROJECT}/accelerate_configs/data_parallel.yaml"
+        assert f"--config_file {config} --num_processes 2 -m grath.pipeline evaluate" in printed
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_can_be_given_to_slurm(preset, tmp_path):
+    lines = (PROJECT / preset).read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line for line in lines[:first_command] if line.startswith("#SBATCH ")]
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    assert any(line.startswith("#SBATCH --signal=B:USR1@") for line in options)
+    # Slurm runs a copy of the script from a folder of its own.
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/bash\ncp "$1" {tmp_path}/slurm_script\ncd {tmp_path}\nexec ./slurm_script\n')
+    sbatch.chmod(0o755)
+    env = {"SLURM_SUBMIT_DIR": str(PROJECT), "DRY_RUN": "1", "SLURM_JOB_ID": "1"}
+    env["PATH"] = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    assert f"{PROJECT}/dpo.py" in call("sbatch", f"./{preset}", env=env).stdout
+
+
+def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
+    run, settings, _ = copied
+    (run / "results" / "iter_1" / "grath_mc2.json").unlink()
+    kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
+    # What is not set is as in the run.
+    done = call("evaluation.sh", env={name: settings[name] for name in ("TASKS", "RUNS_DIR")})
+    limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
+    assert limited["effective"] == int(settings["LIMIT"])
+    assert f"newest run: {run}, 1 iteration(s) without scores" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
+    assert (run / "results" / "iter_1" / "grath_mc2.json").is_file()
+    assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
+
+
+def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "TASKS": ""}
+    done = call("run_llama2.sh", env={**env, "RUNS_DIR": str(tmp_path)}, status=2)
+    assert "there are only 160 questions" in done.stderr
+    assert " EVAL_PRECISION=" in done.stdout and " on the CPU (DEVICE=cpu)" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: iteration 1: M_0 writes pairs failed")
+    env = {**env, "NUM_QUERY": "2", "MAX_LENGTH": "2", "RUNS_DIR": str(tmp_path)}
+    done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=2)
+    assert "no pair is left to train on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
+    env = {
+        "NUM_QUERY": "6",
+        "MAX_STEPS": "1",
+        "WARMUP_STEPS": "0",
+        "ITERATIONS": "1",
+        "LIMIT": "2",
+        "RUNS_DIR": str(tmp_path),
+    }
+    # `make` itself, where the tests run in the environment that it makes.
+    made = Path(sys.prefix) == PROJECT / ".venv" and (PROJECT / ".venv" / "run.stamp").exists()
+    done = call("make", "demo", env=env) if made else call("run_smollm2.sh", env=env)
+    table = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")]
+    assert table == ["M_0", "M_1"]
+    record = json.loads(next((tmp_path / "smollm2_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
+    assert record["settings"]["precision"] in ("bf16", "fp4")
+
+
+@needs_hub
+@pytest.mark.slow
+def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
+    """On a tiny model: the first run without scores, dry runs of the others, and the report.
+
+    `test_all_tasks_of_the_leaderboard_offline` scores these very tasks.
+    """
+    blocks = re.findall(r"^```\n(.*?)^```", (PROJECT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    settings, rolling, fixed, use_gt, halueval, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()
+    for name, value in {"NUM_QUERY": 6, "MAX_STEPS": 1, "WARMUP_STEPS": 0}.items():
+        settings, changed = re.subn(rf"\b{name}=\d+", f"{name}={value}", settings)
+        assert changed == 1
+    settings, changed = re.subn(r'TASKS="truthfulqa_mc1 truthfulqa_mc2 arc_challenge"', "TASKS=", settings)
+    assert changed == 1
+    names = ("rolling", "fixed", "useGT", "halueval")
+    assert report == " ".join(["python -m grath.report", *(f"runs/{name}_seed_0" for name in names)])
+    runs = tmp_path / "runs"
+    script = f"set -e\n{settings}\n{rolling}\nDRY_RUN=1 {fixed}\nDRY_RUN=1 {use_gt}\nDRY_RUN=1 {halueval}\n"
+    for name in names[1:]:
+        script += f"cp -r {runs}/rolling_seed_0 {runs}/{name}_seed_0\n"
+    env = {
+        "folder": str(HUB),
+        "MODEL_NAME_OR_PATH": str(tiny_llama),
+        "RUNS_DIR": str(runs),
+        "ITERATIONS": "1",
+    }
+    done = call("bash", "-c", script + report.replace("runs/", f"{runs}/"), env=env)
+    asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
+    assert ["--useGT" in line for line in asks] == [False, True, False]
+    assert ["--demos halueval" in line for line in asks] == [False, False, True]
+    assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
+    references = [line for line in done.stdout.splitlines() if "--reference" in line]
+    assert ["--reference fixed" in line for line in references] == [True, False, False]
+    facts = (runs / "comparison.md").read_text()
+    for name in names:
+        assert re.search(rf"\| {name}_seed_0 +\| M_0 +\| +6 \| +6 \|", facts)

@@ -1,0 +1,143 @@
+"""CHECK=1: the machine is checked for a run before the run starts."""
+
+import json
+import re
+import shutil
+import sysconfig
+
+import pytest
+from support import BUNDLED, PROJECT, call
+
+
+def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "100", "DATA_PATH": str(BUNDLED), "CHECK": "1"}
+    env |= {"RUNS_DIR": str(tmp_path / "runs"), "TASKS": "grath_mc1"}
+    done = call("run_llama2.sh", env=env)
+    checked = [line.split(":")[0].split() for line in done.stdout.splitlines() if line.startswith("ok ")]
+    assert checked == [["ok", name] for name in ("packages", "device", "model", "memory", "data", "sizes", "disk")]
+    plan = done.stdout.split("The plan: 11 stages")[1].splitlines()[1:-1]
+    assert [line.split("  ")[1] for line in plan][2:4] == [
+        "iteration 1: M_0 writes pairs",
+        "iteration 1: DPO trains M_1",
+    ]
+    assert all(re.search(r"\d (B|kB|MB)$", line) for line in plan)
+    assert done.stdout.splitlines()[-1] == "Ready: run the same command without CHECK=1"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "CHECK": "1"}
+    done = call("run_llama2.sh", env={**env, "RUNS_DIR": "/proc/runs", "TASKS": "hellaswag"}, status=2)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed[0] == "FAIL  data: NUM_QUERY=500, but there are only 160 questions"
+    assert failed[1].startswith("FAIL  disk: cannot write to") or "/proc" in failed[1]
+    assert done.stderr == "grath.pipeline: error: not ready: data, disk; see above\n"
+    done = call("run_llama2.sh", env={**env, "NUM_QUERY": "5", "TASKS": "hellaswag"}, status=2)
+    assert "FAIL  data: Rowan/hellaswag: " in done.stdout
+    done = call("run_llama2.sh", env={**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
+    assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
+
+
+def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
+    from grath.common.errors import UserError
+    from grath.modeling.loading import check_weights
+    from grath.pipeline.preflight import read_model
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    assert read_model(str(model))[2] > 10_000
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    for look in (check_weights, read_model):
+        with pytest.raises(
+            UserError, match="lacks 1 of 2 weight files, starting with model-00002-of-00002.safetensors"
+        ):
+            look(str(model))
+    (model / "model.safetensors.index.json").unlink()
+    (model / "model-00001-of-00002.safetensors").rename(model / "pytorch_model.bin")
+    for look in (check_weights, read_model):
+        with pytest.raises(UserError, match="has no safetensors weights"):
+            look(str(model))
+
+
+def test_check_compares_packages_with_the_pins(tmp_path, monkeypatch):
+    import torch
+
+    from grath.common.errors import UserError
+    from grath.pipeline import machine
+
+    monkeypatch.setattr(machine, "PROJECT", tmp_path)
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("# a note\npytest==0.1\nno-such-package==1; python_version < '3'\n")
+    assert machine.check_packages(["bf16"]) == f"pytest is {pytest.__version__}, tested is 0.1"
+    requirements.write_text(f"pytest=={pytest.__version__}\n")
+    assert machine.check_packages(["int8"]) == "as pinned in requirements.txt"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CC", raising=False)
+        with pytest.raises(UserError, match="there is no C compiler, which Triton needs"):
+            machine.check_packages(["int8"])
+        patch.setenv("CC", "gcc")
+        patch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        with pytest.raises(UserError, match=r"there is no .*/Python.h, which Triton needs"):
+            machine.check_packages(["int8"])
+        (tmp_path / "Python.h").touch()
+        machine.check_packages(["int8"])
+    requirements.write_text("no-such-package==1\n")
+    with pytest.raises(UserError, match="no-such-package is missing: pip install -e . -c constraints.txt"):
+        machine.check_packages(["bf16"])
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((9, 0), True), ((8, 9), True), ((6, 1), False)])
+def test_driver_cuda_and_capability_are_shown_side_by_side(capability, fits, monkeypatch):
+    import torch
+
+    from grath.common.errors import UserError
+    from grath.pipeline import machine
+
+    monkeypatch.setenv("DEVICE", "")
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+        monkeypatch.setattr(module, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120"])
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if not fits:
+        with pytest.raises(UserError, match="compute capability 6.1; .* this torch has no code for the GPU"):
+            machine.check_device(1)
+        return
+    text = machine.check_device(1)
+    name = "{}.{}".format(*capability)
+    assert text.startswith(f"1 GPU(s), a GPU, compute capability {name}; driver for CUDA 12.8; torch ")
+    assert text.endswith(" for CUDA 13.0 (sm_75, sm_80, sm_90a, sm_120)")
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_memory_is_compared_with_the_size_of_the_model(big, monkeypatch):
+    import torch
+
+    from grath.common.errors import UserError
+    from grath.pipeline.machine import check_memory
+    from grath.pipeline.preflight import check_disk
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
+    precisions = ["int8", "fp4", "fp16"]
+    if big:
+        with pytest.raises(UserError, match="GPU 0 has 24.0 GB free, and 28.6 GB of weights in int8, fp4, fp16 need"):
+            check_memory(13e9, precisions, 1)
+        with pytest.raises(UserError, match="NUM_PROCESSES=2, but 1 GPU"):
+            check_memory(7e9, precisions, 2)
+        with pytest.raises(UserError, match="are free in .* and all iterations write about"):
+            check_disk(PROJECT, 1e18)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="no GPU is seen"):
+            check_memory(7e9, precisions, 1)
+    else:
+        assert "a GPU, 24.0 GB free, for 15.4 GB" in check_memory(7e9, precisions, 1)

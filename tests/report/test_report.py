@@ -1,0 +1,248 @@
+"""The report of a run and of several runs, and the distance between correct and incorrect answers."""
+
+import json
+import re
+import shutil
+
+import pytest
+from support import HUB, PROJECT, call, call_here, needs_hub, pair, write_rows
+
+from grath.pairs.questions import load_questions
+
+
+def result(task, score, stderr=1.0, chat=None):
+    return {
+        "results": {task: {"acc,none": score, "acc_stderr,none": stderr / 100}},
+        "versions": {task: 2.0},
+        "lm_eval_version": "0.4.13",
+        "chat_template": chat,
+    }
+
+
+@pytest.fixture
+def made_run(tmp_path):
+    """A handmade run folder of three iterations: M_1 is best, M_3 lacks MC2."""
+    run = tmp_path / "a run"
+    values = {0: (0.30, 0.45), 1: (0.40, 0.50), 2: (0.35, 0.49), 3: (0.2, None)}
+    for number, scores in values.items():
+        folder = run / "results" / f"iter_{number}"
+        folder.mkdir(parents=True)
+        for task, value in zip(("truthfulqa_mc1", "truthfulqa_mc2"), scores, strict=True):
+            if value is not None:
+                (folder / f"{task}.json").write_text(json.dumps(result(task, value)))
+        write_rows(folder / "samples.jsonl", [{"question": "Is ice cold?", "answer": f"Answer {number}"}])
+        if number:
+            model = run / "models" / f"iter_{number}_arcc"
+            model.mkdir(parents=True)
+            (model / "adapter_model.safetensors").write_bytes(b"")
+            (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/Llama-2-7b-chat-hf"}))
+            write_rows(model / "training_log.jsonl", [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}])
+            (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}, "warnings": ["too many steps"]}))
+    (run / "data").mkdir()
+    pairs = [("Is it q?", "a", "a"), ("r", "a", "b"), ("Why s?", "Why s.", "not b")]
+    write_rows(
+        run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json",
+        [{"question": q, "correct": c, "incorrect": i} for q, c, i in pairs],
+    )
+    return run
+
+
+def test_report_of_a_run(made_run):
+    done = call_here("grath.report", made_run)
+    text = (made_run / "report.md").read_text()
+    assert "| M_1        | 40.00 ± 1.00 (+10.00) | 50.00 ± 1.00 (+5.00) |" in text
+    assert "| M_3        | 20.00 ± 1.00 (-10.00) | -                    |" in text
+    assert "Best by MC1 + MC2: M_1 (90.00); every later iteration is lower (the last: 84.00)." in text
+    assert "No score of M_3 yet: MC2." in text
+    assert "MC1 30.23 -> 54.71" in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "->" in line]
+    assert cells[1][:5] == ["M_0 -> M_1", "5", "3", "1", "1"] and "0.125" in cells[1]
+    assert "- M_2: too many steps" in text
+    assert "- M_3: Answer 3" in text
+    assert "truthfulqa_mc1 2.0; truthfulqa_mc2 2.0; chat template off" in text
+    assert (made_run / "iterations.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (made_run / "iterations.svg").read_text()
+    assert "Best by MC1 + MC2: M_1" in done.stdout
+
+
+def test_report_of_a_run_with_one_iteration_and_no_scores(made_run):
+    shutil.rmtree(made_run / "results")
+    for number in (2, 3):
+        shutil.rmtree(made_run / "models" / f"iter_{number}_arcc")
+    done = call_here("grath.report", made_run)
+    assert "No score of M_0 (base) yet." in done.stdout and "No score of M_1 yet." in done.stdout
+    assert "Best by" not in done.stdout
+    assert not (made_run / "iterations.png").exists()
+
+
+def test_report_names_commits_and_versions_of_the_run(made_run):
+    """The report does not name the commit and versions at the time of writing."""
+    entry = {"title": "t", "iteration": 0, "seconds": 1, "starts": 1, "outcome": "done"}
+    stages = [
+        {**entry, "stage": "pairs", "commit": "abc1234", "versions": {"torch": "2.0", "bitsandbytes": None}},
+        {**entry, "stage": "dpo", "commit": "def5678+", "versions": {"torch": "2.1", "bitsandbytes": None}},
+    ]
+    manifest = {"format": 2, "settings": {"SEED": "0"}, "inputs": {}, "hash_cache": {}, "stages": stages}
+    (made_run / "manifest.json").write_text(json.dumps(manifest))
+    call_here("grath.report", made_run)
+    lines = (made_run / "report.md").read_text().splitlines()
+    assert "Commit: abc1234, def5678+" in lines and "Versions: torch 2.0 and 2.1, bitsandbytes none" in lines
+
+
+@pytest.mark.parametrize("name", ["rolling", "fixed", "useGT", "halueval"])
+def test_published_report_names_commits_and_versions_of_its_manifest(name):
+    from grath.report.run import made_with
+
+    folder = PROJECT / "results" / name
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (folder / "report.md").read_text().endswith(f"\n{made_with(manifest['stages'])}\n")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"results": {'])
+def test_damaged_result_file_gives_one_line(content, tmp_path):
+    (tmp_path / "arc_challenge.json").write_text(content)
+    done = call_here("grath.report", tmp_path, status=2)
+    assert done.stderr.endswith("arc_challenge.json is damaged, or not a result file of lm-evaluation-harness\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def two_runs(made_run):
+    """Two runs that differ in their few-shot examples and in the score of M_1."""
+    other = made_run.with_name("another run")
+    shutil.copytree(made_run, other)
+    (other / "results" / "iter_1" / "truthfulqa_mc1.json").write_text(json.dumps(result("truthfulqa_mc1", 0.38)))
+    for folder, demos in ((made_run, "truthfulqa"), (other, "halueval")):
+        settings = {"DEMOS": demos, "SEED": "0"}
+        manifest = {"format": 2, "settings": settings, "inputs": {}, "hash_cache": {}, "stages": []}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = {"distance": 0.25, "probe": 0.875, "pairs": 2, "model": "m"}
+    (other / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.distance.json").write_text(json.dumps(found))
+    return made_run, other
+
+
+def test_comparison_of_two_runs(two_runs):
+    done = call_here("grath.report", *two_runs)
+    text = (two_runs[0].parent / "comparison.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["run", "DEMOS"] in lines  # not SEED, which is the same in both
+    assert ["a run", "truthfulqa"] in lines and ["another run", "halueval"] in lines
+    assert ["a run: M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in lines
+    assert ["another run: M_1", "38.00 ± 1.00 (+8.00)", "50.00 ± 1.00 (+5.00)"] in lines
+    assert sum("M_0" in line[0] for line in lines) == 1  # the shared base appears once
+    assert ["another run", "M_0", "5", "3", "1", "1", "0.250", "0.875", "0.000 / 0.500", "1.5 / 1.5"] in lines
+    assert ["a run", "M_0", "5", "3", "1", "1", "-", "-", "0.000 / 0.500", "1.5 / 1.5"] in lines
+    assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "Wrote comparison.md and comparison.png in" in done.stdout
+    # With different bases, each has its own row and there are no differences.
+    base = two_runs[1] / "results" / "iter_0" / "truthfulqa_mc1.json"
+    base.write_text(json.dumps(result("truthfulqa_mc1", 0.25)))
+    done = call_here("grath.report", *two_runs)
+    assert sum(": M_0" in line for line in done.stdout.splitlines()) == 2
+    assert "(+" not in done.stdout and "another run: M_1" in done.stdout
+    done = call_here("grath.report", *two_runs, two_runs[0].parent, status=2)
+    assert "is not a run folder: it contains no manifest.json" in done.stderr
+
+
+def test_distance_and_probe_of_synthetic_clusters():
+    import numpy
+
+    from grath.distance import distance, probe
+
+    draw = numpy.random.default_rng(0)
+    here, there = draw.normal(size=(200, 5)), draw.normal(size=(200, 5))
+    assert distance(here, here) == 0
+    assert distance(here, there) < 0.15
+    assert 0.4 < probe(here, there) < 0.6
+    there[:, 0] += 20
+    # The standard deviation is 1 in each of five directions; the means are 20 apart.
+    assert distance(here, there) == pytest.approx(20 / 5**0.5, rel=0.1)
+    assert probe(here, there) > 0.99
+
+
+def test_distance_of_a_pair_file_in_file_and_report(tiny_llama, made_run):
+    import torch
+
+    from grath.distance import distance
+    from grath.modeling.chat import answer_ids, template_for
+    from grath.modeling.loading import load_model, load_tokenizer
+
+    file = made_run / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.json"
+    done = call_here("grath.distance", file, "--model_name_or_path", tiny_llama, status=2)
+    assert f"{file} has 2 pairs of different answers: at least 5 are needed" in done.stderr
+    rows = [pair(f"Is it {i}?", f"Yes, it is {i} indeed.", "No." if i else "Norwegian wood.") for i in range(7)]
+    write_rows(file, [*rows, pair("q", "same", "same")])
+    flags = ("--model_name_or_path", tiny_llama, "--precision", "fp32", "--batch_size", "3")
+    done = call_here("grath.distance", file, *flags)
+    found = json.loads(file.with_suffix(".distance.json").read_text())
+    assert found["precision"] == "fp32" and found["negated"] == [0, 6 / 7] and "negated 0.0% and 85.7%" in done.stdout
+    assert found["pairs"] == 7 and f"distance {found['distance']:.3f}" in done.stdout
+
+    tokenizer = load_tokenizer(tiny_llama)
+    template = template_for(tokenizer, "auto")
+    model = load_model(tiny_llama, "fp32")
+
+    def mean_hidden_state(question, answer):
+        prompt, ids = answer_ids(tokenizer, [{"role": "user", "content": question}], answer, template)
+        with torch.inference_mode():
+            hidden = model(torch.tensor([[*prompt, *ids]]), output_hidden_states=True).hidden_states[-1]
+        return hidden[0, len(prompt) :].mean(0)
+
+    sides = [
+        torch.stack([mean_hidden_state(row["question"], row[side]) for row in rows])
+        for side in ("correct", "incorrect")
+    ]
+    assert found["distance"] == pytest.approx(distance(*(side.numpy() for side in sides)), rel=1e-4)
+    call_here("grath.report", made_run)
+    assert f"{found['distance']:.3f}" in (made_run / "report.md").read_text()
+
+
+def test_what_two_models_choose(tmp_path):
+    keys = ["No, it is not.", "Nothing happens.", "It rains.", "It can\u2019t.", "Snow."]
+    # The other choice is the shorter one.
+    for name, chosen in (("before", [1, 1, 0, 1, 0]), ("after", [0, 1, 1, 0, 0])):
+        (tmp_path / name).mkdir()
+        docs = [
+            {
+                "question": f"q{i}",
+                "mc1_targets": {"choices": [key, "x"], "labels": [1, 0]},
+                "mc2_targets": {"choices": [key, "x", "y"], "labels": [1, 1, 0]},
+            }
+            for i, key in enumerate(keys)
+        ]
+        likelihoods = [[["-1.5", "True"], ["-12.5", "False"]][:: 1 if right else -1] for right in chosen]
+        samples = [
+            {"doc": doc, "acc": float(right), "filtered_resps": answers}
+            for doc, right, answers in zip(docs, chosen, likelihoods, strict=True)
+        ]
+        write_rows(tmp_path / name / "samples_truthfulqa_mc1_1.jsonl", samples)
+    done = call("results/choices.py", tmp_path / "before", tmp_path / "after")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    assert cells[2:4] == [
+        ["with a negation", "3", "50.00", "100.00", "33.33", "0", "2"],
+        ["without", "2", "50.00", "0.00", "50.00", "1", "0"],
+    ]
+    # Only the last gold answer is as short as the other choices.
+    assert cells[6:] == [
+        ["the shortest, in words", "60.00", "40.00", "60.00", "10.00", "53.33"],
+        ["with a negation", "30.00", "60.00", "20.00", "80.00", "86.67"],
+        ["without a negation", "70.00", "40.00", "80.00", "20.00", "56.67"],
+        ["any", "100.00", "100.00", "100.00", "50.00", "66.67"],
+    ]
+    assert "score with --log_samples" in call("results/choices.py", tmp_path, tmp_path / "no", status=2).stderr
+
+
+@needs_hub
+def test_gold_answers_in_a_pair_file(tmp_path):
+    questions = load_questions(data_name=str(HUB / "allenai" / "ai2_arc"), subdata_name="ARC-Challenge")[:4]
+    keys = [question["choices"][question["answer"]] for question in questions]
+    answers = [(f"{keys[0].upper()}.", "no"), ("a", f" {keys[1]}"), ("b", "c"), ("same", "same")]
+    asked = [question["question"] for question in questions]
+    file = tmp_path / "pairs.json"
+    write_rows(file, [pair(question, *sides) for question, sides in zip(asked, answers, strict=True)])
+    printed = call("results/pairs.py", file, "--sample", "9", cwd=HUB).stdout
+    assert re.findall(r"^(\w+): the gold answer in 1 of 3 ", printed, re.MULTILINE) == ["correct", "incorrect"]
+    drawn = re.findall(r"^line (\d): (.*)$", printed, re.MULTILINE)
+    assert sorted(drawn) == [(str(line), question) for line, question in enumerate(asked[:3], 1)]
+    write_rows(file, [pair("Whose question?", "a", "b")])
+    assert "not in the train split of ARC-Challenge" in call("results/pairs.py", file, cwd=HUB, status=2).stderr

@@ -1,0 +1,158 @@
+"""What tests share: the environment, real and made data, and a way to run the scripts as a user does."""
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The same tests on every machine: tests of a GPU set this themselves.
+os.environ["DEVICE"] = "cpu"
+# Neither read nor fill the user's own cache.
+CACHE = tempfile.TemporaryDirectory(prefix="grath-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
+# The command lines that the tests start, directly or through a script, for test_readme.py.
+os.environ["RECORD_COMMANDS"] = f"{CACHE.name}/commands.jsonl"
+RECORD = Path(__file__).resolve().parent / "record"
+os.environ["BASH_ENV"] = str(RECORD / "bash_env.sh")
+PROJECT = Path(__file__).resolve().parent.parent
+HUB = PROJECT.parent / "shared" / "hub"
+BUNDLED = PROJECT / "data" / "questions.jsonl"
+# The tiny chat model answers every question with this response.
+CORRECT, INCORRECT = "Plants need light to grow.", "Plants eat small stones."
+RESPONSE = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INCORRECT}"
+
+
+def record(command, env=None):
+    """Record a command line that a test starts."""
+    given = [f"{name}={value}" for name, value in (env or {}).items()]
+    with Path(os.environ["RECORD_COMMANDS"]).open("a", encoding="utf-8") as file:
+        file.write(json.dumps([*given, *map(str, command)]) + "\n")
+
+
+def call(*command, cwd=PROJECT, env=None, status=0):
+    """Run a command, offline; return it finished. A script's name is looked up in the project; status None is any."""
+    command = [str(part) for part in command]
+    record(command, env)
+    if command[0].endswith(".py"):
+        command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
+    elif command[0].endswith(".sh"):
+        command[0] = str(PROJECT / command[0])
+    bin_folder = str(Path(sys.executable).parent)
+    settings = {
+        **os.environ,
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(Path(bin_folder).parent),
+        "PYTHONPATH": str(RECORD),
+        "HF_HUB_OFFLINE": "1",
+        **(env or {}),
+    }
+    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=900)
+    assert status is None or done.returncode == status, (
+        f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
+    return done
+
+
+def call_here(script, *command, cwd=PROJECT, status=0):
+    """What `call` does with a script or module, in this process: where imports take longer than the work."""
+    from accelerate.state import AcceleratorState
+
+    record([*(() if script.endswith(".py") else ("-m",)), script, *command])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = importlib.import_module(script.removesuffix(".py"))
+    if not hasattr(module, "main"):  # a package, run by `python -m`
+        module = importlib.import_module(f"{script}.__main__")
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [script, *map(str, command)]
+    try:
+        with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            module.run_main(module.main)
+    finally:
+        sys.argv = argv
+    done = subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), err.getvalue())
+    assert done.returncode == status, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def rows(path):
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path, content):
+    """Write objects as a JSON-lines file and return its path."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+def pair(question, correct, incorrect):
+    return {"question": question, "correct": correct, "incorrect": incorrect}
+
+
+def needs_hub(test):
+    return pytest.mark.skipif(not HUB.is_dir(), reason=f"the real data is not at {HUB}")(test)
+
+
+def make_tokenizer(bos, eos, add_bos):
+    """A byte-level BPE tokenizer of about 500 tokens, trained on the bundled questions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = list(dict.fromkeys(["<unk>", bos, eos]))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator([row["question"] for row in rows(BUNDLED)] + [RESPONSE] * 50, trainer)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>")
+
+
+def put(root, name, split, content, configs, splits, config=None):
+    """Write a split of a made data set in the hub's own folder layout; its page names `configs` and `splits`."""
+    import pandas
+
+    folder = root / name / (config or configs[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(content).to_parquet(folder / f"{split}-0.parquet")
+    page = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits)
+        for name in configs
+    )
+    (root / name / "README.md").write_text(f"---\nconfigs:\n{page}---\n")
+
+
+def put_arc(root, numbers):
+    """A made ARC with the questions of these numbers in every split."""
+    choices = {"text": ["ice", "fire", "sand", "iron"], "label": ["A", "B", "C", "D"]}
+    rows = [{"id": str(i), "question": f"What is cold? {i}", "choices": choices, "answerKey": "A"} for i in numbers]
+    splits = ("train", "validation", "test")
+    for split in splits:
+        put(root, "allenai/ai2_arc", split, rows, ["ARC-Challenge"], splits)
+
+
+def put_truthful(root, numbers):
+    """A made TruthfulQA with the questions of these numbers."""
+    targets = {"choices": ["Yes.", "No."], "labels": [1, 0]}
+    rows = [{"question": f"Is ice cold? {i}", "mc1_targets": targets, "mc2_targets": targets} for i in numbers]
+    put(root, "truthfulqa/truthful_qa", "validation", rows, ["multiple_choice"], ["validation"])
+
+
+def weights(folder):
+    """The tensors of an adapter's folder: name -> tensor."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")

@@ -1,0 +1,85 @@
+"""The layout: packages whose imports go one way, small modules, and scripts that nothing imports."""
+
+import ast
+import re
+import subprocess
+
+import pytest
+from support import PROJECT
+
+# A package may import those of a lower number.
+ORDER = {"common": 0, "modeling": 1, "pairs": 2, "generation": 2, "dpo": 3, "evaluation": 3, "report": 4, "pipeline": 5}
+COMMANDS = ("grath.distance", "grath.export")
+MODULES = sorted(path for path in (PROJECT / "grath").rglob("*.py") if path.name != "__init__.py")
+SCRIPTS = {path.stem for path in PROJECT.glob("*.py")}
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts)
+
+
+def imports_of(path):
+    """The modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names} & {name_of(other) for other in MODULES}
+            yield from names or {node.module}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_one_way(path):
+    name = name_of(path)
+    own = name.split(".")[1]
+    for imported in imports_of(path):
+        assert imported.split(".")[0] not in SCRIPTS, f"{name} imports the script {imported}"
+        if imported.startswith("grath.") and name not in COMMANDS:
+            other = imported.split(".")[1]
+            assert other == own or ORDER[other] < ORDER[own], f"{name} imports {imported}"
+
+
+def test_no_import_cycles():
+    graph = {name_of(path): {one for one in imports_of(path) if one.startswith("grath.")} for path in MODULES}
+    assert len(graph) > 30
+    while graph:
+        free = [name for name, imported in graph.items() if not imported & graph.keys()]
+        assert free, f"a cycle among {sorted(graph)}"
+        for name in free:
+            del graph[name]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "most"), [("grath/**/*.py", 250), ("*.py", 200), ("run_grath.sh", 120), ("evaluation.sh", 50)]
+)
+def test_files_are_short(pattern, most):
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PROJECT.glob(pattern)}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > most} == {}
+
+
+def test_the_readme_is_one_page():
+    assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_the_loop_over_iterations_is_short():
+    text = (PROJECT / "run_grath.sh").read_text(encoding="utf-8")
+    loop = re.search(r"^for \(\(i = 0.*?^done$", text, flags=re.DOTALL | re.MULTILINE)[0]
+    assert len(loop.splitlines()) <= 40
+
+
+def test_nothing_changes_the_import_path():
+    files = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    named = [PROJECT / name for name in files if name.endswith((".py", ".sh", "Makefile", "run"))]
+    named = [path for path in named if path.is_file() and "tests" not in path.parts]
+    assert len(named) > 50
+    assert [path.name for path in named if re.search(r"sys\.path\.|PYTHONPATH", path.read_text(encoding="utf-8"))] == []
+
+
+def test_every_package_is_installed():
+    text = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    packages = {".".join(path.parent.relative_to(PROJECT).parts) for path in PROJECT.glob("grath/**/__init__.py")}
+    assert packages == set(re.findall(r'"(grath[.\w]*)"', text.split("packages = [")[1].split("]")[0]))
