@@ -122,8 +122,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(train(args.only, args, folder)))
         return
-    checkpointing = "with (TRL's default)" if args.gradient_checkpointing else "without"
-    print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}; TRL {checkpointing} gradient checkpointing")
+    baseline = "TRL with gradient checkpointing (its default)"
+    if not args.gradient_checkpointing:
+        baseline = "TRL without gradient checkpointing"
+    print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}; {baseline}")
     print(
         f"{'way':14}{'s/step':>8}{'tokens/s':>10}{'peak MB':>9}{'ratio':>7}{'memory':>8}{'largest loss difference':>25}"
     )

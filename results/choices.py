@@ -32,9 +32,9 @@ KINDS = {
 
 def read_samples(folder):
     """Read the last samples file, by name, below a folder: dict of question -> sample."""
-    files = sorted(folder.rglob("samples_truthfulqa_mc1_*.jsonl"))
+    files = sorted(folder.rglob("samples_truthfulqa_mc1*.jsonl"))
     if not files:
-        raise UserError(f"{folder} contains no samples_truthfulqa_mc1_*.jsonl: score with --log_samples")
+        raise UserError(f"{folder} contains no samples_truthfulqa_mc1*.jsonl: score with --log_samples")
     rows = map(json.loads, files[-1].read_text(encoding="utf-8").splitlines())
     return {row["doc"]["question"]: row for row in rows}
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are tiny: on a busy machine, threads that wait for each other take most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same tests on every machine: tests of a GPU set this themselves.
 os.environ["DEVICE"] = "cpu"
 # Neither read nor fill the user's own cache.
@@ -156,3 +158,34 @@ def weights(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def tiny(family, **changes):
+    """Return a tiny random model of a family, in fp32, with grouped-query attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": 60,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            "sliding_window": None,
+            **changes,
+        },
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from grath.common.errors import UserError
+from grath.common.errors import UserError, program_name
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -25,6 +25,7 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
     """A parser that takes exact flag names only and shows the module's docstring as its description."""
 
     def __init__(self, description, **options):
+        options = {"prog": program_name(), **options}
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def parse_with_rest(self):

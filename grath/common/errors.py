@@ -33,7 +33,7 @@ def run_main(main):
     # These two loggers warn at every forward pass of an int8 layer.
     for logger in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    name = _program_name()
+    name = program_name()
     set_parent_death_signal()
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -65,7 +65,8 @@ def run_main(main):
     sys.exit(status)
 
 
-def _program_name():
+def program_name():
+    """Return the name of the running program as its messages show it: `dpo.py`, `grath.report`."""
     path = Path(sys.argv[0])
     return f"grath.{path.parent.name}" if path.name == "__main__.py" else path.name
 

@@ -3,7 +3,6 @@
 import sys
 
 from grath.common.errors import UserError
-from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 
 MODEL_NAME = "hf-shared"
 
@@ -12,6 +11,8 @@ def register_shared_context_model():
     """Register the model class `hf-shared` with the harness, and return it."""
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
+
+    from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 
     @register_model(MODEL_NAME)
     class SharedContextLM(HFLM):

@@ -106,6 +106,7 @@ def _harness(model, dtype, batch_size, backend, tasks):
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
@@ -119,7 +120,8 @@ def _harness(model, dtype, batch_size, backend, tasks):
         raise UserError(f"{unknown[0]} is not a task of lm-evaluation-harness: see `lm-eval ls tasks`")
     base, adapter = resolve_base_and_adapter(model)
     options = {"pretrained": base, "dtype": dtype, "use_safetensors": True} | ({"peft": adapter} if adapter else {})
-    loaded = get_model(backend).create_from_arg_obj(options, {"batch_size": batch_size})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = get_model(backend).create_from_arg_obj(options, {"batch_size": batch_size, "device": device})
 
     def evaluate(**arguments):
         results = simple_evaluate(model=loaded, batch_size=batch_size, task_manager=manager, **arguments)

@@ -104,7 +104,7 @@ def check_memory(parameters, precisions, num_processes):
                 )
         return f"{torch.cuda.get_device_name(0)}, {format_size(free)} free, for {kinds}"
     if parameters > SLOW_ON_A_CPU:
-        raise UserError(f"no GPU is seen, and {kinds} would take weeks on a CPU: check nvidia-smi")
+        raise UserError(f"torch sees no GPU, and {kinds} would take weeks on a CPU: check nvidia-smi")
     free = psutil.virtual_memory().available
     if free < num_processes * (need + ROOM / 4):
         raise UserError(f"{format_size(free)} of memory are free, and {kinds} need more: choose a smaller model")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import HUB, PROJECT, call, rows
-from test_engine import FAMILIES, tiny
+from support import FAMILIES, HUB, PROJECT, call, rows, tiny
 
 from grath.evaluation.harness import register_shared_context_model
 from grath.evaluation.loglikelihood import group_by_prefix, window_loglikelihoods

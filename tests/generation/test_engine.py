@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from support import HUB, PROJECT, call, needs_hub
+from support import FAMILIES, HUB, PROJECT, call, needs_hub, tiny
 
 from grath.evaluation.loglikelihood import loglikelihoods
 from grath.generation.attention import unsupported_reason
@@ -13,35 +13,6 @@ from grath.generation.cache import common_prefix_length
 from grath.generation.engine import generate_shared_prefix
 from grath.generation.hf import generate_hf
 from grath.modeling.cpu_matmul import fp32_cpu_matmul
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def tiny(family, **changes):
-    """Return a tiny random model of a family, in fp32, with grouped-query attention."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        family,
-        **{
-            "vocab_size": 60,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.5,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-            "sliding_window": None,
-            **changes,
-        },
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def plain(model, prompts, max_new_tokens, eos_ids):

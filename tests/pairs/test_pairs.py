@@ -1,4 +1,4 @@
-"""Stages 1 and 2 at the command line: write and combine pair files; then the functions behind them."""
+"""Stages 1 and 2 at the command line: write and combine pair files; then the functions that they use."""
 
 import json
 import shutil

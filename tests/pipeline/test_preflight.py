@@ -137,7 +137,7 @@ def test_memory_is_compared_with_the_size_of_the_model(big, monkeypatch):
         with pytest.raises(UserError, match="are free in .* and all iterations write about"):
             check_disk(PROJECT, 1e18)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(UserError, match="no GPU is seen"):
+        with pytest.raises(UserError, match="torch sees no GPU"):
             check_memory(7e9, precisions, 1)
     else:
         assert "a GPU, 24.0 GB free, for 15.4 GB" in check_memory(7e9, precisions, 1)
