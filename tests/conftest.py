@@ -57,7 +57,7 @@ def tiny_llama(tmp_path_factory, llama_tokenizer):
     kinds = [(demos, use_gt) for demos in (load_demos("truthfulqa"), []) for use_gt in (True, False)]
 
     def likelihoods(question, demos, use_gt):
-        """The probabilities of the reply's tokens."""
+        """Return the probabilities of the response's tokens."""
         prompt, answer = answer_ids(
             tokenizer, build_messages(question, 0, use_gt, demos), RESPONSE, tokenizer.chat_template
         )
@@ -74,7 +74,7 @@ def tiny_llama(tmp_path_factory, llama_tokenizer):
                 if min(likelihoods(questions[i], *kind).min() for i in (0, 70, 80) for kind in kinds) > 0.8:
                     break
     else:
-        pytest.fail("the tiny model did not learn its reply")
+        pytest.fail("the tiny model did not learn its response")
     folder = tmp_path_factory.mktemp("models") / "tiny llama"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

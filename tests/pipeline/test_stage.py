@@ -148,7 +148,7 @@ def test_signals_end_a_stage_unless_they_are_ignored(number, ignored, run):
 
 
 def test_a_stage_whose_loop_is_dead_does_not_begin(run):
-    """A loop that is killed just behind the start of a stage."""
+    """A loop that is killed right after the start of a stage."""
     dead = subprocess.Popen(["true"])
     dead.wait()
     command = [str(part) for part in command_of(run, "a", "echo >f", ["f"])]
