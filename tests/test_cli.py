@@ -228,7 +228,7 @@ def test_bad_input_as_a_process_of_its_own(files):
 EVALUATION = [
     ([], {}, "nothing to score in {FOLDER}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
     (["FOLDER"], {}, "{FOLDER} is a folder without a model (no config.json)"),
-    (["HALF"], {}, "{HALF} has no adapter_model.safetensors: the adapter is not complete"),
+    (["HALF"], {}, "{HALF} has no adapter_model.safetensors: the adapter is incomplete"),
     (["PICKLED"], {}, "{PICKLED} *"),
     (["OWN_CODE"], {}, "{OWN_CODE} *"),
     (["--nonsense"], {}, "unrecognized arguments: --nonsense (see --help)"),

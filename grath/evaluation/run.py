@@ -57,11 +57,12 @@ def score_model(
     main_process = os.environ.get("RANK", "0") == "0"
     output = Path(output)
     dtype = DTYPES[resolve_precision(precision, "scores")]
+    missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
+    manager = _task_manager(missing) if missing else None
     if main_process and not dry_run:
         settings = _settings_of(model, dtype, tasks)
         settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": str(int(chat_template))}
         record_settings(output, settings)
-    missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
     by_shots = {}
     for task in missing:
         by_shots.setdefault(get_task(task).shots, []).append(task)
@@ -73,7 +74,7 @@ def score_model(
             print(f"{model}: {' '.join(group)}, {shots}-shot, {dtype}, {backend}", flush=True)
     if dry_run or not missing:
         return
-    evaluate = _harness(model, dtype, batch_size, backend, missing)
+    evaluate = _load_harness(model, dtype, batch_size, backend, manager)
     for shots, group in by_shots.items():
         start = time.monotonic()
         results = evaluate(
@@ -101,14 +102,11 @@ def _settings_of(model, dtype, tasks):
     }
 
 
-def _harness(model, dtype, batch_size, backend, tasks):
-    """Load the model once, and return the harness's `simple_evaluate` for it."""
+def _task_manager(tasks):
+    """Prepare the harness, and return its `TaskManager`; raise `UserError` if one of the tasks is not known."""
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
-    import torch
-    from lm_eval import simple_evaluate
-    from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
     if datasets.load_dataset is not load_dataset:
@@ -118,6 +116,15 @@ def _harness(model, dtype, batch_size, backend, tasks):
     manager = TaskManager(include_path=str(PROJECT / "tasks"))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(f"{unknown[0]} is not a task of lm-evaluation-harness: see `lm-eval ls tasks`")
+    return manager
+
+
+def _load_harness(model, dtype, batch_size, backend, manager):
+    """Load the model once, and return the harness's `simple_evaluate` for it."""
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.api.registry import get_model
+
     base, adapter = resolve_base_and_adapter(model)
     options = {"pretrained": base, "dtype": dtype, "use_safetensors": True} | ({"peft": adapter} if adapter else {})
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -40,24 +40,24 @@ def raised_from(cause):
 
 
 MACHINES = {
-    "GPU memory": (out_of_memory, "the memory is full: take a smaller"),
-    "GPU memory, by CUDA": (lambda: cuda_error(2, "CUDA error: out of memory"), "the memory is full: take a smaller"),
+    "GPU memory": (out_of_memory, "the memory is full: use a smaller"),
+    "GPU memory, by CUDA": (lambda: cuda_error(2, "CUDA error: out of memory"), "the memory is full: use a smaller"),
     "main memory, by torch": (
         lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-        "the memory is full: take a",
+        "the memory is full: use a",
     ),
-    "main memory": (MemoryError, "the memory is full: take a smaller --batch_size"),
+    "main memory": (MemoryError, "the memory is full: use a smaller --batch_size"),
     "no such GPU": (
         lambda: cuda_error(101, "CUDA error: invalid device ordinal"),
-        "the GPU cannot be used: look at nvidia-smi",
+        "the GPU cannot be used: check nvidia-smi",
     ),
-    "no GPU": (lambda: RuntimeError("No CUDA GPUs are available"), "the GPU cannot be used: look at nvidia-smi"),
+    "no GPU": (lambda: RuntimeError("No CUDA GPUs are available"), "the GPU cannot be used: check nvidia-smi"),
     "disk": (lambda: OSError(errno.ENOSPC, "full"), "no space is left on the disk: free some"),
     "quota": (lambda: OSError(errno.EDQUOT, "quota"), "no space is left on the disk: free some"),
     "disk, in Rust": (lambda: of_rust(errno.ENOSPC), "no space is left on the disk: free some"),
     "disk, by torch": (lambda: RuntimeError("PytorchStreamWriter failed writing"), "no space is left on the disk"),
     "read-only": (lambda: OSError(errno.EROFS, "x"), "the file system is read-only: choose another output folder"),
-    "rights": (lambda: PermissionError(errno.EACCES, "x"), "no right to read or write it: choose another folder"),
+    "rights": (lambda: PermissionError(errno.EACCES, "x"), "permission denied: choose another folder"),
     "a package": (
         lambda: ModuleNotFoundError("No module named 'peft'", name="peft"),
         "pip install -e . -c constraints.txt",
@@ -121,7 +121,7 @@ def test_any_other_error_keeps_its_traceback(kind, tiny_llama, tmp_path, monkeyp
     flags = ask(tmp_path, tiny_llama, error, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
     with pytest.raises(type(error)):
-        create_pair_responses.run(create_pair_responses.main)
+        create_pair_responses.run_main(create_pair_responses.main)
 
 
 def test_a_debugger_sees_every_traceback(tmp_path):
