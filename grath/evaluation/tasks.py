@@ -12,6 +12,7 @@ class Task:
         shots: few-shot examples in each prompt.
         metric: the harness's name of the reported score.
         dataset: the hub name of its data set; None for a task that reads a bundled file.
+        folder: where `lm_eval.tasks` has its files; None for a bundled task.
     """
 
     name: str
@@ -19,19 +20,20 @@ class Task:
     shots: int = 0
     metric: str = "acc"
     dataset: str | None = None
+    folder: str | None = None
 
 
 # In the order of the table's columns.
 TASKS = {
     task.name: task
     for task in (
-        Task("truthfulqa_mc1", "MC1", dataset="truthfulqa/truthful_qa"),
-        Task("truthfulqa_mc2", "MC2", dataset="truthfulqa/truthful_qa"),
+        Task("truthfulqa_mc1", "MC1", dataset="truthfulqa/truthful_qa", folder="truthfulqa"),
+        Task("truthfulqa_mc2", "MC2", dataset="truthfulqa/truthful_qa", folder="truthfulqa"),
         Task("grath_mc1", "MC1 (bundled)"),
         Task("grath_mc2", "MC2 (bundled)"),
-        Task("arc_challenge", "ARC", shots=25, metric="acc_norm", dataset="allenai/ai2_arc"),
-        Task("hellaswag", "HellaSwag", shots=10, metric="acc_norm", dataset="Rowan/hellaswag"),
-        Task("mmlu", "MMLU", shots=5, dataset="cais/mmlu"),
+        Task("arc_challenge", "ARC", shots=25, metric="acc_norm", dataset="allenai/ai2_arc", folder="arc"),
+        Task("hellaswag", "HellaSwag", shots=10, metric="acc_norm", dataset="Rowan/hellaswag", folder="hellaswag"),
+        Task("mmlu", "MMLU", shots=5, dataset="cais/mmlu", folder="mmlu/default"),
     )
 }
 

@@ -207,7 +207,7 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
     assert "chat template off" in done.stdout and "truthfulqa_mc2 3.0" in done.stdout
 
 
-def test_a_killed_evaluation_goes_on_with_the_next_task(hub, tiny_llama, tmp_path):
+def test_a_killed_evaluation_resumes_with_the_next_task(hub, tiny_llama, tmp_path):
     env = {
         **os.environ, "TASKS": "truthfulqa_mc1 truthfulqa_mc2 hellaswag", "LIMIT": "4", "DATASETS_ROOT": str(hub),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix,
