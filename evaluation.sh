@@ -16,18 +16,28 @@
 #   DRY_RUN         1: check the model, print the command and score nothing
 set -euo pipefail
 
-HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
-python -c "import grath" 2>/dev/null || { echo "evaluation.sh: error: run \`pip install -e . -c constraints.txt\` first" >&2; exit 2; }
-export EVAL_PRECISION="${EVAL_PRECISION:-${PRECISION:-}}" EVAL_BATCH_SIZE="${EVAL_BATCH_SIZE:-${BATCH_SIZE:-}}"
+python -c "import sys; from grath.common.paths import PROJECT; sys.exit(str(PROJECT) != sys.argv[1])" "$HERE" 2>/dev/null ||
+    { echo "evaluation.sh: error: run \`pip install -e . -c constraints.txt\` in $HERE first" >&2; exit 2; }
 
-launch=(python)
+for name in PRECISION BATCH_SIZE; do
+    full=EVAL_$name
+    if [[ -n ${!name:-} && -n ${!full:-} && ${!name} != "${!full}" ]]; then
+        echo "evaluation.sh: error: $name is '${!name}' and $full is '${!full}': set one of them" >&2
+        exit 2
+    fi
+    if [[ -n ${!name:-} ]]; then export "$full=${!name}"; fi
+done
+
+command=(python -m grath.pipeline evaluate "$@")
 if [[ ${NUM_PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] && ((${NUM_PROCESSES:-1} > 1)); then
-    launch=(
+    DRY_RUN=1 "${command[@]}" # refuses bad input in one process, before several are launched
+    command=(
         accelerate launch --quiet --config_file "$HERE/accelerate_configs/data_parallel.yaml"
-        --num_processes "$NUM_PROCESSES"
+        --num_processes "$NUM_PROCESSES" "${command[@]:1}"
     )
 fi
-command=("${launch[@]}" -m grath.pipeline evaluate "$@")
 printf '%q ' "${command[@]}" && echo
+if [[ ${DRY_RUN:-0} == 1 && ${command[0]} == accelerate ]]; then exit; fi
 exec "${command[@]}"

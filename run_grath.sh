@@ -13,12 +13,14 @@
 # the stage, with status 128 + signal; in a Slurm job, SIGUSR1 also requeues the job.
 set -euo pipefail
 
-HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
-python -c "import grath" 2>/dev/null || { echo "run_grath.sh: error: run \`pip install -e . -c constraints.txt\` first" >&2; exit 2; }
+python -c "import sys; from grath.common.paths import PROJECT; sys.exit(str(PROJECT) != sys.argv[1])" "$HERE" 2>/dev/null ||
+    { echo "run_grath.sh: error: run \`pip install -e . -c constraints.txt\` in $HERE first" >&2; exit 2; }
 
 # This script runs below a process that locks the run's folder and ends all stages on a signal.
-if [[ -z ${GRATH_LOOP:-} ]]; then exec python -m grath.pipeline loop "$HERE/run_grath.sh"; fi
+if [[ ${GRATH_LOOP:-} != "$PPID" ]]; then GRATH_LOOP="" exec python -m grath.pipeline loop "$HERE/run_grath.sh"; fi
+trap : HUP INT TERM USR1 # a signal to all processes ends the stage, which records it, and then this script
 settings=$(python -m grath.pipeline settings)
 eval "$settings" # every setting, RUN (the run's folder), SUFFIX (of its files) and THREADS
 # shellcheck disable=SC2153 # TASKS comes from the line above
@@ -72,7 +74,7 @@ score() { # ITERATION MODEL
     if ((${#tasks[@]} == 0)); then return; fi
     for task in "${tasks[@]}"; do outputs+=("$folder/$task.json"); done
     stage scores "$1" "scores of M_$1" --input "$2" --output "${outputs[@]}" "$folder/settings.txt" -- \
-        env "${eval_settings[@]}" bash "$HERE/evaluation.sh" "$2" "$folder"
+        env -u PRECISION -u BATCH_SIZE "${eval_settings[@]}" bash "$HERE/evaluation.sh" "$2" "$folder"
     stage samples "$1" "answers of M_$1 to five questions" --input "$2" --output "$folder/samples.jsonl" -- \
         python -m grath.evaluation.samples "$2" "$folder/samples.jsonl" --model_type "$MODEL_TYPE" --precision "$PAIRS_PRECISION"
 }

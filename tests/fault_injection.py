@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -52,25 +53,28 @@ def start(settings, folder, fault=None):
         fault = {**fault, "program": fault["program"].replace("RUN", str(folder / "llama2_seed_0"))}
         env["FAULT"] = json.dumps(fault)
     # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
-    with subprocess.Popen(
-        [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
-    ) as process:  # fmt: skip
-        output = process.communicate(timeout=600)[0]
-    deadline = time.monotonic() + 10
-    while (left := marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left, f"still running: {left}"
-    return process.returncode, output
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(
+            [PROJECT / "run_llama2.sh"], env=env, stdout=printed, stderr=subprocess.STDOUT,
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
+        )  # fmt: skip
+        process.wait(timeout=600)
+        # The process that injects the fault sleeps for a minute: only its death can end it sooner.
+        deadline = time.monotonic() + 30
+        while (left := marked(mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, f"still running: {left}"
+        printed.seek(0)
+        return process.returncode, printed.read()
 
 
 def marked(mark):
-    """List the command lines of the processes with the mark in their environment."""
-    found = []
+    """Return the processes with the mark in their environment: id -> command line."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
         except OSError:
             continue
     return found

@@ -246,6 +246,7 @@ EVALUATION = [
     (["FOLDER"], {"BATCH_SIZE": "-1"}, "EVAL_BATCH_SIZE must be a whole number of at least 1, or auto, not '-1'"),
     (["FOLDER"], {"LIMIT": "0"}, "LIMIT must be a number of questions, a share below 1, or empty, not '0'"),
     (["FOLDER"], {"DATASETS_ROOT": "nowhere"}, "DATASETS_ROOT: there is no folder 'nowhere'"),
+    ([""], {}, "the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
     (["FOLDER"], {"PRECISION": "int8"}, "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, not 'int8'"),
 ]
 
@@ -257,6 +258,18 @@ def test_evaluation_with_bad_input(arguments, env, line, files):
     done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=files["HERE"], env=env, status=2)
     assert matches(done.stderr, f"grath.pipeline: error: {line}\n", files)
     assert sorted(files["HERE"].rglob("*")) == before
+
+
+def test_two_names_of_a_setting_must_agree(files):
+    env = {"PRECISION": "bf16", "EVAL_PRECISION": "fp32"}
+    done = call("evaluation.sh", files["MODEL"], env=env, status=2)
+    line = "evaluation.sh: error: PRECISION is 'bf16' and EVAL_PRECISION is 'fp32': set one of them\n"
+    assert done.stderr == line
+
+
+def test_bad_input_is_refused_before_processes_are_launched(files):
+    done = call("evaluation.sh", files["HALF"], env={"NUM_PROCESSES": "2"}, status=2)
+    assert done.stderr.count("\n") == 1 and "the adapter is incomplete" in done.stderr
 
 
 LOOP = [

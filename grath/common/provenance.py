@@ -23,6 +23,8 @@ def read_manifest(run):
     path = Path(run) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] == 1:
+            manifest = _upgrade(manifest)
         parts = [manifest[name] for name in ("settings", "inputs", "hash_cache")]
         sound = manifest["format"] == FORMAT and isinstance(manifest["stages"], list)
         sound = sound and all(isinstance(part, dict) for part in parts)
@@ -35,6 +37,17 @@ def read_manifest(run):
     if not sound:
         raise UserError(f"{path} is damaged, or was written by another version: {WAYS_ON}")
     return manifest
+
+
+def _upgrade(manifest):
+    """Convert a manifest of format 1, which called an iteration a round and the combine stage a splice."""
+    stages = []
+    for entry in manifest["stages"]:
+        stage = "combine" if entry["stage"] == "splice" else entry["stage"]
+        others = {name: value for name, value in entry.items() if name != "round"}
+        stages.append({"iteration": entry["round"], **others, "stage": stage})
+    others = {name: value for name, value in manifest.items() if name != "known"}
+    return {**others, "format": FORMAT, "hash_cache": manifest["known"], "stages": stages}
 
 
 def versions():

@@ -55,6 +55,8 @@ class YamlParser(OneLineErrors, TrlParser):
         """Convert and check the values of the YAML file as if they were flags; argparse does not check defaults."""
         actions = {action.dest: action for action in reversed(self._actions)}
         for name in config.keys() & actions.keys():
+            if config[name] is None:  # `null` is for the options that may be None
+                continue
             several = isinstance(config[name], list) and actions[name].nargs == "+"
             values = config[name] if several else [config[name]]
             strings = [value if isinstance(value, str) else json.dumps(value) for value in values]

@@ -19,7 +19,7 @@ def default_grad_accum(batch, processes):
 def check_signs(values):
     """Raise `UserError` if a number in `values` (dict) is negative, or 0 where it must be positive. None is skipped."""
     for name in POSITIVE:
-        if values.get(name) is not None and not values[name] > 0:
+        if values.get(name) is not None and not 0 < values[name] < float("inf"):
             raise UserError(f"--{name} must be greater than 0, not {values[name]}")
     for name in NOT_NEGATIVE:
         if values.get(name) is not None and not values[name] >= 0:

@@ -58,8 +58,11 @@ def tasks_of(rows):
     return [task for task in TASKS if task in scored] + sorted(scored - set(TASKS))
 
 
-def record_settings(folder, settings):
+def record_settings(folder, settings, write=True):
     """Write the settings that the scores in a folder depend on (dict of str) to its settings.txt, as NAME=VALUE lines.
+
+    Args:
+        write: whether to write the file, or only to compare.
 
     Raises:
         UserError: the folder has scores made with another value of a setting. A setting that is new, such as the data
@@ -74,7 +77,7 @@ def record_settings(folder, settings):
                 f"{folder} contains scores with {name}={before[name]}, not {value}: choose another folder, or remove it"
             )
     now = "".join(f"{name}={value}\n" for name, value in (before | settings).items())
-    if now != text:
+    if write and now != text:
         check_writable(folder)
         atomic_write_text(file, now)
 

@@ -1,7 +1,9 @@
 """Score a model with lm-evaluation-harness: all tasks in one process, with the weights loaded once."""
 
+import gc
 import json
 import os
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -59,27 +61,28 @@ def score_model(
     dtype = DTYPES[resolve_precision(precision, "scores")]
     missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
     manager = _task_manager(missing) if missing else None
-    if main_process and not dry_run:
+    if main_process:
         settings = _settings_of(model, dtype, tasks)
         settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": str(int(chat_template))}
-        record_settings(output, settings)
-    by_shots = {}
+        record_settings(output, settings, write=not dry_run)
+    # MC1 and MC2 of a data set ask the same, so they are scored together. Every other task is saved on its own.
+    groups = {}
     for task in missing:
-        by_shots.setdefault(get_task(task).shots, []).append(task)
+        groups.setdefault(re.sub(r"_mc[12]$", "", task), []).append(task)
     if main_process:
         for task in tasks:
             if task not in missing:
                 print(f"{output / task}.json is up to date")
-        for shots, group in by_shots.items():
-            print(f"{model}: {' '.join(group)}, {shots}-shot, {dtype}, {backend}", flush=True)
+        for group in groups.values():
+            print(f"{model}: {' '.join(group)}, {get_task(group[0]).shots}-shot, {dtype}, {backend}", flush=True)
     if dry_run or not missing:
         return
     evaluate = _load_harness(model, dtype, batch_size, backend, manager)
-    for shots, group in by_shots.items():
+    for group in groups.values():
         start = time.monotonic()
         results = evaluate(
             tasks=group,
-            num_fewshot=shots,
+            num_fewshot=get_task(group[0]).shots,
             limit=limit,
             log_samples=log_samples,
             apply_chat_template=chat_template,
@@ -88,6 +91,10 @@ def score_model(
         if results:  # None in all processes but the first
             results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
             _write_results(output, group, results)
+    # Another model may be next in this process: two do not fit on a GPU.
+    del evaluate
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _settings_of(model, dtype, tasks):
@@ -108,6 +115,9 @@ def _task_manager(tasks):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
     import lm_eval.tasks
+    import lm_eval.utils
+
+    lm_eval.utils.setup_logging()
 
     if datasets.load_dataset is not load_dataset:
         datasets.load_dataset = load_dataset
@@ -151,12 +161,11 @@ def _write_results(output, tasks, results):
 
     samples = results.pop("samples", {})
     by_task = split_by_task(results)
-    for task in tasks:
-        if task not in by_task:
-            raise UserError(f"{task} is not a task with a score of its own: name its members in TASKS")
     for task, rows in samples.items():
         lines = [json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows]
         atomic_write_text(output / f"samples_{task}.jsonl", "".join(lines))
     for task in tasks:
+        if task not in by_task:
+            raise UserError(f"{task} is not a task with a score of its own: name its members in TASKS")
         text = json.dumps(by_task[task], indent=2, default=handle_non_serializable, ensure_ascii=False)
         atomic_write_text(output / f"{task}.json", text + "\n")

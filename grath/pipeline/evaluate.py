@@ -23,11 +23,13 @@ def evaluate(model=None, output=None):
     values = read_settings(EVALUATION)
     if not values["TASKS"]:
         raise UserError("TASKS names no task")
+    if model == "":
+        raise UserError("the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
     dry_run, main_process = values["DRY_RUN"] == "1", os.environ.get("RANK", "0") == "0"
     if model is None:
         run, models = unscored(values["RUNS_DIR"], values["TASKS"].split())
         of_run = {name: value for name, value in manifest_of(run)["settings"].items() if name in EVALUATION}
-        values = read_settings(EVALUATION, of_run | {name: value for name, value in os.environ.items() if value})
+        values = read_settings(EVALUATION, of_run | os.environ)
     else:
         run, models = None, [(model, Path(output or f"scores/{Path(model).name}"))]
     if main_process and run:

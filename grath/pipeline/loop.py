@@ -33,12 +33,8 @@ def run_loop(script):
             question_inputs(values)
             if values["CHECK"] == "0":
                 stack.enter_context(lock(run))
-        process = subprocess.Popen(
-            ["bash", script],
-            env={**os.environ, "GRATH_LOOP": str(os.getpid())},
-            process_group=0,
-            preexec_fn=set_parent_death_signal,
-        )
+        os.environ["GRATH_LOOP"] = str(os.getpid())  # `preexec_fn` reads it too
+        process = subprocess.Popen(["bash", script], process_group=0, preexec_fn=set_parent_death_signal)
         try:
             status = process.wait()
         except SignalReceived as received:
@@ -76,18 +72,23 @@ def lock(run):
     from filelock import FileLock, Timeout
 
     path = run.parent / f".{run.name}.lock"
+    # Without the fallback, a file system without locks raises an error.
+    held = FileLock(path, fallback_to_soft=False)
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path)
         # The processes of a start that was just killed may still be ending.
         held.acquire(timeout=SECONDS_TO_LOCK)
     except Timeout:
         holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
         raise UserError(f"{run} is locked by {holder}: wait for it, or set another RUN_NAME") from None
     except OSError as error:
-        raise UserError(
-            f"cannot write to {run.parent} ({error.strerror}): set RUNS_DIR to a folder that can be written to"
-        ) from None
+        if not os.access(run.parent, os.W_OK):
+            raise UserError(
+                f"cannot write to {run.parent} ({error.strerror}): set RUNS_DIR to a folder that can be written to"
+            ) from None
+        print(f"warning: no locks on this file system ({error.strerror}): do not start a run twice", file=sys.stderr)
+        yield
+        return
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")

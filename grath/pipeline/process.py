@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 from grath.common.errors import UserError
-from grath.common.signals import SignalReceived, set_parent_death_signal
+from grath.common.signals import SIGNALS, SignalReceived, raise_on_signal, set_parent_death_signal
 
 SECONDS_TO_END = 15
 
@@ -56,10 +56,7 @@ def terminate_tree(pid):
 
 
 def catch_signals():
-    """Raise `SignalReceived` for every ending signal, except those that the caller ignores (nohup)."""
-    from grath.common.signals import SIGNALS, raise_on_signal
-
+    """Raise `SignalReceived` for every ending signal that the caller does not ignore (nohup, a background job)."""
     for number in SIGNALS:
-        # A shell lets its background processes ignore SIGINT, which is not meant here.
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, raise_on_signal)

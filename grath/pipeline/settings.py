@@ -29,7 +29,7 @@ def one_of(*choices):
 def positive(value):
     """A check: the value must be a number above 0."""
     try:
-        return None if float(value) > 0 else "a number greater than 0"
+        return None if 0 < float(value) < float("inf") else "a number greater than 0"
     except ValueError:
         return "a number greater than 0"
 
@@ -157,6 +157,8 @@ def read_settings(names=tuple(SETTINGS), environment=os.environ):
     """
     if DATASETS_ROOT and not Path(DATASETS_ROOT).is_dir():
         raise UserError(f"DATASETS_ROOT: there is no folder '{DATASETS_ROOT}'")
+    if environment.get("ROUNDS"):
+        raise UserError("ROUNDS is called ITERATIONS now")
     values = {}
     for setting in map(SETTINGS.get, names):
         given = environment.get(setting.name)
@@ -180,7 +182,8 @@ def shell_lines(values):
     """Return `export` lines, quoted for a shell, with all settings, the run's folder, its files' suffix and threads."""
     flags = {name: bool(int(values[name])) for name in ("USE_GT", "USE_FS")}
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processors = int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or allowed
+    threads = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP also accepts a list
+    processors = int(threads[0]) if threads else allowed
     derived = {
         "RUN": str(run_folder(values)),
         "SUFFIX": f"arcc_num_{values['NUM_QUERY']}_useGT_{flags['USE_GT']}_useFS_{flags['USE_FS']}",

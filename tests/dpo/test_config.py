@@ -48,6 +48,7 @@ sanity_check: true
 learning_rate: 2e-3
 beta: 0.3
 loss_type: [sigmoid, ipo]
+max_length: null
 max_steps: 5
 """
 
@@ -65,6 +66,7 @@ def test_flags_override_the_yaml_file(tiny_llama, pair_file, tmp_path):
         "learning_rate": 2e-3,
         "beta": 0.2,
         "loss_type": ["sigmoid", "ipo"],
+        "max_length": None,
         "max_steps": 1,
         "warmup_steps": 100,
     }

@@ -224,6 +224,14 @@ def test_a_killed_evaluation_resumes_with_the_next_task(hub, tiny_llama, tmp_pat
     assert scores(tmp_path / "scores", "hellaswag")
 
 
+def test_a_task_without_a_score_of_its_own_loses_no_other(tiny_llama, tmp_path):
+    """A tag is a task of the harness, but has no score."""
+    env = {"TASKS": "grath_mc1 grath_mc", "LIMIT": "2"}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env, status=2)
+    assert done.stderr.endswith("grath_mc is not a task with a score of its own: name its members in TASKS\n")
+    assert scores(tmp_path / "s", "grath_mc1")
+
+
 def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
     env = {"TASKS": "grath_mc1", "LIMIT": "2", "CHAT_TEMPLATE": "1"}
     done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)

@@ -1,5 +1,6 @@
 """A run that is killed, locked, or cannot be written: one case of each kind; `make faults` has them all."""
 
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from fault_injection import (
     ASK,
@@ -83,3 +85,31 @@ def test_a_folder_that_cannot_be_written(place, tiny_llama, tmp_path):
     done = call("run_llama2.sh", env=env, status=2)
     assert "set RUNS_DIR to a folder that can be written to" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_signal_to_every_process_is_recorded(llama_run, tmp_path):
+    """As `scancel` sends it: to the loop, to bash and to the stage at once."""
+    settings = {**llama_run[1], **WITHOUT_SCORES}
+    held = point(ASK, "open", r"\.responses\.0$", signal="SIGCONT")
+    found = []
+    loop = threading.Thread(target=lambda: found.append(start(settings, tmp_path, held)))
+    loop.start()
+    manifest = tmp_path / "llama2_seed_0" / "manifest.json"
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob(".*.responses.0")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    holder = int(re.match(r"process (\d+) on ", (tmp_path / ".llama2_seed_0.lock").read_text())[1])
+    everything = [psutil.Process(holder), *psutil.Process(holder).children(recursive=True)]
+    assert len(everything) >= 4  # the loop, bash, the stage and its command
+    for process in everything:
+        process.send_signal(signal.SIGTERM)
+    loop.join()
+    assert found[0][0] == 128 + signal.SIGTERM
+    (entry,) = json.loads(manifest.read_text())["stages"]
+    assert entry["outcome"] == "ended by SIGTERM" and entry["seconds"] > 0
+
+
+def test_an_inherited_loop_is_not_taken_for_the_own_one():
+    done = call("run_llama2.sh", env={"DRY_RUN": "1", "GRATH_LOOP": str(os.getpid())})
+    assert done.stdout.startswith("GRATH: 2 iteration(s) in runs/llama2_seed_0\n")

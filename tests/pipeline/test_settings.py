@@ -80,3 +80,15 @@ def test_the_shell_uses_no_setting_that_has_no_entry():
     derived = {"HERE", "PATH", "BASH_SOURCE", "VIRTUAL_ENV", "GRATH_LOOP", "SLURM_SUBMIT_DIR", "SUFFIX", "THREADS"}
     assert used - derived - set(SETTINGS) == set()
     assert {"ITERATIONS", "MAX_STEPS", "DATA_PATH"} <= used
+
+
+def test_the_old_name_of_iterations_is_refused():
+    with pytest.raises(UserError, match="ROUNDS is called ITERATIONS now"):
+        read_settings(environment={**REQUIRED, "ROUNDS": "10"})
+
+
+@pytest.mark.parametrize(("threads", "processes", "expected"), [("8", "2", "4"), ("6,2", "1", "6"), ("1", "4", "1")])
+def test_threads_of_a_training(threads, processes, expected, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    values = read_settings(environment={**REQUIRED, "NUM_PROCESSES": processes})
+    assert f"export THREADS={expected}\n" in shell_lines(values)
