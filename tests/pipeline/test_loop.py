@@ -258,7 +258,8 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
 
     `test_all_tasks_of_the_leaderboard_offline` scores these very tasks.
     """
-    blocks = re.findall(r"^```\n(.*?)^```", (PROJECT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    blocks = [block for _, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)]
     settings, rolling, fixed, use_gt, halueval, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()
     for name, value in {"NUM_QUERY": 6, "MAX_STEPS": 1, "WARMUP_STEPS": 0}.items():
         settings, changed = re.subn(rf"\b{name}=\d+", f"{name}={value}", settings)

@@ -77,7 +77,17 @@ def test_the_shell_uses_no_setting_that_has_no_entry():
     used = {
         name for path in scripts for name in re.findall(r"\$\{?([A-Z][A-Z_]{3,})", path.read_text(encoding="utf-8"))
     }
-    derived = {"HERE", "PATH", "BASH_SOURCE", "VIRTUAL_ENV", "GRATH_LOOP", "SLURM_SUBMIT_DIR", "SUFFIX", "THREADS"}
+    derived = {
+        "HERE",
+        "PATH",
+        "PPID",
+        "BASH_SOURCE",
+        "VIRTUAL_ENV",
+        "GRATH_LOOP",
+        "SLURM_SUBMIT_DIR",
+        "SUFFIX",
+        "THREADS",
+    }
     assert used - derived - set(SETTINGS) == set()
     assert {"ITERATIONS", "MAX_STEPS", "DATA_PATH"} <= used
 
