@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import BUNDLED, CORRECT, HUB, PROJECT, call, needs_hub, rows
+from support import BUNDLED, CORRECT, PROJECT, call, rows
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -230,61 +230,3 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=2)
     assert "no pair is left to train on" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
-    env = {
-        "NUM_QUERY": "6",
-        "MAX_STEPS": "1",
-        "WARMUP_STEPS": "0",
-        "ITERATIONS": "1",
-        "LIMIT": "2",
-        "RUNS_DIR": str(tmp_path),
-    }
-    # `make` itself, where the tests run in the environment that it makes.
-    made = Path(sys.prefix) == PROJECT / ".venv" and (PROJECT / ".venv" / "run.stamp").exists()
-    done = call("make", "demo", env=env) if made else call("run_smollm2.sh", env=env)
-    table = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")]
-    assert table == ["M_0", "M_1"]
-    record = json.loads(next((tmp_path / "smollm2_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
-    assert record["settings"]["precision"] in ("bf16", "fp4")
-
-
-@needs_hub
-@pytest.mark.slow
-def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
-    """On a tiny model: the first run without scores, dry runs of the others, and the report.
-
-    `test_all_tasks_of_the_leaderboard_offline` scores these very tasks.
-    """
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    blocks = [block for _, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)]
-    settings, rolling, fixed, use_gt, halueval, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()
-    for name, value in {"NUM_QUERY": 6, "MAX_STEPS": 1, "WARMUP_STEPS": 0}.items():
-        settings, changed = re.subn(rf"\b{name}=\d+", f"{name}={value}", settings)
-        assert changed == 1
-    settings, changed = re.subn(r'TASKS="truthfulqa_mc1 truthfulqa_mc2 arc_challenge"', "TASKS=", settings)
-    assert changed == 1
-    names = ("rolling", "fixed", "useGT", "halueval")
-    assert report == " ".join(["python -m grath.report", *(f"runs/{name}_seed_0" for name in names)])
-    runs = tmp_path / "runs"
-    script = f"set -e\n{settings}\n{rolling}\nDRY_RUN=1 {fixed}\nDRY_RUN=1 {use_gt}\nDRY_RUN=1 {halueval}\n"
-    for name in names[1:]:
-        script += f"cp -r {runs}/rolling_seed_0 {runs}/{name}_seed_0\n"
-    env = {
-        "folder": str(HUB),
-        "MODEL_NAME_OR_PATH": str(tiny_llama),
-        "RUNS_DIR": str(runs),
-        "ITERATIONS": "1",
-    }
-    done = call("bash", "-c", script + report.replace("runs/", f"{runs}/"), env=env)
-    asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--useGT" in line for line in asks] == [False, True, False]
-    assert ["--demos halueval" in line for line in asks] == [False, False, True]
-    assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
-    references = [line for line in done.stdout.splitlines() if "--reference" in line]
-    assert ["--reference fixed" in line for line in references] == [True, False, False]
-    facts = (runs / "comparison.md").read_text()
-    for name in names:
-        assert re.search(rf"\| {name}_seed_0 +\| M_0 +\| +6 \| +6 \|", facts)
