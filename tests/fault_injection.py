@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -53,19 +53,22 @@ def start(settings, folder, fault=None):
         fault = {**fault, "program": fault["program"].replace("RUN", str(folder / "llama2_seed_0"))}
         env["FAULT"] = json.dumps(fault)
     # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
-    with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen(
-            [PROJECT / "run_llama2.sh"], env=env, stdout=printed, stderr=subprocess.STDOUT,
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
-        )  # fmt: skip
+    # Through a pipe: a limit on the size of files would stop the messages too.
+    with subprocess.Popen(
+        [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
+    ) as process:  # fmt: skip
+        printed = []
+        reader = threading.Thread(target=lambda: printed.append(process.stdout.read()))
+        reader.start()
         process.wait(timeout=600)
         # The process that injects the fault sleeps for a minute: only its death can end it sooner.
         deadline = time.monotonic() + 30
         while (left := marked(mark)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"still running: {left}"
-        printed.seek(0)
-        return process.returncode, printed.read()
+        reader.join()
+    return process.returncode, printed[0]
 
 
 def marked(mark):
