@@ -10,7 +10,7 @@ from support import BUNDLED, call
 
 pytestmark = pytest.mark.faults
 
-FULL = "raise the limit (ulimit -f)"
+FULL = "raise it (ulimit -f)"
 
 
 def full(program, event, path, limit=0):

@@ -116,7 +116,7 @@ def test_a_signal_to_every_process_is_recorded(llama_run, tmp_path):
     loop.join()
     assert found[0][0] == 128 + signal.SIGTERM
     (entry,) = json.loads(manifest.read_text())["stages"]
-    assert entry["outcome"] == "ended by SIGTERM" and entry["seconds"] > 0
+    assert entry["outcome"] == "ended by SIGTERM"
 
 
 def test_an_inherited_loop_is_not_taken_for_the_own_one():
