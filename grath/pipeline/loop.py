@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from grath.common.errors import UserError
 from grath.common.signals import SignalReceived, set_parent_death_signal
-from grath.pipeline.process import SECONDS_TO_END, catch_signals, terminate_tree
+from grath.pipeline.process import RESUME, SECONDS_TO_END, catch_signals, terminate_tree
 from grath.pipeline.settings import question_inputs, read_settings, run_folder
 
 SECONDS_TO_LOCK = 3
@@ -46,7 +46,7 @@ def _end(process, number):
     """End the stage at work, requeue the Slurm job on SIGUSR1, and say how to resume. Return the exit status."""
     import psutil
 
-    # Only the stages: each records how it ended, and then bash ends. Bash itself would end without waiting for them.
+    # Only the stages: each records how it ended, and then bash ends, which waits for them.
     told, deadline = set(), time.monotonic() + 2 * SECONDS_TO_END
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -58,7 +58,7 @@ def _end(process, number):
     if number == signal.SIGUSR1 and os.environ.get("SLURM_JOB_ID"):
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
     name = signal.Signals(number).name
-    print(f"run_grath.sh: ended by {name}; run the same command again (without FRESH=1) to resume", file=sys.stderr)
+    print(f"run_grath.sh: ended by {name}; {RESUME}", file=sys.stderr)
     return 128 + number
 
 

@@ -9,6 +9,7 @@ from grath.common.errors import UserError
 from grath.common.signals import SIGNALS, SignalReceived, raise_on_signal, set_parent_death_signal
 
 SECONDS_TO_END = 15
+RESUME = "run the same command again (without FRESH=1) to resume"
 
 
 def run_command(command, status_file):

@@ -11,10 +11,8 @@ from grath.common.provenance import MANIFEST, commit, read_manifest, versions
 from grath.common.signals import SignalReceived
 from grath.evaluation.results import local_dataset_hashes
 from grath.pipeline import manifest as manifests
-from grath.pipeline.process import catch_signals, run_command
+from grath.pipeline.process import RESUME, catch_signals, run_command
 from grath.pipeline.settings import question_inputs, read_settings
-
-RESUME = "run the same command again (without FRESH=1) to resume"
 
 
 def run_stage(args):
