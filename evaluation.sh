@@ -6,11 +6,12 @@
 #
 # Settings (docs/configuration.md has all of them):
 #   TASKS           tasks, separated by blanks   (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
-#   EVAL_PRECISION  auto, fp32, fp16 or bf16     (auto: fp16 on a GPU, fp32 on a CPU); PRECISION is the same
-#   EVAL_BATCH_SIZE contexts at once             (16); BATCH_SIZE is the same
+#   EVAL_PRECISION  auto, fp32, fp16, bf16, int8, nf4 or fp4    (auto: fp16 on a GPU, fp32 on a CPU); PRECISION is the same
+#   EVAL_BATCH_SIZE contexts at once, at most    (as many as make a batch of tokens); BATCH_SIZE is the same
 #   LIMIT           questions of each task       (all)
 #   BACKEND         hf-shared: every context is computed once; hf: the harness's own model class   (hf-shared)
 #   CHAT_TEMPLATE   1: apply the chat template, which the leaderboard does not                     (0)
+#   SAMPLES         1: also write the model's own answers to five questions to samples.jsonl       (1)
 #   NUM_PROCESSES   processes, one for each GPU  (1)
 #   DATASETS_ROOT   a folder that ./prefetch.sh has filled; the hub is not used                    (none)
 #   DRY_RUN         1: check the model, print the command and score nothing

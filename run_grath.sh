@@ -51,7 +51,7 @@ if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulatio
 
 eval_settings=(
     TASKS="$TASKS" EVAL_PRECISION="$EVAL_PRECISION" EVAL_BATCH_SIZE="$EVAL_BATCH_SIZE" LIMIT="$LIMIT" BACKEND="$BACKEND"
-    CHAT_TEMPLATE="$CHAT_TEMPLATE" NUM_PROCESSES="$NUM_PROCESSES"
+    CHAT_TEMPLATE="$CHAT_TEMPLATE" SAMPLES="$SAMPLES" MODEL_TYPE="$MODEL_TYPE" NUM_PROCESSES="$NUM_PROCESSES"
 )
 
 # stage NAME ITERATION TITLE --input FILE... --output FILE... -- COMMAND...
@@ -73,10 +73,9 @@ score() { # ITERATION MODEL
     local folder="$RUN/results/iter_$1" task outputs=()
     if ((${#tasks[@]} == 0)); then return; fi
     for task in "${tasks[@]}"; do outputs+=("$folder/$task.json"); done
+    if [[ $SAMPLES == 1 ]]; then outputs+=("$folder/samples.jsonl"); fi
     stage scores "$1" "scores of M_$1" --input "$2" --output "${outputs[@]}" "$folder/settings.txt" -- \
         env -u PRECISION -u BATCH_SIZE "${eval_settings[@]}" bash "$HERE/evaluation.sh" "$2" "$folder"
-    stage samples "$1" "answers of M_$1 to five questions" --input "$2" --output "$folder/samples.jsonl" -- \
-        python -m grath.evaluation.samples "$2" "$folder/samples.jsonl" --model_type "$MODEL_TYPE" --precision "$PAIRS_PRECISION"
 }
 
 if [[ $DRY_RUN == 0 ]]; then python -m grath.pipeline start; fi

@@ -7,11 +7,12 @@
 
 from pathlib import Path
 
-from grath.common.arguments import Parser
+from grath.common.arguments import Parser, positive_int
 from grath.common.errors import run_main
 from grath.evaluation.harness import MODEL_NAME
 from grath.evaluation.run import score_model
-from grath.modeling.precision import DTYPES
+from grath.modeling.chat import MODEL_TYPES
+from grath.modeling.precision import PRECISIONS
 
 
 def main():
@@ -20,12 +21,14 @@ def main():
     add("model", help="hub name, model folder or LoRA adapter folder")
     add("output", type=Path, help="folder of the result files")
     add("--tasks", nargs="+", required=True, help="tasks of lm-evaluation-harness")
-    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
-    add("--batch_size", type=int, default=16, help="contexts at once")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
+    add("--batch_size", type=positive_int, help="contexts at once; if left out, as many as make a batch of tokens")
     add("--limit", type=int, help="questions of each task; all if not set")
     add("--backend", choices=("hf", MODEL_NAME), default=MODEL_NAME, help="model class")
     add("--chat_template", action="store_true", help="apply the chat template")
     add("--log_samples", action="store_true", help="also write every question and its log-likelihoods")
+    add("--samples", action="store_true", help="also write the model's own answers to five questions")
+    add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template of these questions")
     args = parser.parse_args()
     score_model(**vars(args))
     print(f"Wrote the results to {args.output}; next: python -m grath.report {args.output}")

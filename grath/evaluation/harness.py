@@ -5,32 +5,83 @@ import sys
 from grath.common.errors import UserError
 
 MODEL_NAME = "hf-shared"
+# Requests that are tokenized in one call.
+TOKENIZER_BATCH = 1024
 
 
 def register_shared_context_model():
     """Register the model class `hf-shared` with the harness, and return it."""
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import has_bos_prefix
 
-    from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
+    from grath.evaluation.loglikelihood import (
+        CPU_BATCH_TOKENS,
+        GPU_BATCH_TOKENS,
+        truncate_window,
+        window_loglikelihoods,
+    )
 
     @register_model(MODEL_NAME)
     class SharedContextLM(HFLM):
-        """`HFLM` that computes equal requests, equal contexts and shared prefixes of contexts once."""
+        """`HFLM` that computes equal requests, equal contexts and shared prefixes of contexts once.
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
+        Args:
+            precision: one of `PRECISIONS` but `auto`, instead of `dtype`.
+            batch_size: maximum number of contexts in a batch; None or "auto": only the number of tokens counts.
+        """
+
+        def __init__(self, *args, precision="fp32", batch_size=None, **kwargs):
+            self.precision = precision
+            self.max_rows = batch_size if isinstance(batch_size, int) else None
+            super().__init__(*args, batch_size=batch_size or 16, **kwargs)
             if self.world_size == 1 and hasattr(self, "accelerator"):
                 # Without a GPU `HFLM` scores every request in every process.
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
-        def _create_model(self, pretrained, peft=None, **options):
-            super()._create_model(pretrained, **options)
-            if peft:
-                from peft import PeftModel
+        def _create_model(self, pretrained, peft=None, **_):
+            from grath.modeling.loading import load_model
 
-                # Without a device, PEFT opens a context on the first GPU in every process.
-                self._model = PeftModel.from_pretrained(self._model, peft, torch_device=str(self.device))
+            self._model = load_model(peft or pretrained, self.precision)
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            """Tokenize the requests in large batches; the ids are those of `HFLM`, which tokenizes one at a time."""
+            from tqdm import tqdm
+
+            pairs = [request.args for request in requests]
+            if self.backend != "causal" or not all(context for context, _ in pairs):
+                return super().loglikelihood(requests, disable_tqdm)
+            tokenized, context_ids = [], {}
+            hidden = disable_tqdm or self.rank != 0
+            for start in tqdm(range(0, len(pairs), TOKENIZER_BATCH), disable=hidden, desc="Tokenizing requests"):
+                # As in `HFLM`, the spaces at the end of a context belong to the answer.
+                split = [
+                    (context.rstrip(), context[len(context.rstrip()) :] + answer)
+                    for context, answer in pairs[start : start + TOKENIZER_BATCH]
+                ]
+                new = [
+                    context for context in dict.fromkeys(context for context, _ in split) if context not in context_ids
+                ]
+                context_ids.update(zip(new, self._encode(new), strict=True))
+                whole = self._encode([context + answer for context, answer in split])
+                for pair, (context, _), ids in zip(pairs[start:], split, whole, strict=False):
+                    tokenized.append((pair, context_ids[context], ids[len(context_ids[context]) :]))
+            return self._loglikelihood_tokens(tokenized, disable_tqdm=disable_tqdm)
+
+        def _encode(self, texts):
+            """Tokenize a list of texts as `tok_encode` does: lists of ids."""
+            options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+            bos = self.tokenizer.decode(self.prefix_token_id)
+            groups = {}
+            for i, text in enumerate(texts):
+                groups.setdefault(has_bos_prefix(text, bos), []).append(i)
+            encoded = [None] * len(texts)
+            for starts_with_bos, places in groups.items():
+                own = {"add_special_tokens": False} if starts_with_bos else options
+                ids = self.tokenizer([texts[i] for i in places], return_attention_mask=False, **own)["input_ids"]
+                for i, of_text in zip(places, ids, strict=True):
+                    encoded[i] = of_text
+            return encoded
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             from tqdm import tqdm
@@ -43,11 +94,11 @@ def register_shared_context_model():
                 if reason and self.rank == 0 and not disable_tqdm:
                     print(f"{MODEL_NAME} uses the method of hf: {reason}", file=sys.stderr)
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            batch_size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
+            batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
             bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring requests")
             results = [None] * len(requests)
             with bar:
-                for places, result in window_loglikelihoods(self.model, windows, batch_size):
+                for places, result in window_loglikelihoods(self.model, windows, batch_tokens, self.max_rows):
                     for place in places:
                         results[place] = result
                         if requests[place][0] is not None:

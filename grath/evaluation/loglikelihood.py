@@ -1,15 +1,19 @@
 """Log-likelihoods of answers. Every context and every shared prefix is computed once."""
 
-from itertools import accumulate
+from bisect import bisect_left
 
 import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits
 from grath.generation.cache import common_prefix_length, prefill_prefix
 
-# Minimum number of tokens of a common prefix, and of a single context, that gets a forward pass of its own.
+# Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
+# tokens that it must save.
 SHORTEST_PREFIX = 32
-LONG_CONTEXT = 256
+MIN_SAVED = 1 / 5
+# Padded tokens in a batch. On a GPU a batch must be large to outweigh the time of its kernel launches.
+GPU_BATCH_TOKENS = 16_384
+CPU_BATCH_TOKENS = 4_096
 
 
 def truncate_window(context, answer, max_length):
@@ -26,11 +30,13 @@ def truncate_window(context, answer, max_length):
     return tuple(kept[: -len(answer)]), tuple(answer)
 
 
-def window_loglikelihoods(model, windows, batch_size):
+def window_loglikelihoods(model, windows, batch_tokens, max_rows=None):
     """Compute the log-likelihoods of (context, answer) windows. Equal windows are computed once.
 
     Args:
         windows: list of (context, answer), tuples of token ids.
+        batch_tokens: maximum number of tokens in a batch, with padding. A longer context is a batch of its own.
+        max_rows: maximum number of contexts in a batch, or None.
 
     Yields:
         (list of indices of equal windows, (log-likelihood, whether greedy decoding gives the answer)).
@@ -38,20 +44,24 @@ def window_loglikelihoods(model, windows, batch_size):
     contexts = {}
     for i, (context, answer) in enumerate(windows):
         contexts.setdefault(context, {}).setdefault(answer, []).append(i)
-    for length, members in group_by_prefix(list(contexts)):
-        trees = [(context[length:], list(contexts[context])) for context in members]
-        for tree, results in loglikelihoods(model, list(members[0][:length]), trees, batch_size):
-            yield from zip(contexts[members[tree]].values(), results, strict=True)
+    with engine_attention(model):
+        for length, members in group_by_prefix(
+            {context: _row_length(context, contexts[context]) for context in contexts}
+        ):
+            trees = [(context[length:], list(contexts[context])) for context in members]
+            for tree, results in loglikelihoods(model, list(members[0][:length]), trees, batch_tokens, max_rows):
+                yield from zip(contexts[members[tree]].values(), results, strict=True)
 
 
 def group_by_prefix(contexts):
     """Group contexts by common prefixes, so that each prefix is computed once.
 
     Args:
-        contexts: list of different, non-empty tuples of token ids.
+        contexts: dict of different, non-empty contexts (tuples of token ids) -> tokens of the row with its answers.
 
     Returns:
         list of (length of the common prefix, list of contexts). The prefix leaves at least one token of each context.
+        Contexts without a prefix that saves enough are one group with the length 0.
     """
     groups = []
     for context in sorted(contexts):
@@ -63,41 +73,59 @@ def group_by_prefix(contexts):
                 groups[-1] = (common, [*members, context])
                 continue
         groups.append((len(context) - 1, [context]))
-    short = [members[0] for _, members in groups if len(members) == 1 and len(members[0]) < LONG_CONTEXT]
-    groups = [group for group in groups if len(group[1]) > 1 or len(group[1][0]) >= LONG_CONTEXT]
-    return [*groups, (0, short)] if short else groups
+    shared, alone = [], []
+    for length, members in groups:
+        saved = length * (len(members) - 1)
+        if saved and saved >= MIN_SAVED * sum(contexts[context] for context in members):
+            shared.append((length, members))
+        else:
+            alone += members
+    return [*shared, (0, alone)] if alone else shared
 
 
 @torch.inference_mode()
-def loglikelihoods(model, prefix_ids, trees, batch_size):
+def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
     """Compute the log-likelihoods of answers to contexts with a common prefix. Every token is computed once.
+
+    The model must attend to a `SharedPrefixCache` (`engine_attention`).
 
     Args:
         prefix_ids: list of token ids before every context; may be empty.
         trees: list of (context, answers): token ids, and a list of lists of token ids. No list is empty.
-        batch_size: number of contexts in a batch.
+        batch_tokens, max_rows: as in `window_loglikelihoods`; the prefix does not count.
 
     Yields:
         (index of the tree, list with one (log-likelihood, whether greedy decoding gives the answer) per answer).
     """
-    # A row contains the context and each answer without its last token, because no token follows that.
-    order = sorted(range(len(trees)), key=lambda i: len(trees[i][0]) + sum(len(answer) - 1 for answer in trees[i][1]))
-    with engine_attention(model):
-        cache = prefill_prefix(model, prefix_ids, 0, 0)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = [_tree_row(*trees[i]) for i in batch]
-            longest = max(len(ids) for ids, *_ in rows)
-            ids, depths, branches = (
-                torch.tensor([row[field] + [0] * (longest - len(row[field])) for row in rows], device=model.device)
-                for field in range(3)
-            )
-            hidden = cache.forward_trees(model, ids, depths, branches)
-            targets = [(n, column, token) for n, row in enumerate(rows) for column, token in row[3]]
-            log_probs = _token_log_probs(model, hidden, targets)
-            for i in batch:
-                tokens = [[next(log_probs) for _ in answer] for answer in trees[i][1]]
-                yield i, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]
+    cache = prefill_prefix(model, prefix_ids, 0, 0)
+    for batch in _batches([_row_length(*tree) for tree in trees], batch_tokens, max_rows or len(trees)):
+        rows = [_tree_row(*trees[i]) for i in batch]
+        longest = len(rows[0][0])
+        ids, depths, branches = torch.tensor(
+            [[row[field] + [0] * (longest - len(row[field])) for row in rows] for field in range(3)],
+            device=model.device,
+        )
+        hidden = cache.forward_trees(model, ids, depths, branches)
+        targets = [(n, column, token) for n, row in enumerate(rows) for column, token in row[3]]
+        log_probs = iter(_token_log_probs(model, hidden, targets))
+        for i in batch:
+            tokens = [[next(log_probs) for _ in answer] for answer in trees[i][1]]
+            yield i, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]
+
+
+def _batches(lengths, batch_tokens, max_rows):
+    """Yield lists of indices of rows, the longest row first: if the memory is too small, the first batch shows it."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        rows = min(max_rows, max(1, batch_tokens // lengths[order[start]]))
+        yield order[start : start + rows]
+        start += rows
+
+
+def _row_length(context, answers):
+    """Return the number of tokens in the row of a tree. The last token of an answer is left out: none follows it."""
+    return len(context) + sum(len(answer) - 1 for answer in answers)
 
 
 def _tree_row(context, answers):
@@ -127,22 +155,26 @@ def _token_log_probs(model, hidden, targets, chunk=512):
         chunk: number of hidden states per call of the LM head.
 
     Returns:
-        iterator over (log-probability, whether the token is the greedy one), one per target.
+        list of (log-probability, whether the token is the greedy one), one per target.
     """
     # One hidden state predicts the first tokens of all answers to a context. Its logits are computed once.
-    states = list(dict.fromkeys((row, column) for row, column, _ in targets))
-    ends = [min(end, len(states)) for end in accumulate([chunk] * -(-len(states) // chunk))]
+    states = sorted({(row, column) for row, column, _ in targets})
     index = {state: i for i, state in enumerate(states)}
-    device = hidden.device
-    state_of = torch.tensor([index[row, column] for row, column, _ in targets], device=device)
-    tokens = torch.tensor([token for *_, token in targets], device=device)
-    target_log_probs, greedy = torch.empty(len(targets), device=device), torch.empty_like(tokens)
-    rows, columns = torch.tensor(states, device=device).T
-    for start, end in zip([0, *ends], ends, strict=False):
+    order = sorted(range(len(targets)), key=lambda i: targets[i][:2])
+    rows, columns = torch.tensor(states, device=hidden.device).T
+    wanted = [(index[targets[i][:2]], targets[i][2]) for i in order]
+    at, tokens = torch.tensor(wanted, device=hidden.device).T
+    found, start = [], 0
+    for first in range(0, len(states), chunk):
+        last = first + chunk
         # The harness uses `log_softmax`. `logsumexp` is more exact, but the results would differ from the harness's.
-        log_probs = lm_head_logits(model, hidden[rows[start:end], columns[start:end]]).float().log_softmax(-1)
-        here = (state_of >= start) & (state_of < end)
-        at = state_of[here] - start
-        target_log_probs[here] = log_probs[at, tokens[here]]
-        greedy[here] = log_probs.argmax(-1)[at]
-    return zip(target_log_probs.tolist(), (greedy == tokens).tolist(), strict=True)
+        log_probs = lm_head_logits(model, hidden[rows[first:last], columns[first:last]]).float().log_softmax(-1)
+        end = bisect_left(wanted, last, key=lambda pair: pair[0])
+        here, token = at[start:end] - first, tokens[start:end]
+        found.append(torch.stack((log_probs[here, token], log_probs.argmax(-1)[here] == token)))
+        start = end
+    results = [None] * len(targets)
+    # One transfer from the device for all targets.
+    for i, log_prob, greedy in zip(order, *torch.cat(found, 1).tolist(), strict=True):
+        results[i] = (log_prob, bool(greedy))
+    return results

@@ -1,4 +1,4 @@
-"""Score a model with lm-evaluation-harness: all tasks in one process, with the weights loaded once."""
+"""Score a model with lm-evaluation-harness: all tasks and sample answers in one process, with the weights loaded once."""
 
 import gc
 import json
@@ -14,9 +14,10 @@ from grath.common.local_data import load_dataset
 from grath.common.paths import ADAPTER, PROJECT
 from grath.evaluation.harness import MODEL_NAME, patch_fewshot_sampling, register_shared_context_model
 from grath.evaluation.results import local_dataset_hashes, record_settings, split_by_task
+from grath.evaluation.samples import SAMPLES, write_samples
 from grath.evaluation.tasks import TASKS, get_task
 from grath.modeling.devices import check_devices
-from grath.modeling.loading import check_model, resolve_base_and_adapter, weight_files
+from grath.modeling.loading import check_model, load_tokenizer, resolve_base_and_adapter, weight_files
 from grath.modeling.precision import DTYPES, resolve_precision
 
 
@@ -25,11 +26,13 @@ def score_model(
     output,
     tasks,
     precision="auto",
-    batch_size=16,
+    batch_size=None,
     limit=None,
     backend=MODEL_NAME,
     chat_template=False,
     log_samples=False,
+    samples=False,
+    model_type="auto",
     dry_run=False,
 ):
     """Score a model on tasks and write one result file a task; a task that has its file is skipped.
@@ -38,12 +41,15 @@ def score_model(
         model: hub name, model folder or adapter folder.
         output: folder of the result files.
         tasks: list of task names.
-        precision: `auto` or one of `DTYPES`.
-        batch_size: contexts at once: int, or the harness's "auto".
+        precision: one of `PRECISIONS`; for the backend `hf`, `auto` or one of `DTYPES`.
+        batch_size: maximum number of contexts in a batch (int), the harness's "auto", or None: `hf-shared` counts only
+            tokens, and `hf` takes 16.
         limit: questions of each task (int), a share below 1 (float), or None for all.
         backend: `hf-shared`, or `hf` for the harness's own model class.
         chat_template: whether to apply the chat template.
         log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
+        samples: whether to write the model's own answers to five questions to samples.jsonl too.
+        model_type: the chat template of these questions.
         dry_run: check the model and print the plan only.
 
     Raises:
@@ -58,11 +64,13 @@ def score_model(
     check_model(model)
     main_process = os.environ.get("RANK", "0") == "0"
     output = Path(output)
-    dtype = DTYPES[resolve_precision(precision, "scores")]
+    precision = resolve_precision(precision, "scores")
+    if backend == "hf" and precision not in DTYPES:
+        raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
     missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
     manager = _task_manager(missing) if missing else None
     if main_process:
-        settings = _settings_of(model, dtype, tasks)
+        settings = _settings_of(model, precision, tasks)
         settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": str(int(chat_template))}
         record_settings(output, settings, write=not dry_run)
     # MC1 and MC2 of a data set ask the same, so they are scored together. Every other task is saved on its own.
@@ -74,10 +82,11 @@ def score_model(
             if task not in missing:
                 print(f"{output / task}.json is up to date")
         for group in groups.values():
-            print(f"{model}: {' '.join(group)}, {get_task(group[0]).shots}-shot, {dtype}, {backend}", flush=True)
-    if dry_run or not missing:
+            print(f"{model}: {' '.join(group)}, {get_task(group[0]).shots}-shot, {precision}, {backend}", flush=True)
+    sampled = output / SAMPLES if samples and main_process and not (output / SAMPLES).is_file() else None
+    if dry_run or not (missing or sampled):
         return
-    evaluate = _load_harness(model, dtype, batch_size, backend, manager)
+    loaded, evaluate = _load_harness(model, precision, batch_size, backend, manager)
     for group in groups.values():
         start = time.monotonic()
         results = evaluate(
@@ -91,19 +100,21 @@ def score_model(
         if results:  # None in all processes but the first
             results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
             _write_results(output, group, results)
+    if sampled:
+        write_samples(loaded.model, load_tokenizer(model), model_type, sampled)
     # Another model may be next in this process: two do not fit on a GPU.
-    del evaluate
+    del loaded, evaluate
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _settings_of(model, dtype, tasks):
+def _settings_of(model, precision, tasks):
     """What the scores depend on. A local model is identified by its weight files, so that it can be moved."""
     base, adapter = resolve_base_and_adapter(model)
     return {
         "weights": hash_of(weight_files(base))[:16] if Path(base).is_dir() else base,
         "adapter": sha256(Path(adapter) / ADAPTER)[:16] if adapter else "none",
-        "dtype": dtype,
+        "dtype": DTYPES.get(precision, precision),
         "lm_eval": version("lm-eval"),
         **{name: value[:16] for name, value in local_dataset_hashes(tasks).items()},
     }
@@ -112,7 +123,7 @@ def _settings_of(model, dtype, tasks):
 def _task_manager(tasks):
     """Prepare the harness, and return its `TaskManager`; raise `UserError` if one of the tasks is not known."""
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import datasets
     import lm_eval.tasks
     import lm_eval.utils
@@ -134,14 +145,19 @@ def _task_manager(tasks):
     return manager
 
 
-def _load_harness(model, dtype, batch_size, backend, manager):
-    """Load the model once, and return the harness's `simple_evaluate` for it."""
+def _load_harness(model, precision, batch_size, backend, manager):
+    """Load the model once, and return it as the harness's model, and the harness's `simple_evaluate` for it."""
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
 
     base, adapter = resolve_base_and_adapter(model)
-    options = {"pretrained": base, "dtype": dtype, "use_safetensors": True} | ({"peft": adapter} if adapter else {})
+    options = {"pretrained": base} | ({"peft": adapter} if adapter else {})
+    if backend == MODEL_NAME:
+        options["precision"] = precision
+    else:
+        options |= {"dtype": DTYPES[precision], "use_safetensors": True}
+        batch_size = batch_size or 16
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = get_model(backend).create_from_arg_obj(options, {"batch_size": batch_size, "device": device})
 
@@ -153,7 +169,7 @@ def _load_harness(model, dtype, batch_size, backend, manager):
             results |= {"chat_template": template, "fewshot_as_multiturn": arguments["fewshot_as_multiturn"]}
         return results
 
-    return evaluate
+    return loaded, evaluate
 
 
 def _write_results(output, tasks, results):

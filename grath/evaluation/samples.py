@@ -1,23 +1,32 @@
-"""Write a model's own answers to five bundled truthfulness questions: they show degeneration before scores fall.
-
-python -m grath.evaluation.samples MODEL_OR_ADAPTER OUT.jsonl
-"""
+"""A model's own answers to five bundled truthfulness questions: they show degeneration before scores fall."""
 
 import json
-from pathlib import Path
+import sys
 
-from grath.common.arguments import Parser
-from grath.common.errors import run_main
-from grath.common.files import atomic_write_text, check_writable, read_json_lines
+from grath.common.errors import UserError
+from grath.common.files import atomic_write_text, read_json_lines
 from grath.common.paths import PROJECT
-from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
-from grath.modeling.loading import eos_token_ids, load_model, load_tokenizer
-from grath.modeling.precision import PRECISIONS, resolve_precision
+from grath.modeling.chat import prompt_ids, template_for
+from grath.modeling.loading import eos_token_ids
 
+SAMPLES = "samples.jsonl"
 BUNDLED = PROJECT / "data" / "truthfulness_mc.jsonl"
 # Every twentieth question of the bundled set.
 SAMPLED = slice(0, 100, 20)
 MAX_NEW_TOKENS = 60
+
+
+def write_samples(model, tokenizer, model_type, path):
+    """Write a model's answers to five bundled questions as JSON lines; without a chat template, only say so."""
+    try:
+        template = template_for(tokenizer, model_type)
+    except UserError as error:
+        print(f"no sample answers: {error}", file=sys.stderr)
+        return
+    questions = [row["question"] for row in read_json_lines(BUNDLED, "bundled question set")[SAMPLED]]
+    rows = zip(questions, sample_answers(model, tokenizer, template, questions), strict=True)
+    lines = [json.dumps({"question": q, "answer": a}, ensure_ascii=False) + "\n" for q, a in rows]
+    atomic_write_text(path, "".join(lines))
 
 
 def sample_answers(model, tokenizer, template, questions):
@@ -30,27 +39,3 @@ def sample_answers(model, tokenizer, template, questions):
     eos_ids = eos_token_ids(model, tokenizer)
     generate(model, prompts, MAX_NEW_TOKENS, len(prompts), eos_ids, completions.__setitem__)
     return [tokenizer.decode(completions[i], skip_special_tokens=True).strip() for i in range(len(prompts))]
-
-
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("model", help="hub name, model folder or LoRA adapter folder")
-    parser.add_argument("out", type=Path, help="JSON-lines file to write")
-    parser.add_argument("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU"
-    )
-    args = parser.parse_args()
-    check_writable(args.out.parent)
-    tokenizer = load_tokenizer(args.model)
-    template = template_for(tokenizer, args.model_type)
-    questions = [row["question"] for row in read_json_lines(BUNDLED, "bundled question set")[SAMPLED]]
-    model = load_model(args.model, resolve_precision(args.precision, "pairs"))
-    rows = zip(questions, sample_answers(model, tokenizer, template, questions), strict=True)
-    lines = [json.dumps({"question": q, "answer": a}, ensure_ascii=False) + "\n" for q, a in rows]
-    atomic_write_text(args.out, "".join(lines))
-    print(f"Wrote {args.out}")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -7,6 +7,7 @@ The two partial softmaxes are merged with their log-sum-exp in float32. The engi
 """
 
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from transformers import AttentionInterface
@@ -16,6 +17,8 @@ from grath.modeling.cpu_matmul import fp32_cpu_matmul
 ATTENTION_NAME = "grath_shared_prefix"
 # Families whose attention is exactly softmax(q k^T * scaling) v with a causal mask.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# The fused kernel for attention with a bias reads the bias in blocks of this many keys.
+BIAS_BLOCK = 8
 
 
 def partial_attention(query, key, value, scaling, bias=None):
@@ -24,21 +27,94 @@ def partial_attention(query, key, value, scaling, bias=None):
     Args:
         query: (b, K, q, D).
         key, value: (b, K, t, D).
-        bias: (b, 1, q, t), added to the attention scores: 0 where a query sees a key, else -inf; None: all 0.
+        bias: (b, 1, q, t) from `attention_bias`; None: every query sees every key.
 
     Returns:
         (out, lse): (b, K, q, D), and the log-sum-exp of the attention scores, (b, K, q) in float32. Both are summed in
         float32.
     """
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=bias, scale=scaling
-        )
+    return select_attention_fn(query.device, query.dtype, *query.shape[1::2])(query, key, value, scaling, bias)
+
+
+def attention_bias(visible, dtype):
+    """Return the bias of a mask, which is added to the attention scores: 0 where a query sees a key, else -inf.
+
+    Args:
+        visible: (b, 1, q, t) bool.
+
+    Returns:
+        (b, 1, q, t) in `dtype`. Its rows start at multiples of `BIAS_BLOCK` numbers in memory.
+    """
+    keys = visible.shape[-1]
+    bias = torch.zeros((*visible.shape[:-1], keys + -keys % BIAS_BLOCK), dtype=dtype, device=visible.device)
+    return bias[..., :keys].masked_fill_(~visible, float("-inf"))
+
+
+@lru_cache
+def select_attention_fn(device, dtype, key_heads, head_size):
+    """Select the implementation of `partial_attention` for tensors of a device, dtype and shape.
+
+    On a GPU, the fused kernels are compared with `explicit_attention` once. If they differ, a line says so and
+    `explicit_attention` is used.
+    """
+    if device.type == "cpu":
+        return _cpu_attention
+    reason = fused_kernels_differ(device, dtype, key_heads, head_size)
+    if reason:
+        print(f"The engine computes attention without fused kernels, which needs more memory: {reason}", flush=True)
+    return explicit_attention if reason else fused_attention
+
+
+def explicit_attention(query, key, value, scaling, bias=None):
+    """Compute `partial_attention` with plain matrix products in float32: the reference of the other implementations."""
     scores = query.float() @ key.float().transpose(-1, -2) * scaling
     if bias is not None:
         scores = scores + bias
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp() @ value.float(), lse
+
+
+def fused_attention(query, key, value, scaling, bias=None):
+    """Compute `partial_attention` with CUDA's fused kernels, which keep no attention scores."""
+    aten = torch.ops.aten
+    if bias is None and query.dtype != torch.float32:
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, scale=scaling)[:2]
+    if bias is not None:
+        bias = bias.expand(-1, query.shape[1], -1, -1)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scaling)
+    return out, lse[..., : query.shape[2]]  # the kernel pads the queries
+
+
+def _cpu_attention(query, key, value, scaling, bias=None):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=bias, scale=scaling
+    )
+
+
+def fused_kernels_differ(device, dtype, key_heads, head_size):
+    """Compare `fused_attention` with `explicit_attention` on a small random input.
+
+    Returns:
+        str, what is wrong, or None if they agree within the rounding of `dtype`.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    draw = {"generator": generator, "device": device, "dtype": dtype}
+    # Neither length is a multiple of the kernels' blocks.
+    query = torch.randn((2, key_heads, 13, head_size), **draw)
+    key, value = (torch.randn((2, key_heads, 37, head_size), **draw) for _ in range(2))
+    visible = torch.rand((2, 1, 13, 37), generator=generator, device=device) < 0.7
+    visible[..., 0] = True
+    tolerance = 8 * torch.finfo(dtype).eps
+    for bias in (None, attention_bias(visible, dtype)):
+        try:
+            fused = fused_attention(query, key, value, head_size**-0.5, bias)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        for ours, exact in zip(fused, explicit_attention(query, key, value, head_size**-0.5, bias), strict=True):
+            difference = (ours.float() - exact).abs().max().item()
+            if not difference <= tolerance * exact.abs().max().item():
+                return f"they differ from the exact result by {difference:.1e} in {dtype}"
+    return None
 
 
 def merge_partial_attention(out, lse, other, other_lse):
@@ -47,7 +123,7 @@ def merge_partial_attention(out, lse, other, other_lse):
     Shapes are those of `partial_attention`.
     """
     share = torch.sigmoid(lse - other_lse)[..., None]
-    return out.float() * share + other.float() * (1 - share)
+    return torch.lerp(other.float(), out.float(), share)
 
 
 def _attention(module, query, key, value, attention_mask, scaling, shared_prefix, **_):

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from grath.generation.attention import causal_lm, merge_partial_attention, partial_attention
+from grath.generation.attention import attention_bias, causal_lm, merge_partial_attention, partial_attention
 
 
 class SharedPrefixCache:
@@ -21,22 +21,25 @@ class SharedPrefixCache:
         self.rows, self.capacity = rows, capacity
         # Layer: (keys, values), each (rows, K, capacity, D).
         self.kv = {}
-        # Layer: (keys, values), each (1, K, P, D) in float32.
+        # Layer: (keys, values), each (1, K, P, D); in float32 on a CPU.
         self.prefix_kv = {}
         self.prefix_length = 0
         if prefix:
             self.prefix_length = prefix.capacity
             self.prefix_kv = {
-                layer: (keys[:1].float(), values[:1].float()) for layer, (keys, values) in prefix.kv.items()
+                layer: [part[:1].float() if part.device.type == "cpu" else part[:1] for part in both]
+                for layer, both in prefix.kv.items()
             }
 
-    def forward(self, model, input_ids, first, cache_lengths):
+    def forward(self, model, input_ids, first, cache_lengths, kv_length):
         """Run new tokens of consecutive rows through the model and keep their keys and values.
 
         Args:
             input_ids: (n, L), padded on the right. Padding is written but never read, because attention is causal.
             first: index of the first of the n rows.
             cache_lengths: (n,) int, number of own tokens that each row has already; all 0 unless L is 1.
+            kv_length: number of own tokens of the longest row after this call. The caller knows it; reading it from
+                `cache_lengths` would wait for the GPU.
 
         Returns:
             (n, L, d) last hidden states, for `lm_head_logits`.
@@ -47,7 +50,7 @@ class SharedPrefixCache:
         self.active = slice(first, first + n)
         self.active_rows = torch.arange(first, first + n, device=device)
         self.cache_lengths = cache_lengths
-        self.kv_length = int(positions.max()) + 1
+        self.kv_length = kv_length
         # (n, 1, L, T): a token sees its row's own tokens up to itself.
         visible = torch.arange(self.kv_length, device=device) <= positions[:, None, :, None]
         return self._run(model, input_ids, positions, None if length > 1 and not self.prefix_kv else visible)
@@ -76,9 +79,7 @@ class SharedPrefixCache:
             positions: (n, L) int, positions after the prefix.
             visible: (n, 1, L, T) bool, whether a token sees an own token; None: causal attention without a prefix.
         """
-        self.bias = self.grouped_bias = None
-        if visible is not None:
-            self.bias = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
+        self.visible, self.bias = visible, None
         output = causal_lm(model).base_model(
             input_ids=input_ids, position_ids=positions + self.prefix_length, use_cache=False, shared_prefix=self
         )
@@ -90,18 +91,18 @@ class SharedPrefixCache:
         key_heads = key.shape[1]
         groups = heads // key_heads
         keys, values = self._append_kv(layer, key, value) if self.active else (key, value)
-        if self.bias is None:
+        if self.visible is None:
             repeated = (part.repeat_interleave(groups, 1) for part in (key, value))
             return scaled_dot_product_attention(query, *repeated, is_causal=True, scale=scaling).transpose(1, 2)
-        if self.grouped_bias is None:
-            self.grouped_bias = self.bias.repeat(1, 1, groups, 1).to(query.dtype)
-
         # Query heads that share a key head are adjacent, so they become more queries of that one head.
         grouped = query.reshape(n, key_heads, -1, size)
-        out, lse = partial_attention(grouped, keys, values, scaling, self.grouped_bias)
+        if self.bias is None:
+            self.bias = attention_bias(self.visible.repeat(1, 1, groups, 1), query.dtype)
+        out, lse = partial_attention(grouped, keys, values, scaling, self.bias)
         if self.prefix_kv:
-            all_rows = grouped.transpose(0, 1).reshape(1, key_heads, -1, size).float()
-            shared, shared_lse = partial_attention(all_rows, *self.prefix_kv[layer], scaling)
+            prefix_keys, prefix_values = self.prefix_kv[layer]
+            all_rows = grouped.transpose(0, 1).reshape(1, key_heads, -1, size).to(prefix_keys.dtype)
+            shared, shared_lse = partial_attention(all_rows, prefix_keys, prefix_values, scaling)
             shared = shared.view(key_heads, n, -1, size).transpose(0, 1)
             shared_lse = shared_lse.view(key_heads, n, -1).transpose(0, 1)
             out = merge_partial_attention(out, lse, shared, shared_lse)
@@ -142,7 +143,8 @@ def prefill_prefix(model, prefix_ids, rows, capacity):
     """
     if not prefix_ids:
         return SharedPrefixCache(rows, capacity)
-    prefix = SharedPrefixCache(1, len(prefix_ids))
-    device = model.device
-    prefix.forward(model, torch.tensor([prefix_ids], device=device), 0, torch.zeros(1, dtype=torch.long, device=device))
+    length, device = len(prefix_ids), model.device
+    prefix = SharedPrefixCache(1, length)
+    no_tokens = torch.zeros(1, dtype=torch.long, device=device)
+    prefix.forward(model, torch.tensor([prefix_ids], device=device), 0, no_tokens, length)
     return SharedPrefixCache(rows, capacity, prefix)

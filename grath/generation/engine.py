@@ -8,8 +8,9 @@ from grath.generation.attention import engine_attention, lm_head_logits, unsuppo
 from grath.generation.cache import common_prefix_length, prefill_prefix
 from grath.generation.hf import generate_hf
 
-# Prompts in one prefill batch.
+# Prompts in one prefill batch, at most; and free rows that are worth one, in batches of 64 rows or more.
 PREFILL_BATCH = 16
+WORTH_A_PREFILL = 8
 
 
 def select_generate_fn(model, prompts, max_new_tokens):
@@ -41,12 +42,15 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, 
         cache = prefill_prefix(model, prompts[0][:length], min(batch_size, len(prompts)), capacity)
         batch = _ActiveBatch(model, cache, max_new_tokens, eos_ids, on_done)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+        # A prefill costs as many kernel launches as a step, so it waits until an eighth of the rows are free.
+        enough = min(WORTH_A_PREFILL, max(1, cache.rows // WORTH_A_PREFILL))
         while waiting or batch.prompts:
-            # Each prefill takes a few prompts of similar length, so that it computes little padding.
-            while count := min(cache.rows - len(batch.prompts), len(waiting), PREFILL_BATCH):
-                new = [waiting.popleft() for _ in range(count)]
+            free = cache.rows - len(batch.prompts)
+            if waiting and (free >= min(enough, len(waiting)) or not batch.prompts):
+                # Each prefill takes a few prompts of similar length, so that it computes little padding.
+                new = [waiting.popleft() for _ in range(min(free, len(waiting), PREFILL_BATCH))]
                 batch.prefill(new, [prompts[i][length:] for i in new])
-            if batch.prompts:
+            else:
                 batch.step()
 
 
@@ -64,7 +68,7 @@ class _ActiveBatch:
         longest = max(map(len, suffixes))
         ids = torch.tensor([suffix + [0] * (longest - len(suffix)) for suffix in suffixes], device=device)
         cache_lengths = torch.zeros(len(suffixes), dtype=torch.long, device=device)
-        hidden = self.cache.forward(self.model, ids, first, cache_lengths)
+        hidden = self.cache.forward(self.model, ids, first, cache_lengths, longest)
         last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=device)
         self.prompts += prompts
         self.lengths += map(len, suffixes)
@@ -74,7 +78,7 @@ class _ActiveBatch:
     def step(self):
         """Generate one token for every row."""
         step = torch.tensor([self.tokens, self.lengths], device=self.model.device)
-        hidden = self.cache.forward(self.model, step[0][:, None], 0, step[1])
+        hidden = self.cache.forward(self.model, step[0][:, None], 0, step[1], max(self.lengths) + 1)
         self.lengths = [length + 1 for length in self.lengths]
         self.tokens = []
         self._append_tokens(0, hidden[:, 0])

@@ -117,7 +117,7 @@ def test_every_token_is_computed_once(monkeypatch):
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
     block = torch.arange(500).remainder(50).tolist()
     windows = [(tuple(block + [55, i]), (i, 3, j)) for i in range(10) for j in range(4)]
-    done = dict(place_and_score for places, score in window_loglikelihoods(model, windows, 16) for place_and_score in
+    done = dict(place_and_score for places, score in window_loglikelihoods(model, windows, 300) for place_and_score in
                 ((place, score) for place in places))  # fmt: skip
     assert sorted(done) == list(range(40))
     # The block once; of every context two tokens, and of every answer all but the last.
@@ -129,8 +129,26 @@ def test_contexts_are_grouped_where_that_saves():
     contexts = [(*block, 7, i) for i in range(5)] + [(*block, 8, 1)] + [(*long, 1)] + [(1, 2), (3,)]
     # These share 40 tokens with the block, but to shorten its group's prefix to 40 would cost more than that saves.
     contexts += [(*block[:40], 150, i) for i in range(2)]
-    groups = {length: sorted(members) for length, members in group_by_prefix(contexts)}
-    assert groups == {100: contexts[:6], 400: [contexts[6]], 41: contexts[9:], 0: contexts[7:9]}
+    # A prefix of 50 that saves 50 of 260 tokens is not worth a forward pass; of 240 tokens it is.
+    contexts += [(*range(700, 750), 9, *range(79)), (*range(700, 750), 8, *range(79))]
+    contexts += [(*range(800, 850), 9, *range(69)), (*range(800, 850), 8, *range(69))]
+    groups = {length: sorted(members) for length, members in group_by_prefix({c: len(c) for c in contexts})}
+    alone = sorted([contexts[6], *contexts[7:9], *contexts[11:13]])
+    assert groups == {100: contexts[:6], 41: contexts[9:11], 50: sorted(contexts[13:]), 0: alone}
+
+
+def test_batches_have_at_most_so_many_tokens(monkeypatch):
+    model, seen = tiny("llama", max_position_embeddings=2000), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+    windows = [((i, *range(1, 10 + i)), (3, 4)) for i in range(20)]
+    results = {place: score for places, score in window_loglikelihoods(model, windows, 100) for place in places}
+    assert sorted(results) == list(range(20))
+    # The longest rows first; a batch has as many as fit, with padding.
+    assert seen == [(3, 30), (3, 27), (4, 24), (5, 20), (5, 15)]
+    seen.clear()
+    limited = {place: score for places, score in window_loglikelihoods(model, windows, 44, 2) for place in places}
+    assert {rows for rows, _ in seen} == {1, 2} and len(seen) > 10
+    same([limited[i] for i in range(20)], [results[i] for i in range(20)])
 
 
 def test_what_cannot_be_shared_is_scored_like_hf(harness, llama_tokenizer, capsys):

@@ -38,9 +38,8 @@ SCORES = {
     "the settings of the scores": renamed(SCORE, r"settings\.txt"),
     "the first task's scores": renamed(SCORE, r"grath_mc1\.json"),
     "the second task's scores": renamed(SCORE, r"grath_mc2\.json"),
+    "the answers": renamed(SCORE, r"samples\.jsonl"),
     "after scores": stage("scores", 2),
-    "the answers": renamed("grath.evaluation.samples", r"samples\.jsonl"),
-    "after the answers": stage("samples", 2),
 }
 
 
@@ -82,7 +81,7 @@ SIGNALS = {
     "training": ended(point(TRAIN, "os.mkdir", r"checkpoint-4$"), "SIGTERM"),
     "at the terminal": ended(point(TRAIN, "os.rename", r"/adapter_config\.json$"), "SIGINT"),
     "scoring": ended(point(SCORE, "open", r"/\.grath_mc1\.json"), "SIGTERM"),
-    "Slurm's time is over": ended(point("grath.evaluation.samples", "os.rename", r"/samples\.jsonl"), "SIGUSR1"),
+    "Slurm's time is over": ended(point(SCORE, "os.rename", r"/samples\.jsonl"), "SIGUSR1"),
     "the report": ended(renamed("grath.report", r"report\.md"), "SIGTERM"),
 }
 

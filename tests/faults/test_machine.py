@@ -31,7 +31,7 @@ FULL_DISK = {
     "the adapter": full(TRAIN, "os.mkdir", r"/\.partial$", limit=1000),
     "the settings of the scores": full(SCORE, "open", r"/\.settings\.txt"),
     "the scores": full(SCORE, "open", r"/\.grath_mc1\.json"),
-    "the answers": full("grath.evaluation.samples", "open", r"/\.samples\.jsonl"),
+    "the answers": full(SCORE, "open", r"/\.samples\.jsonl"),
     "the report": full("grath.report", "open", r"/\.report\.md"),
 }
 

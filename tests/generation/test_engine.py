@@ -8,7 +8,7 @@ import torch
 from support import FAMILIES, HUB, PROJECT, call, needs_hub, tiny
 
 from grath.evaluation.loglikelihood import loglikelihoods
-from grath.generation.attention import unsupported_reason
+from grath.generation.attention import engine_attention, unsupported_reason
 from grath.generation.cache import common_prefix_length
 from grath.generation.engine import generate_shared_prefix
 from grath.generation.hf import generate_hf
@@ -123,7 +123,8 @@ def test_log_likelihoods_of_answers(family, batch_size, prefix):
     common = make_prompts(1, 25)[0][:prefix]
     answers = [prompt[1:] for prompt in make_prompts(6, 3, seed=1)] + [[7]]
     trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
-    results = dict(loglikelihoods(model, common, trees, batch_size))
+    with engine_attention(model):
+        results = dict(loglikelihoods(model, common, trees, 40 * batch_size, batch_size))
     assert sorted(results) == list(range(5))
     for i, (context, answers) in enumerate(trees):
         for answer, (log_prob, greedy) in zip(answers, results[i], strict=True):

@@ -164,7 +164,7 @@ def test_a_stage_whose_loop_is_dead_does_not_begin(run):
         ("LEARNING_RATE", "fast", "LEARNING_RATE must be a number greater than 0, not 'fast'"),
         ("MAX_LENGTH", "0", "MAX_LENGTH must be a whole number of at least 1, not '0'"),
         ("MODEL_TYPE", "gpt2", "MODEL_TYPE must be one of auto, llama2, zephyr, smollm2, not 'gpt2'"),
-        ("EVAL_PRECISION", "int8", "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, not 'int8'"),
+        ("EVAL_PRECISION", "8", "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '8'"),
         ("DPO_PRECISION", "4", "DPO_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '4'"),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_value_that_a_later_stage_would_refuse_is_refused_at_once(name, value,
 
 
 def test_settings_can_change_until_a_stage_has_used_them(run):
-    stage(run, "samples", "echo >e", ["e"])
+    stage(run, "other", "echo >e", ["e"])
     start(run, USE_GT=0, LIMIT=3)
     start(run, USE_GT=1, LIMIT=3)
     stage(run, "pairs", "echo >f", ["f"])

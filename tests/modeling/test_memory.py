@@ -1,0 +1,195 @@
+"""The memory plan: its formulas against the tensors of real passes, which torch's `meta` device runs without memory."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from support import call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grath.common.errors import UserError
+from grath.modeling import memory
+
+SIZES = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}
+# Llama-2 7B, and sizes with grouped keys, a wide vocabulary and a narrow feed-forward layer.
+MODELS = [
+    {**SIZES, "vocab_size": 32000},
+    {**SIZES, "num_hidden_layers": 24, "num_key_value_heads": 8, "vocab_size": 128000, "intermediate_size": 8192},
+]
+
+
+class TrackMemory(TorchDispatchMode):
+    """Count the bytes of the tensors that operations create, and the most that are alive at once (`peak`)."""
+
+    def __enter__(self):
+        self.live, self.peak, self.known = 0, 0, set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {self._key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and self._key(leaf) not in self.known | given:
+                storage = leaf.untyped_storage()
+                self.known.add(self._key(leaf))
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, self._key(leaf), storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    @staticmethod
+    def _key(tensor):
+        return tensor.untyped_storage()._cdata
+
+    def _free(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+class FusedAttention(torch.autograd.Function):
+    """Allocate and keep what a fused attention kernel does; the values do not matter."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias):
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse, bias)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
+
+class TiledLoss(torch.autograd.Function):
+    """Allocate what TRL's loss on a GPU does: one tile of logits, and the gradient of the states in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden, vocabulary):
+        ctx.save_for_backward(hidden)
+        ctx.tile = (min(len(hidden), 4096), min(vocabulary, 32768))
+        hidden.new_empty(ctx.tile)
+        return hidden.new_empty(len(hidden), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (hidden,) = ctx.saved_tensors
+        tile = hidden.new_empty(ctx.tile)
+        grad = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        del tile
+        return grad.to(hidden.dtype), None
+
+
+def attention(module, query, key, value, attention_mask, scaling, **_):
+    """A stand-in for `AttentionInterface`; with a prefix, two parts are merged in float32 as in Hydragen."""
+    groups = module.num_key_value_groups
+    if torch.is_grad_enabled():
+        bias = query.new_empty(attention_mask.shape)
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        return FusedAttention.apply(query, key, value, bias)[0].transpose(1, 2), None
+    (out, lse), (other, other_lse) = (FusedAttention.apply(query, key, value, None) for _ in range(2))
+    share = torch.sigmoid(lse - other_lse)[..., None]
+    out = out.float() * share + other.float() * (1 - share)
+    return out.to(query.dtype).transpose(1, 2), None
+
+
+def meta_model(sizes, dtype):
+    """A Llama of these sizes without weights, in evaluation mode."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    AttentionInterface.register("stand_in", attention)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="stand_in")).to(dtype)
+    return model.eval()
+
+
+def ids(rows, length):
+    return torch.zeros(rows, length, dtype=torch.long, device="meta")
+
+
+def forward(model, rows, length):
+    """The last hidden states of rows with a mask of their own, as trees have."""
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
+    return model.model(
+        input_ids=ids(rows, length), attention_mask=mask, position_ids=ids(rows, length), use_cache=False
+    ).last_hidden_state
+
+
+def bytes_of(parts, *names):
+    return sum(parts[name] for name in names or parts)
+
+
+def assert_close(planned, measured):
+    """The plan covers what was measured, and is not far above it."""
+    assert measured <= planned <= 1.5 * measured, f"planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB"
+
+
+@pytest.mark.parametrize("sizes", MODELS, ids=["7B", "grouped"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_weights_and_the_shape(sizes, precision):
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}[precision]
+    model = meta_model(sizes, dtype)
+    shape = memory.read_shape(model.config.to_dict())
+    assert shape.parameters == sum(weight.numel() for weight in model.parameters())
+    held = sum(weight.nbytes for weight in model.parameters())
+    assert memory.weight_bytes(shape, precision) == held
+    nested = memory.read_shape({"text_config": model.config.to_dict()}, parameters=shape.parameters)
+    assert nested == shape
+
+
+@pytest.mark.parametrize("sizes", MODELS, ids=["7B", "grouped"])
+@pytest.mark.parametrize(("rows", "own", "prefix"), [(64, 200, 700), (8, 120, 2000), (256, 60, 0)])
+def test_pairs(sizes, rows, own, prefix):
+    """The largest of the prefix, a prefill and a step of all rows, next to the cache of keys and values."""
+    model = meta_model(sizes, torch.float16)
+    planned = memory.pairs_memory(memory.read_shape(sizes), "fp16", rows, prefix, own)
+    with torch.no_grad(), TrackMemory() as track:
+        # The engine's cache: keys and values of every row, and of the prefix.
+        heads, width = model.config.num_key_value_heads, model.config.head_dim
+        cache = [
+            torch.empty(model.config.num_hidden_layers, 2, n, heads, length, width, dtype=torch.float16, device="meta")
+            for n, length in ((rows, own), (1, prefix))
+        ]
+        if prefix:
+            forward(model, 1, prefix)
+        forward(model, min(rows, 16), own)
+        model.lm_head(forward(model, rows, 1)[:, -1]).float().argmax(-1)
+        del cache
+    assert_close(bytes_of(planned) - planned["CUDA context"] - planned["weights"], track.peak)
+
+
+@pytest.mark.parametrize("sizes", MODELS, ids=["7B", "grouped"])
+@pytest.mark.parametrize("rows", [128, 8])
+def test_scores(sizes, rows):
+    model = meta_model(sizes, torch.float16)
+    planned = memory.scores_memory(memory.read_shape(sizes), "fp16", 16384)
+    with torch.no_grad(), TrackMemory() as track:
+        hidden = forward(model, rows, 16384 // rows)
+        states = hidden.flatten(0, 1)[:512]
+        model.lm_head(states).float().log_softmax(-1).argmax(-1)
+    # The prefix is a cache, as in the pairs. A smaller forward pass reads less than the plan's longest row.
+    assert_close(bytes_of(planned, "temporaries", "logits"), track.peak)
+
+
+@pytest.mark.parametrize("sizes", MODELS, ids=["7B", "grouped"])
+@pytest.mark.parametrize("precision", ["fp4", "bf16", "fp32"])
+@pytest.mark.parametrize(("pairs", "tokens"), [(16, 256), (16, 130), (4, 256)])
+def test_dpo(sizes, precision, pairs, tokens):
+    """A step of the policy with LoRA. Under autocast, as in 4 bit, LoRA computes in bf16; here it is stored so too."""
+    from peft import get_peft_model
+
+    from grath.dpo.trainer import lora_config
+
+    model = meta_model(sizes, torch.float32 if precision == "fp32" else torch.bfloat16)
+    model = get_peft_model(model, lora_config(), autocast_adapter_dtype=precision == "bf16")
+    parts = memory.dpo_memory(memory.read_shape(sizes), precision, pairs, tokens)
+    with TrackMemory() as track:
+        hidden = forward(model.get_base_model(), pairs, tokens)
+        both = torch.cat((hidden, hidden))[:, : tokens // 2]  # the two sequences of every pair
+        TiledLoss.apply(both.flatten(0, 1), sizes["vocab_size"]).sum().backward()
+    adapter = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    # Gradients are in the peak. The plan also has the float32 weights, AdamW's averages, the reference, and copies.
+    assert parts["LoRA and optimizer"] == 22 * adapter
+    planned = bytes_of(parts, "activations", "temporaries", "logits") + 4 * adapter
+    assert_close(planned, track.peak)
