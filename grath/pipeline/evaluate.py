@@ -50,9 +50,11 @@ def _score(model, output, values):
         output,
         values["TASKS"].split(),
         precision=values["EVAL_PRECISION"],
-        batch_size=int(batch_size) if batch_size.isdigit() else batch_size,
+        batch_size=int(batch_size) if batch_size.isdigit() else batch_size or None,
         limit=(float(limit) if "." in limit else int(limit)) if limit else None,
         backend=values["BACKEND"],
         chat_template=values["CHAT_TEMPLATE"] == "1",
+        samples=values["SAMPLES"] == "1",
+        model_type=values["MODEL_TYPE"],
         dry_run=values["DRY_RUN"] == "1",
     )

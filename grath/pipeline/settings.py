@@ -39,7 +39,7 @@ COUNT_OR_EMPTY = matches(r"([1-9]\d{0,8})?", "a whole number of at least 1, or e
 NATURAL = matches(r"\d{1,9}", "a whole number")
 FLAG = matches("[01]", "0 or 1")
 LIMIT = matches(r"([1-9]\d{0,8}|0?\.\d+)?", "a number of questions, a share below 1, or empty")
-BATCH = matches(r"([1-9]\d{0,8}|auto(:[1-9]\d{0,8})?)", "a whole number of at least 1, or auto")
+BATCH = matches(r"([1-9]\d{0,8}|auto(:[1-9]\d{0,8})?)?", "a whole number of at least 1, auto, or empty")
 PLAIN_NAME = matches(r"[^/]+", "a plain name (use RUNS_DIR for the folder)")
 REQUIRED = matches(r"(?s).+", "set; the presets run_*.sh set it")
 ANYTHING = matches(r"(?s).*", "anything")
@@ -100,7 +100,7 @@ GROUPS = {
                 "TruthfulQA's", path=True),
         Setting("MAX_NEW_TOKENS", "100", COUNT, "pairs", "maximum number of tokens of a response", "100"),
         Setting("PAIRS_BATCH_SIZE", "64", COUNT, None, "questions at once", "1"),
-        Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), EVERY_STAGE,
+        Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
                 "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
     ],
     "DPO": [
@@ -120,13 +120,15 @@ GROUPS = {
     ],
     "Scores": [
         Setting("TASKS", TASKS, ANYTHING, None, "tasks of lm-evaluation-harness; empty: no scores", TASKS, empty=True),
-        Setting("EVAL_BATCH_SIZE", "16", BATCH, None, "contexts at once", "16"),
-        Setting("EVAL_PRECISION", "auto", one_of("auto", *DTYPES), "scores",
+        Setting("EVAL_BATCH_SIZE", "", BATCH, None,
+                "contexts at once, at most; empty: by their tokens (`hf-shared`), or 16 (`hf`)", "16"),
+        Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
                 "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
         Setting("LIMIT", "", LIMIT, "scores", "questions of each task; empty: all"),
         Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared"), "scores",
                 "`hf-shared` computes every context once; `hf` is the harness's own model class", "hf"),
         Setting("CHAT_TEMPLATE", "0", FLAG, "scores", "1: apply the chat template (the leaderboard does not)", "0"),
+        Setting("SAMPLES", "1", FLAG, None, "1: also write the model's own answers to five questions"),
     ],
     "What the command does": [
         Setting("DRY_RUN", "0", FLAG, None, "1: print the commands and run none"),
@@ -146,7 +148,7 @@ STEP_SETTINGS = ("DPO_BATCH_SIZE", "NUM_PROCESSES", "GRADIENT_ACCUMULATION_STEPS
 STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
 EFFECTIVE_BATCH = "EFFECTIVE_BATCH"
 FIRST_AFFECTED_STAGE = {name: setting.stage for name, setting in SETTINGS.items()} | {EFFECTIVE_BATCH: "dpo"}
-EVALUATION = ("NUM_PROCESSES", "RUNS_DIR", "DRY_RUN", *(setting.name for setting in GROUPS["Scores"]))
+EVALUATION = ("MODEL_TYPE", "NUM_PROCESSES", "RUNS_DIR", "DRY_RUN", *(setting.name for setting in GROUPS["Scores"]))
 
 
 def read_settings(names=tuple(SETTINGS), environment=os.environ):
