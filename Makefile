@@ -19,11 +19,14 @@ demo: .venv/run.stamp
 	@echo "Two iterations of GRATH on SmolLM2-135M: scores, pairs, DPO, scores, and again. About 6 minutes on two CPU cores."
 	./run_smollm2.sh
 
+# Two processes share the tests; then the README's commands are compared with what the tests have started.
 test: .venv/dev.stamp
-	python -m pytest -m "not faults" --durations 15
+	rm -f .venv/commands.jsonl
+	RECORD_COMMANDS=$(CURDIR)/.venv/commands.jsonl python -m pytest -n 2 --dist loadgroup -m "not faults" --durations 15
+	RECORDED_COMMANDS=$(CURDIR)/.venv/commands.jsonl python -m pytest tests/test_readme.py -k every_quoted_command
 
 faults: .venv/dev.stamp
-	python -m pytest tests/faults
+	python -m pytest -n 2 --dist loadgroup tests/faults
 
 check: .venv/dev.stamp
 	ruff check .

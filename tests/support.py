@@ -21,7 +21,7 @@ os.environ["DEVICE"] = "cpu"
 CACHE = tempfile.TemporaryDirectory(prefix="grath-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 # The command lines that the tests start, directly or through a script, for test_readme.py.
-os.environ["RECORD_COMMANDS"] = f"{CACHE.name}/commands.jsonl"
+os.environ.setdefault("RECORD_COMMANDS", f"{CACHE.name}/commands.jsonl")
 RECORD = Path(__file__).resolve().parent / "record"
 os.environ["BASH_ENV"] = str(RECORD / "bash_env.sh")
 PROJECT = Path(__file__).resolve().parent.parent

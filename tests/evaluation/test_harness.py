@@ -30,6 +30,14 @@ def harness():
     return make
 
 
+def task_manager(*folders):
+    """The harness's `TaskManager` for the tasks of some folders: to read them all takes 14 seconds."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    return lm_eval.tasks.TaskManager(include_path=[str(root / name) for name in folders], include_defaults=False)
+
+
 def requests(window, seed=0):
     """(None, context, answer) requests: shared blocks, lone contexts, one token, duplicates, longer than the window."""
     generator = torch.Generator().manual_seed(seed)
@@ -151,6 +159,45 @@ def test_batches_have_at_most_so_many_tokens(monkeypatch):
     same([limited[i] for i in range(20)], [results[i] for i in range(20)])
 
 
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_requests_are_tokenized_as_hf_does(harness, llama_tokenizer, hub, monkeypatch, add_bos):
+    """All requests of five tasks of a made hub; and the first of the real ARC and TruthfulQA where they are at hand."""
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from grath.common.local_data import load_dataset
+
+    monkeypatch.setattr("grath.common.paths.DATASETS_ROOT", str(HUB if HUB.is_dir() and add_bos is None else hub))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    lm = harness("hf-shared", tiny("llama"), llama_tokenizer, add_bos_token=add_bos)
+    seen = []
+    lm._loglikelihood_tokens = lambda found, **_: seen.append(found) or [(0.0, False)] * len(found)
+
+    def both(requests, **_):
+        ours = type(lm).loglikelihood(lm, requests, disable_tqdm=True)
+        HFLM.loglikelihood(lm, requests, disable_tqdm=True)
+        assert seen[-2] == seen[-1]
+        return ours
+
+    lm.loglikelihood = both
+    manager = task_manager("truthfulqa", "arc", "hellaswag", "mmlu/default")
+    for task, shots, root in (
+        ("truthfulqa_mc1", 0, None), ("truthfulqa_mc2", 0, None), ("arc_challenge", 25, None), ("hellaswag", 10, hub),
+        ("mmlu_anatomy", 5, hub),
+    ):  # fmt: skip
+        if root:
+            monkeypatch.setattr("grath.common.paths.DATASETS_ROOT", str(root))
+        simple_evaluate(
+            lm, tasks=[task], num_fewshot=shots, limit=None if add_bos is not None else 40, task_manager=manager,
+            bootstrap_iters=0, log_samples=False,
+        )  # fmt: skip
+        assert len(seen[-1]) >= 4 and len(seen) % 2 == 0
+    odd = [("<s> It is", " so"), ("It is  ", "so"), ("  ", "so"), ("a", ""), ("It\nis", "\nso"), ("<s>", "so")]
+    both([Instance("loglikelihood", {}, pair, 0) for pair in odd])
+
+
 def test_what_cannot_be_shared_is_scored_like_hf(harness, llama_tokenizer, capsys):
     model = tiny("gemma2", max_position_embeddings=300, sliding_window=64)
     asked = requests(100)
@@ -183,7 +230,6 @@ def test_two_processes_and_both_backends_give_the_same_scores(llama_run, tiny_ll
 def test_the_examples_do_not_depend_on_the_number_of_processes(hub, monkeypatch):
     import datasets
     from lm_eval.api.task import Task
-    from lm_eval.tasks import TaskManager
 
     from grath.common.local_data import load_dataset
     from grath.evaluation.harness import patch_fewshot_sampling
@@ -194,7 +240,7 @@ def test_the_examples_do_not_depend_on_the_number_of_processes(hub, monkeypatch)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
     def contexts(rank, processes):
-        task = TaskManager().load(["arc_challenge"])["tasks"]["arc_challenge"]
+        task = task_manager("arc").load(["arc_challenge"])["tasks"]["arc_challenge"]
         task.set_config("num_fewshot", 3)
         task.set_fewshot_seed(1234)
         task.build_all_requests(limit=7, rank=rank, world_size=processes)
