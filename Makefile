@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on SmolLM2-135M: two iterations and their scores, on a CPU, without the hub
 # make test    the test suite
+# make gpu-test    what must hold on a CUDA GPU, in minutes, with a table to paste into an issue
 # make faults  kill and damage real runs, on machines that fail
 # make check   ruff and ShellCheck
 # make constraints   resolve requirements*.txt for Linux with and without CUDA and for macOS into constraints.txt
@@ -11,7 +12,7 @@ SHELL := bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: demo test faults check constraints
+.PHONY: demo test gpu-test faults check constraints
 
 # Seconds of the stages on two CPU cores, announced before the first iteration has measured its own.
 demo: export STAGE_SECONDS = scores=32 samples=11 pairs=47 dpo=70
@@ -24,6 +25,9 @@ test: .venv/dev.stamp
 	rm -f .venv/commands.jsonl
 	RECORD_COMMANDS=$(CURDIR)/.venv/commands.jsonl python -m pytest -n 2 --dist loadgroup -m "not faults" --durations 15
 	RECORDED_COMMANDS=$(CURDIR)/.venv/commands.jsonl python -m pytest tests/test_readme.py -k every_quoted_command
+
+gpu-test: .venv/dev.stamp
+	DEVICE= python -m pytest -m gpu tests/gpu -v
 
 faults: .venv/dev.stamp
 	python -m pytest -n 2 --dist loadgroup tests/faults

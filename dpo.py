@@ -65,12 +65,13 @@ class ScriptArguments:
 
 def parse_args():
     from grath.dpo.arguments import YamlParser
-    from grath.dpo.config import GrathDPOConfig
+    from grath.dpo.config import GrathDPOConfig, fit_batch_size
 
     args, config = YamlParser((ScriptArguments, GrathDPOConfig), __doc__).parse()
     if bool(args.dataset_path) == bool(args.dataset_name):
         raise UserError("give either --dataset_path (a pair file) or --dataset_name")
     check_signs(vars(args))
+    fit_batch_size(config, args.model_name_or_path)
     return args, config
 
 

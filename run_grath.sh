@@ -44,9 +44,10 @@ if [[ $USE_FS == 1 ]]; then pairs_args+=(--useFS); fi
 if [[ $USE_GT == 1 ]]; then pairs_args+=(--useGT); fi
 dpo_args=(
     --reference "$REFERENCE" --max_steps "$MAX_STEPS" --warmup_steps "$WARMUP_STEPS" --learning_rate "$LEARNING_RATE"
-    --beta "$BETA" --per_device_train_batch_size "$DPO_BATCH_SIZE" --max_length "$MAX_LENGTH" --seed "$SEED"
+    --beta "$BETA" --max_length "$MAX_LENGTH" --seed "$SEED"
     --save_steps "$SAVE_STEPS" --precision "$DPO_PRECISION" --model_type "$MODEL_TYPE" --report_to "$REPORT_TO"
 )
+if [[ -n $DPO_BATCH_SIZE ]]; then dpo_args+=(--per_device_train_batch_size "$DPO_BATCH_SIZE"); fi
 if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"); fi
 
 eval_settings=(

@@ -15,8 +15,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: on a busy machine, threads that wait for each other take most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The same tests on every machine: tests of a GPU set this themselves.
-os.environ["DEVICE"] = "cpu"
+# The same tests on every machine. `make gpu-test` sets it to nothing, and each test of a GPU sets its own.
+os.environ.setdefault("DEVICE", "cpu")
 # Neither read nor fill the user's own cache.
 CACHE = tempfile.TemporaryDirectory(prefix="grath-tests-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name

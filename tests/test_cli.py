@@ -278,7 +278,7 @@ LOOP = [
     ("NUM_QUERY", "1e3", "NUM_QUERY must be a whole number of at least 1, not '1e3'"),
     ("MAX_STEPS", "-1", "MAX_STEPS must be a whole number of at least 1, not '-1'"),
     ("NUM_PROCESSES", "two", "NUM_PROCESSES must be a whole number of at least 1, not 'two'"),
-    ("DPO_BATCH_SIZE", "0", "DPO_BATCH_SIZE must be a whole number of at least 1, not '0'"),
+    ("DPO_BATCH_SIZE", "0", "DPO_BATCH_SIZE must be a whole number of at least 1, or empty, not '0'"),
     ("SAVE_STEPS", "0.5", "SAVE_STEPS must be a whole number of at least 1, not '0.5'"),
     ("GRADIENT_ACCUMULATION_STEPS", "x", "GRADIENT_ACCUMULATION_STEPS must be a whole number of at least 1, or empty, "
      "not 'x'"),

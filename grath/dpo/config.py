@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from grath.common.errors import UserError
-from grath.dpo.defaults import check_signs, default_grad_accum
+from grath.dpo.defaults import check_signs, step_sizes
+from grath.modeling.devices import print_once
+from grath.modeling.loading import load_shape
+from grath.modeling.memory import USABLE, fitting_pairs
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
 
 
@@ -40,7 +43,13 @@ class GrathDPOConfig(DPOConfig):
         default="auto",
         metadata={"help": "optimiser; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU"},
     )
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "pairs per device and forward pass"})
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "pairs per device and forward pass; by default as many as the GPU's memory takes, at most 16; 4 on "
+            "a CPU or with --gradient_accumulation_steps"
+        },
+    )
     gradient_accumulation_steps: int | None = field(
         default=None,
         metadata={
@@ -77,9 +86,12 @@ class GrathDPOConfig(DPOConfig):
             raise UserError("--output_dir is required: the folder to save the adapter in")
         check_signs(vars(self))
         self.precision = resolve_precision(self.precision, "dpo")
-        if self.gradient_accumulation_steps is None:
-            processes = int(os.environ.get("WORLD_SIZE", "1"))
-            self.gradient_accumulation_steps = default_grad_accum(self.per_device_train_batch_size, processes)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        batch, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        # `fit_batch_size` replaces both values when the model is known.
+        self.fits_batch_size = batch is None and accumulation is None and torch.cuda.is_available()
+        sizes = step_sizes(processes, batch, accumulation)
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = sizes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.optim == "auto":
             self.optim = "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch"
@@ -98,3 +110,31 @@ class GrathDPOConfig(DPOConfig):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         # One process uses one GPU even if it sees several: `DPOTrainer` refuses `nn.DataParallel`.
         self._n_gpu = min(self.n_gpu, 1)
+
+
+def fit_batch_size(config, name):
+    """Let a forward pass take as many pairs as the GPU's memory does, and fill the step to 16 pairs by accumulation.
+
+    Changes nothing on a CPU, if the batch size or the accumulation is given, or if the model's sizes are not known.
+
+    Args:
+        config: `GrathDPOConfig`.
+        name: hub name, model folder or adapter folder.
+    """
+    import torch
+
+    if not config.fits_batch_size:
+        return
+    try:
+        shape = load_shape(name)
+    except UserError:  # a model that cannot be loaded gets its message when it is loaded
+        return
+    # All processes must choose the same: the free memory differs between them, the total memory of the GPUs does not.
+    total = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    fitting = fitting_pairs(shape, config.precision, USABLE * total) or 1
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch, accumulation = step_sizes(processes, fitting=fitting)
+    config.per_device_train_batch_size, config.gradient_accumulation_steps = batch, accumulation
+    print_once(
+        f"{batch} pairs per forward pass, chosen for a GPU of {total / 1e9:.0f} GB, and {accumulation} passes per step"
+    )

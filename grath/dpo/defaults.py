@@ -16,6 +16,22 @@ def default_grad_accum(batch, processes):
     return max(1, PAPER_EFFECTIVE_BATCH // (batch * processes))
 
 
+def step_sizes(processes, batch=None, accumulation=None, fitting=4):
+    """Return (pairs per forward pass, accumulation steps) of each process; what is not given makes 16 pairs per step.
+
+    If neither is given, the product does not depend on `fitting`, so that a training resumes on another GPU.
+
+    Args:
+        batch, accumulation: int, or None if not given.
+        fitting: pairs that fit into the memory at once, a power of 2.
+    """
+    if batch or accumulation:
+        batch = batch or 4
+        return batch, accumulation or default_grad_accum(batch, processes)
+    own = 2 ** (max(1, PAPER_EFFECTIVE_BATCH // processes).bit_length() - 1)
+    return min(fitting, own), own // min(fitting, own)
+
+
 def check_signs(values):
     """Raise `UserError` if a number in `values` (dict) is negative, or 0 where it must be positive. None is skipped."""
     for name in POSITIVE:

@@ -104,6 +104,18 @@ class GrathDPOTrainer(DPOTrainer):
             self.sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
+    def get_batch_samples(self, *args):
+        samples, items = super().get_batch_samples(*args)
+        self.rows_in_step = sum(len(batch["input_ids"]) for batch in samples) / max(1, len(samples))
+        return samples, items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training or return_outputs:
+            return loss
+        # Every pair of a step weighs the same. `Trainer` averages over forward passes, and the last may be smaller.
+        return loss * (len(inputs["input_ids"]) / self.rows_in_step)
+
     def log(self, logs, start_time=None):
         if self.projects_completions_only:
             for metrics in self._metrics.values():

@@ -3,24 +3,23 @@
 import sys
 
 from grath.common.errors import UserError
+from grath.modeling.memory import BATCH_TOKENS, USABLE, fitting_batch_tokens, read_shape
 
 MODEL_NAME = "hf-shared"
 # Requests that are tokenized in one call.
 TOKENIZER_BATCH = 1024
+# Padded tokens of a batch on a CPU, where larger batches are not faster.
+CPU_BATCH_TOKENS = 4096
 
 
 def register_shared_context_model():
     """Register the model class `hf-shared` with the harness, and return it."""
+    import torch
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import has_bos_prefix
 
-    from grath.evaluation.loglikelihood import (
-        CPU_BATCH_TOKENS,
-        GPU_BATCH_TOKENS,
-        truncate_window,
-        window_loglikelihoods,
-    )
+    from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 
     @register_model(MODEL_NAME)
     class SharedContextLM(HFLM):
@@ -94,7 +93,7 @@ def register_shared_context_model():
                 if reason and self.rank == 0 and not disable_tqdm:
                     print(f"{MODEL_NAME} uses the method of hf: {reason}", file=sys.stderr)
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+            batch_tokens = self._batch_tokens()
             bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring requests")
             results = [None] * len(requests)
             with bar:
@@ -105,6 +104,16 @@ def register_shared_context_model():
                             self.cache_hook.add_partial("loglikelihood", requests[place][0], result)
                     bar.update(len(places))
             return results
+
+        def _batch_tokens(self):
+            """Return the padded tokens of a batch: on a GPU, where launching kernels takes time, as many as fit."""
+            if self.device.type == "cpu":
+                return CPU_BATCH_TOKENS
+            if self.device.type != "cuda":
+                return BATCH_TOKENS[0]
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            shape = read_shape(self.config.to_dict())
+            return fitting_batch_tokens(shape, self.precision, USABLE * total) or BATCH_TOKENS[-1]
 
         def _cannot_share(self, length):
             from grath.generation.attention import unsupported_reason

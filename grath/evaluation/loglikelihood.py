@@ -11,9 +11,6 @@ from grath.generation.cache import common_prefix_length, prefill_prefix
 # tokens that it must save.
 SHORTEST_PREFIX = 32
 MIN_SAVED = 1 / 5
-# Padded tokens in a batch. On a GPU a batch must be large to outweigh the time of its kernel launches.
-GPU_BATCH_TOKENS = 16_384
-CPU_BATCH_TOKENS = 4_096
 
 
 def truncate_window(context, answer, max_length):

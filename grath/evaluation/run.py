@@ -1,4 +1,4 @@
-"""Score a model with lm-evaluation-harness: all tasks and sample answers in one process, with the weights loaded once."""
+"""Score a model with lm-evaluation-harness: all tasks and the sample answers in one process, from one load."""
 
 import gc
 import json

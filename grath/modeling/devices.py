@@ -13,6 +13,9 @@ from grath.common.errors import UserError
 if os.environ.get("DEVICE") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["ACCELERATE_USE_CPU"] = "true"
+# This must happen before torch is imported. By default, batches of changing length leave gaps in a GPU's memory.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  # torch's name, and its older one
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def check_devices(processes=None):

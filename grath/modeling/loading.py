@@ -6,6 +6,7 @@ from pathlib import Path
 from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import read_json
 from grath.common.paths import ADAPTER, resolve_local
+from grath.modeling.memory import read_shape
 from grath.modeling.precision import DTYPES, compute_dtype, quantization_config
 
 
@@ -100,6 +101,17 @@ def check_model(name):
     base = resolve_base_and_adapter(name)[0]
     _load(AutoConfig, base, "model")
     check_weights(base)
+
+
+def load_shape(name):
+    """Return the `ModelShape` of a model, or of an adapter's base model.
+
+    Raises:
+        UserError: there is no such model, or its configuration does not contain its sizes.
+    """
+    from transformers import AutoConfig
+
+    return read_shape(_load(AutoConfig, resolve_base_and_adapter(name)[0], "model").to_dict())
 
 
 def check_weights(base):

@@ -10,13 +10,34 @@ from pathlib import Path
 
 from grath.common.errors import PACKAGE, UserError
 from grath.common.paths import DATASETS_ROOT, PROJECT
+from grath.dpo.defaults import step_sizes
 from grath.modeling.devices import check_devices, describe_device
-from grath.modeling.precision import DTYPES
+from grath.modeling.loading import load_shape
+from grath.modeling.memory import (
+    BATCH_TOKENS,
+    BYTES,
+    PAIRS,
+    ROWS,
+    SCORES_ROW,
+    USABLE,
+    dpo_memory,
+    fitting,
+    fitting_batch_tokens,
+    fitting_pairs,
+    pairs_memory,
+    scores_memory,
+)
+from grath.modeling.precision import DTYPES, resolve_precision
+from grath.pipeline.settings import STEP_SETTINGS
 
-# Bytes per parameter in memory.
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "nf4": 0.6, "fp4": 0.6}
-# Bytes in addition to the weights: KV cache, activations, gradients of the LoRA matrices.
-ROOM = 2e9
+# Stage: the settings of its precision and its batch, its formula, what its batch is chosen from, and in what unit.
+PLANS = {
+    "pairs": ("PAIRS_PRECISION", "PAIRS_BATCH_SIZE", pairs_memory, ROWS, "rows"),
+    "dpo": ("DPO_PRECISION", "DPO_BATCH_SIZE", dpo_memory, PAIRS, "pairs"),
+    "scores": ("EVAL_PRECISION", "EVAL_BATCH_SIZE", scores_memory, BATCH_TOKENS, "tokens"),
+}
+# On a CPU, bytes in addition to the weights: KV cache, activations, gradients of the LoRA matrices.
+ROOM = 0.5e9
 SLOW_ON_A_CPU = 2e9
 
 
@@ -87,28 +108,90 @@ def check_device(num_processes):
 
 
 def check_memory(parameters, precisions, num_processes):
-    """Check that the model fits into the memory of the GPUs or the machine in its widest precision."""
+    """Check that the model fits into the main memory of a machine without a GPU in its widest precision."""
     import psutil
-    import torch
 
     need = parameters * max(BYTES[precision] for precision in precisions) * 1.1
     kinds = f"{format_size(need)} of weights in {', '.join(dict.fromkeys(precisions))}"
-    if torch.cuda.is_available():
-        check_devices(num_processes)
-        for device in range(num_processes):
-            free = torch.cuda.mem_get_info(device)[0]
-            if free < need + ROOM:
-                raise UserError(
-                    f"GPU {device} has {format_size(free)} free, and {kinds} need about {format_size(need + ROOM)}: "
-                    "end other programs on it, or lower EVAL_PRECISION, PAIRS_PRECISION, DPO_PRECISION"
-                )
-        return f"{torch.cuda.get_device_name(0)}, {format_size(free)} free, for {kinds}"
     if parameters > SLOW_ON_A_CPU:
         raise UserError(f"torch sees no GPU, and {kinds} would take weeks on a CPU: check nvidia-smi")
     free = psutil.virtual_memory().available
-    if free < num_processes * (need + ROOM / 4):
+    if free < num_processes * (need + ROOM):
         raise UserError(f"{format_size(free)} of memory are free, and {kinds} need more: choose a smaller model")
     return f"no GPU; {format_size(free)} of main memory free, for {kinds}"
+
+
+def gpu_memory(num_processes):
+    """Return (free, total) bytes of the GPU that has the least of them free, of those that the processes use."""
+    import torch
+
+    check_devices(num_processes)
+    return min(torch.cuda.mem_get_info(device) for device in range(num_processes))
+
+
+def planned_batch(stage, shape, values, precision, total):
+    """Return the batch of a stage with these settings, in the unit of `PLANS`; `total`: bytes of the GPU's memory."""
+    given = values[PLANS[stage][1]]
+    if stage == "dpo":
+        given, processes, accumulation = (int(values[name] or 0) for name in STEP_SETTINGS)
+        fitting_batch = fitting_pairs(shape, precision, USABLE * total) or 1
+        return step_sizes(processes, given, accumulation, fitting_batch)[0]
+    if stage == "scores":  # a number of contexts limits the tokens
+        tokens = fitting_batch_tokens(shape, precision, USABLE * total) or BATCH_TOKENS[-1]
+        return min(tokens, int(given) * SCORES_ROW) if given.isdigit() else tokens
+    return min(int(given), int(values["NUM_QUERY"]))
+
+
+def check_gpu_memory(stage, shape, values):
+    """Check that a stage fits into the free memory of the GPUs; describe what it needs by part.
+
+    Args:
+        shape: `ModelShape`.
+        values: what `read_settings` returned.
+
+    Raises:
+        UserError: it does not fit; the message names the setting and the value that does.
+    """
+    name, batch_name, memory, batches, unit = PLANS[stage]
+    precision = resolve_precision(values[name], stage)
+    free, total = gpu_memory(int(values["NUM_PROCESSES"]))
+    room = free - (1 - USABLE) * total
+    batch = planned_batch(stage, shape, values, precision, total)
+    parts = memory(shape, precision, batch)
+    need = sum(parts.values())
+    plan = f"{precision}, {batch:,} {unit}: {format_size(need)} of {format_size(free)} free"
+    if need <= room:
+        return f"{plan} ({', '.join(f'{part} {format_size(size)}' for part, size in parts.items())})"
+    for smaller in (precision, *(other for other in ("int8", "nf4") if BYTES[other] < BYTES[precision])):
+        fitting_batch = min(batch, fitting(memory, batches, shape, smaller, room))
+        if fitting_batch:
+            advice = [f"{name}={smaller}"] if smaller != precision else []
+            if fitting_batch < batch:
+                contexts = max(1, fitting_batch // SCORES_ROW)
+                advice.append(f"{batch_name}={contexts if stage == 'scores' else fitting_batch}")
+            raise UserError(f"{plan}, too much: set {' and '.join(advice)}")
+    raise UserError(f"{plan}, and no smaller setting fits: end other programs on the GPU, or use a larger one")
+
+
+def precision_hint(name, values):
+    """Return a line that says what fp16 would save in stage 1, where int8 is used and fp16 fits; else None.
+
+    Args:
+        name: the model's name.
+        values: what `read_settings` returned.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or resolve_precision(values["PAIRS_PRECISION"], "pairs") != "int8":
+        return None
+    try:
+        check_gpu_memory("pairs", load_shape(name), {**values, "PAIRS_PRECISION": "fp16"})
+    except UserError:
+        return None
+    return (
+        "PAIRS_PRECISION=fp16 fits too, and is faster: the host limits decoding in int8 to about 100 ms a step, "
+        "against about 27 ms in fp16 (estimated)"
+    )
 
 
 def format_size(count):

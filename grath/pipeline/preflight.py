@@ -11,9 +11,18 @@ from grath.common.paths import resolve_local
 from grath.dpo.defaults import LORA_R
 from grath.evaluation.tasks import get_task
 from grath.modeling.loading import check_weights, resolve_base_and_adapter
+from grath.modeling.memory import read_shape
 from grath.modeling.precision import resolve_precision
 from grath.pairs.questions import load_hub_split, load_questions
-from grath.pipeline.machine import check_device, check_memory, check_packages, format_size, hub_is_reachable
+from grath.pipeline.machine import (
+    PLANS,
+    check_device,
+    check_gpu_memory,
+    check_memory,
+    check_packages,
+    format_size,
+    hub_is_reachable,
+)
 from grath.pipeline.settings import STAGE_OF_PRECISION, run_folder
 
 PAIR = 500
@@ -120,6 +129,24 @@ def check_disk(model, values):
     return f"{format_size(free)} free, about {format_size(need)} to write"
 
 
+def check_stages(check, model, values, precisions):
+    """Check the memory of each stage on a GPU, or of the widest precision on a CPU.
+
+    Args:
+        check: takes the name of a check, a function and its arguments.
+        model: what `read_model` returned.
+        precisions: the precisions of the stages.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        check("memory", check_memory, model[2], precisions, int(values["NUM_PROCESSES"]))
+        return
+    for stage in PLANS:
+        if stage != "scores" or values["TASKS"]:
+            check(f"memory, {stage}", lambda stage=stage: check_gpu_memory(stage, read_shape(*model[1:]), values))
+
+
 def check_run(values, stages):
     """Check the machine for a run, print a line for each check, and print the plan.
 
@@ -151,7 +178,7 @@ def check_run(values, stages):
     check("device", check_device, processes)
     model = check("model", read_model, values["MODEL_NAME_OR_PATH"])
     if model:
-        check("memory", check_memory, model[2], precisions, processes)
+        check_stages(check, model, values, precisions)
     check("data", check_data, values)
     if model:
         check("disk", check_disk, model, values)

@@ -4,14 +4,15 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from shlex import quote
 
 from grath.common.errors import UserError
 from grath.common.paths import DATASETS_ROOT, PROJECT
-from grath.dpo.defaults import default_grad_accum
+from grath.dpo.defaults import step_sizes
 from grath.modeling.chat import MODEL_TYPES
-from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
+from grath.modeling.precision import PRECISIONS, resolve_precision
 
 EVERY_STAGE = "every stage"
 
@@ -108,7 +109,9 @@ GROUPS = {
         Setting("WARMUP_STEPS", "100", NATURAL, "dpo", "warm-up steps of the cosine schedule", "100"),
         Setting("LEARNING_RATE", "5e-4", positive, "dpo", "peak learning rate", "5e-4"),
         Setting("BETA", "0.1", positive, "dpo", "DPO's beta", "0.1"),
-        Setting("DPO_BATCH_SIZE", "4", COUNT, "dpo", "pairs in a forward pass of each process", "4"),
+        Setting("DPO_BATCH_SIZE", "", COUNT_OR_EMPTY, "dpo",
+                "pairs in a forward pass of each process; empty: as many as the GPU's memory takes, at most 16, and 4 "
+                "on a CPU", "4"),
         Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT_OR_EMPTY, "dpo",
                 "forward passes in a step; empty: as many as give 16 pairs over all processes", "4"),
         Setting("MAX_LENGTH", "1024", COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
@@ -202,9 +205,8 @@ def normalize_settings(values):
     can be resumed with another number of GPUs or another batch size.
     """
     normalized = {name: value for name, value in values.items() if SETTINGS[name].stage and name not in STEP_SETTINGS}
-    batch, processes = int(values["DPO_BATCH_SIZE"]), int(values["NUM_PROCESSES"])
-    accumulation = int(values["GRADIENT_ACCUMULATION_STEPS"] or default_grad_accum(batch, processes))
-    normalized[EFFECTIVE_BATCH] = str(batch * processes * accumulation)
+    batch, processes, accumulation = (int(values[name] or 0) for name in STEP_SETTINGS)
+    normalized[EFFECTIVE_BATCH] = str(processes * prod(step_sizes(processes, batch, accumulation)))
     for name, stage in STAGE_OF_PRECISION.items():
         normalized[name] = resolve_precision(values[name], stage)
     for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS"):

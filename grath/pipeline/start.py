@@ -4,6 +4,7 @@ from grath.common.errors import UserError
 from grath.common.files import check_writable
 from grath.common.provenance import read_manifest
 from grath.modeling.devices import check_devices, describe_device
+from grath.pipeline.machine import precision_hint
 from grath.pipeline.manifest import remove_partial_files, start_manifest, write_manifest
 from grath.pipeline.settings import STAGE_OF_PRECISION, normalize_settings, question_inputs, run_folder
 from grath.pipeline.stage import drop_damaged
@@ -27,6 +28,8 @@ def start(values):
     print(
         f"  {', '.join(f'{name}={settings[name]}' for name in STAGE_OF_PRECISION)} on {describe_device()}", flush=True
     )
+    if hint := precision_hint(values["MODEL_NAME_OR_PATH"], values):
+        print(f"  {hint}", flush=True)
     checking, fresh = values["CHECK"] == "1", values["FRESH"] == "1"
     if fresh and not checking and run.exists():
         aside = next(path for n in range(1, 10**6) if not (path := run.with_name(f"{run.name}.old-{n}")).exists())

@@ -1,5 +1,7 @@
 """The paper's defaults, and options from a YAML file."""
 
+from types import SimpleNamespace
+
 import pytest
 from support import call_here
 from training import SMALL, read_training
@@ -38,6 +40,51 @@ def test_accumulation_keeps_the_papers_batch(batch, processes, expected):
     from grath.dpo.defaults import default_grad_accum
 
     assert default_grad_accum(batch, processes) == expected
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 5, 8, 16, 20])
+def test_the_memory_does_not_change_the_pairs_of_a_step(processes):
+    from math import prod
+
+    from grath.dpo.defaults import step_sizes
+
+    sizes = {fitting: step_sizes(processes, fitting=fitting) for fitting in (16, 8, 4, 2, 1)}
+    assert len({prod(pair) for pair in sizes.values()}) == 1
+    assert all(batch <= fitting for fitting, (batch, _) in sizes.items())
+    total = processes * prod(sizes[16])
+    assert total == 16 if processes in (1, 2, 4, 8, 16) else total <= max(16, processes)
+    assert step_sizes(1, 4) == step_sizes(1, None, 4) == (4, 4) and step_sizes(2, None, 5) == (4, 5)
+
+
+# GB of the smallest GPU, processes, and pairs per forward pass and passes per step for Llama-2 7B in fp4.
+@pytest.mark.parametrize(
+    ("memory", "processes", "sizes"),
+    [(84.9, 1, (16, 1)), (84.9, 4, (4, 1)), (23.6, 1, (8, 2)), (23.6, 2, (8, 1)), (16, 1, (4, 4)), (4, 1, (1, 16))],
+)
+def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch, capsys):
+    import torch
+
+    from grath.dpo import config as module
+    from grath.modeling.memory import llama_2
+
+    def config(**options):
+        return module.GrathDPOConfig(output_dir="unused", precision="bf16", optim="adamw_torch", bf16=False, **options)
+
+    gpus = [SimpleNamespace(total_memory=gigabytes * 1e9) for gigabytes in (memory + 1, memory)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr(module, "load_shape", lambda name: llama_2("7B"))
+    given = [config(), config(per_device_train_batch_size=4), config(gradient_accumulation_steps=2)]
+    assert [one.fits_batch_size for one in given] == [False] * 3  # on a CPU
+    chosen = config()
+    chosen.fits_batch_size, chosen.precision = True, "fp4"
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for one in (*given, chosen):
+        module.fit_batch_size(one, "a/b")
+    found = [(one.per_device_train_batch_size, one.gradient_accumulation_steps) for one in (*given, chosen)]
+    assert found == [(4, 4), (4, 4), (4, 2), sizes]
+    line = f"{sizes[0]} pairs per forward pass, chosen for a GPU of {memory:.0f} GB, and {sizes[1]} passes per step\n"
+    assert capsys.readouterr().out == line
 
 
 CONFIG = """

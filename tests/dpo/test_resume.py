@@ -103,6 +103,20 @@ def test_a_killed_training_resumes_from_its_last_complete_checkpoint(tiny_llama,
     assert logs[0][:-1] == pytest.approx(logs[1][:-1], abs=1e-5)
 
 
+def test_an_interrupted_training_resumes_with_other_pairs_per_forward_pass(tiny_llama, pair_file, tmp_path):
+    source, flags = ("--dataset_path", pair_file), ("--max_steps", "7", "--save_steps", "4")
+    train(tiny_llama, tmp_path / "whole", *flags, source=source)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    # As if it had been interrupted after step 4, in the middle of an epoch of three steps.
+    shutil.rmtree(tmp_path / "half" / "checkpoint-7")
+    (tmp_path / "half" / "adapter_model.safetensors").unlink()
+    flags += ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")
+    done, record = train(tiny_llama, tmp_path / "half", *flags, source=source)
+    assert record["resumed_from"].endswith("checkpoint-4") and "Resuming from" in done.stdout
+    for ours, theirs in zip(weights(tmp_path / "half").values(), weights(tmp_path / "whole").values(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
 def test_a_truncated_checkpoint_is_skipped(tiny_llama, pair_file, tmp_path, file):
     from grath.dpo.checkpoints import last_checkpoint

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from support import PROJECT, call, weights
+from support import PROJECT, call, pair, weights, write_rows
 from training import train
 
 
@@ -117,6 +117,22 @@ def test_the_sampler_gets_every_epoch(trainer, monkeypatch):
     monkeypatch.setattr(DPOTrainer, "_run_epoch", lambda self, **kwargs: kwargs["epoch"])
     sampler = trainer._get_train_sampler()
     assert trainer._run_epoch(epoch=3) == sampler.epoch == 3
+
+
+def test_the_loss_curve_does_not_depend_on_the_pairs_per_forward_pass(tiny_llama, tmp_path):
+    """In fp32, also in the last step of an epoch, which has fewer pairs. Other pairs in a step give another curve."""
+    pairs = [
+        pair(f"What is {i}?" + " Say it." * (i % 7), f"It is {i}.", "Nobody knows." * (1 + i % 3)) for i in range(39)
+    ]
+    source = ("--dataset_path", write_rows(tmp_path / "pairs.json", pairs))
+    curves = {}
+    for batch, accumulation in ((4, 4), (16, 1), (8, 1)):
+        flags = ("--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
+        flags += ("--max_steps", "8", "--learning_rate", "1e-3")
+        _, record = train(tiny_llama, tmp_path / f"{batch}", *flags, source=source)
+        curves[batch] = [line["loss"] for line in record["log"] if "loss" in line]
+    assert len(curves[16]) == 8 and curves[4] == pytest.approx(curves[16], rel=1e-5)
+    assert curves[8] != pytest.approx(curves[16], rel=1e-3)
 
 
 def test_each_step_has_pairs_of_similar_length():

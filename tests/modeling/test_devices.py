@@ -1,11 +1,14 @@
 """The device that a stage uses, and what is refused. Most tests patch torch, so they need no GPU."""
 
+import ast
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import BUNDLED, call
+from support import BUNDLED, PROJECT, call
 
 from grath.common.errors import UserError
 from grath.modeling.devices import check_devices, describe_device, gpu_evidence
@@ -141,3 +144,31 @@ def test_weights_and_adapter_are_loaded_on_the_gpu_of_the_process(precision, mon
     loading.load_model(str(tmp_path), precision)
     assert used["device_map"] == {"": State.device}
     assert used["adapter"]["torch_device"] == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+@pytest.mark.parametrize("module", ["dpo", "create_pair_responses", "grath.evaluation.run", "grath.pipeline.settings"])
+def test_every_stage_sets_the_allocator_before_torch_is_imported(given, expected, module):
+    code = f"""
+import os, sys, importlib.abc
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print({{n: v for n, v in os.environ.items() if n.endswith("ALLOC_CONF")}})
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+import {module}
+import torch
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert ast.literal_eval(done.stdout) == expected

@@ -1,11 +1,10 @@
 """The memory plan: its formulas against the tensors of real passes, which torch's `meta` device runs without memory."""
 
-import json
 import weakref
 
 import pytest
 import torch
-from support import call
+from support import PROJECT, call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,7 +87,9 @@ def attention(module, query, key, value, attention_mask, scaling, **_):
         bias = query.new_empty(attention_mask.shape)
         key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
         return FusedAttention.apply(query, key, value, bias)[0].transpose(1, 2), None
-    (out, lse), (other, other_lse) = (FusedAttention.apply(query, key, value, None) for _ in range(2))
+    # Queries that share a key head, and all rows' queries together for the prefix, are contiguous copies.
+    queries = [query.clone(), query.clone()]
+    (out, lse), (other, other_lse) = (FusedAttention.apply(part, key, value, None) for part in queries)
     share = torch.sigmoid(lse - other_lse)[..., None]
     out = out.float() * share + other.float() * (1 - share)
     return out.to(query.dtype).transpose(1, 2), None
@@ -108,12 +109,19 @@ def ids(rows, length):
     return torch.zeros(rows, length, dtype=torch.long, device="meta")
 
 
-def forward(model, rows, length):
-    """The last hidden states of rows with a mask of their own, as trees have."""
-    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
-    return model.model(
+def forward(model, rows, length, masked=True):
+    """The last hidden states of rows; masked: with a mask for each row, as trees have."""
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta") if masked else None
+    # The engine repeats it for the heads that share a key head, and turns it into numbers to add to the scores.
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    repeated = mask.repeat(1, 1, groups, 1) if masked and not torch.is_grad_enabled() else None
+    bias = None if repeated is None else torch.zeros_like(repeated, dtype=model.dtype)
+    del repeated
+    output = model.model(
         input_ids=ids(rows, length), attention_mask=mask, position_ids=ids(rows, length), use_cache=False
-    ).last_hidden_state
+    )
+    del bias
+    return output.last_hidden_state
 
 
 def bytes_of(parts, *names):
@@ -152,37 +160,41 @@ def test_pairs(sizes, rows, own, prefix):
             for n, length in ((rows, own), (1, prefix))
         ]
         if prefix:
-            forward(model, 1, prefix)
-        forward(model, min(rows, 16), own)
-        model.lm_head(forward(model, rows, 1)[:, -1]).float().argmax(-1)
+            forward(model, 1, prefix, masked=False)
+        forward(model, min(rows, 16), own, masked=False)
+        model.lm_head(forward(model, rows, 1, masked=False)[:, -1]).float().argmax(-1)
         del cache
     assert_close(bytes_of(planned) - planned["CUDA context"] - planned["weights"], track.peak)
 
 
 @pytest.mark.parametrize("sizes", MODELS, ids=["7B", "grouped"])
-@pytest.mark.parametrize("rows", [128, 8])
-def test_scores(sizes, rows):
+def test_scores(sizes):
+    """A full batch of the longest rows, and then the logits of one chunk. The prefix is a cache, as in the pairs."""
     model = meta_model(sizes, torch.float16)
     planned = memory.scores_memory(memory.read_shape(sizes), "fp16", 16384)
     with torch.no_grad(), TrackMemory() as track:
-        hidden = forward(model, rows, 16384 // rows)
-        states = hidden.flatten(0, 1)[:512]
+        hidden = forward(model, 16384 // memory.SCORES_ROW, memory.SCORES_ROW)
+    assert_close(bytes_of(planned, "temporaries"), track.peak)
+    with torch.no_grad(), TrackMemory() as track:
+        states = hidden.flatten(0, 1)[torch.arange(512, device="meta")]
         model.lm_head(states).float().log_softmax(-1).argmax(-1)
-    # The prefix is a cache, as in the pairs. A smaller forward pass reads less than the plan's longest row.
-    assert_close(bytes_of(planned, "temporaries", "logits"), track.peak)
+    assert_close(bytes_of(planned, "logits"), track.peak)
 
 
 @pytest.mark.parametrize("sizes", MODELS, ids=["7B", "grouped"])
 @pytest.mark.parametrize("precision", ["fp4", "bf16", "fp32"])
 @pytest.mark.parametrize(("pairs", "tokens"), [(16, 256), (16, 130), (4, 256)])
 def test_dpo(sizes, precision, pairs, tokens):
-    """A step of the policy with LoRA. Under autocast, as in 4 bit, LoRA computes in bf16; here it is stored so too."""
+    """A step of the policy with LoRA, without dropout as in TRL.
+
+    Under autocast, which 4 bit uses, LoRA computes in bf16. Here it is stored so too.
+    """
     from peft import get_peft_model
 
     from grath.dpo.trainer import lora_config
 
     model = meta_model(sizes, torch.float32 if precision == "fp32" else torch.bfloat16)
-    model = get_peft_model(model, lora_config(), autocast_adapter_dtype=precision == "bf16")
+    model = get_peft_model(model, lora_config(), autocast_adapter_dtype=precision == "bf16").eval()
     parts = memory.dpo_memory(memory.read_shape(sizes), precision, pairs, tokens)
     with TrackMemory() as track:
         hidden = forward(model.get_base_model(), pairs, tokens)
@@ -193,3 +205,48 @@ def test_dpo(sizes, precision, pairs, tokens):
     assert parts["LoRA and optimizer"] == 22 * adapter
     planned = bytes_of(parts, "activations", "temporaries", "logits") + 4 * adapter
     assert_close(planned, track.peak)
+
+
+@pytest.mark.parametrize("config", [{}, {**MODELS[0], "hidden_size": None}, {**MODELS[0], "num_local_experts": 8}])
+def test_an_unknown_shape_is_refused(config):
+    with pytest.raises(UserError, match="does not contain its sizes|mixture of experts"):
+        memory.read_shape(config)
+
+
+@pytest.mark.parametrize(
+    ("function", "stage", "precision", "largest"),
+    [
+        (memory.fitting_rows, memory.pairs_memory, "int8", 256),
+        (memory.fitting_batch_tokens, memory.scores_memory, "fp16", 16384),
+        (memory.fitting_pairs, memory.dpo_memory, "fp4", 16),
+    ],
+)
+def test_the_largest_batch_that_fits(function, stage, precision, largest):
+    shape = memory.llama_2("7B")
+    assert function(shape, precision, 10**12) == largest
+    assert function(shape, precision, 10**9) == 0
+    half = sum(stage(shape, precision, largest // 2).values())
+    assert (
+        function(shape, precision, half) in (largest // 2, largest) and function(shape, precision, half - 1) < largest
+    )
+
+
+def test_seven_billion_parameters_on_24_gb():
+    """With the batches that the plan proposes, no stage needs more than 22 GB in the precision of `auto`."""
+    shape, room = memory.llama_2("7B"), memory.CARDS["24 GB"] * memory.USABLE
+    for stage, function, precision in (
+        (memory.pairs_memory, memory.fitting_rows, "int8"),
+        (memory.dpo_memory, memory.fitting_pairs, "fp4"),
+        (memory.scores_memory, memory.fitting_batch_tokens, "fp16"),
+    ):
+        batch = function(shape, precision, room)
+        assert batch and sum(stage(shape, precision, batch).values()) <= 22e9
+
+
+def test_the_table_of_the_page_is_the_commands_output():
+    table = call("python", "-m", "grath.modeling.memory").stdout
+    assert table in (PROJECT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    # Llama-2 70B fits on 80 GB in 4 bit for pairs and training, and in 8 or 4 bit for scores.
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in table.splitlines()}
+    for stage, precision in (("pairs", "nf4"), ("DPO", "nf4"), ("scores", "int8"), ("scores", "nf4")):
+        assert "does not fit" not in rows["70B", stage, precision].split("|")[6]

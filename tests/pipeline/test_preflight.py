@@ -15,8 +15,8 @@ def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
     done = call("run_llama2.sh", env=env)
     checked = [line.split(":")[0].split() for line in done.stdout.splitlines() if line.startswith("ok ")]
     assert checked == [["ok", name] for name in ("packages", "device", "model", "memory", "data", "disk")]
-    plan = done.stdout.split("The plan: 11 stages")[1].splitlines()[1:-1]
-    assert [line.strip() for line in plan][2:4] == [
+    plan = done.stdout.split("The plan: 8 stages")[1].splitlines()[1:-1]
+    assert [line.strip() for line in plan][1:3] == [
         "iteration 1: M_0 writes pairs",
         "iteration 1: DPO trains M_1",
     ]
@@ -116,28 +116,123 @@ def test_driver_cuda_and_capability_are_shown_side_by_side(capability, fits, mon
     assert text.endswith(" for CUDA 13.0 (sm_75, sm_80, sm_90a, sm_120)")
 
 
-@pytest.mark.parametrize("big", [False, True])
-def test_memory_is_compared_with_the_size_of_the_model(big, monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes torch see `count` GPUs with `free` and `total` bytes."""
     import torch
+
+    def set_memory(free, total=None, count=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        # Another program uses 1 GB of the last one.
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free - 10**9 * (i == count - 1 > 0), total or free))
+
+    return set_memory
+
+
+def plan_of(stage, size, **settings):
+    """What CHECK=1 says of a stage's memory for a Llama-2 of this size."""
+    from grath.modeling.memory import llama_2
+    from grath.pipeline.machine import check_gpu_memory
+    from grath.pipeline.settings import read_settings
+
+    given = {"MODEL_NAME_OR_PATH": "a/b", "NUM_QUERY": "1119"}
+    return check_gpu_memory(stage, llama_2(size), read_settings(environment=given | settings))
+
+
+@pytest.mark.parametrize(
+    ("stage", "start"),
+    [("pairs", "int8, 64 rows"), ("dpo", "fp4, 8 pairs"), ("scores", "fp16, 16,384 tokens")],
+)
+def test_the_memory_of_each_stage_is_shown_by_part(stage, start, gpu):
+    gpu(23.6e9)
+    text = plan_of(stage, "7B")
+    need, parts = re.fullmatch(rf"{start}: ([\d.]+) GB of 23.6 GB free \((.*)\)", text).groups()
+    sizes = [float(value) * {"GB": 1, "MB": 1e-3}[unit] for value, unit in re.findall(r"([\d.]+) (GB|MB)", parts)]
+    assert sum(sizes) == pytest.approx(float(need), abs=0.3) and float(need) < 22
+    assert "weights" in parts and ("LoRA and optimizer" in parts) == (stage == "dpo")
+
+
+# GPU memory, stage, model, settings, and the advice.
+@pytest.mark.parametrize(
+    ("free", "stage", "size", "settings", "advice"),
+    [
+        (23.6e9, "pairs", "13B", {}, "set PAIRS_BATCH_SIZE=32"),
+        (23.6e9, "pairs", "13B", {"PAIRS_PRECISION": "fp16"}, "set PAIRS_PRECISION=int8 and PAIRS_BATCH_SIZE=32"),
+        (47.6e9, "pairs", "70B", {"PAIRS_BATCH_SIZE": "16"}, "set PAIRS_PRECISION=nf4"),
+        (23.6e9, "dpo", "7B", {"DPO_BATCH_SIZE": "16"}, "set DPO_BATCH_SIZE=8"),
+        (23.6e9, "scores", "13B", {}, "set EVAL_PRECISION=int8"),
+        ((20.2e9, 23.6e9), "scores", "7B", {}, "set EVAL_BATCH_SIZE=4"),  # another program uses the rest
+        (47.6e9, "scores", "70B", {}, "set EVAL_PRECISION=nf4"),
+        (23.6e9, "dpo", "70B", {}, "and no smaller setting fits: end other programs on the GPU, or use a larger one"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_setting_that_does(free, stage, size, settings, advice, gpu):
+    from grath.common.errors import UserError
+
+    gpu(*(free if isinstance(free, tuple) else [free]))
+    with pytest.raises(UserError) as refused:
+        plan_of(stage, size, **settings)
+    assert str(refused.value).endswith(advice) and "\n" not in str(refused.value)
+    if "=" in advice:  # the advice fits
+        plan_of(stage, size, **settings | dict(re.findall(r"(\w+)=(\w+)", advice)))
+
+
+def test_the_fullest_gpu_of_the_processes_counts(gpu):
+    from grath.common.errors import UserError
+
+    gpu(23.6e9, count=2)
+    assert "of 23.6 GB free" in plan_of("dpo", "7B")
+    assert "of 22.6 GB free" in plan_of("dpo", "7B", NUM_PROCESSES="2")
+    with pytest.raises(UserError, match="NUM_PROCESSES=3, but torch sees 2 GPU"):
+        plan_of("dpo", "7B", NUM_PROCESSES="3")
+
+
+def test_check_prints_a_line_for_each_stage_on_a_gpu(gpu):
+    from grath.pipeline.preflight import check_stages
+
+    gpu(80e9)
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    for tasks, names in (("grath_mc1", ["pairs", "dpo", "scores"]), ("", ["pairs", "dpo"])):
+        values = {"PAIRS_PRECISION": "fp16", "DPO_PRECISION": "bf16", "EVAL_PRECISION": "fp16", "NUM_PROCESSES": "1"}
+        values |= {"PAIRS_BATCH_SIZE": "8", "DPO_BATCH_SIZE": "", "GRADIENT_ACCUMULATION_STEPS": "", "NUM_QUERY": "9"}
+        values |= {"EVAL_BATCH_SIZE": "", "TASKS": tasks}
+        printed = []
+        model = ("a model", {**config, "vocab_size": 100}, 10**6)
+        check_stages(lambda *check, printed=printed: printed.append((check[0], check[1]())), model, values, [])
+        assert [name for name, _ in printed] == [f"memory, {name}" for name in names]
+        assert all("of 80.0 GB free" in text for _, text in printed)
+
+
+def test_a_cpu_is_for_small_models(monkeypatch):
+    import psutil
 
     from grath.common.errors import UserError
     from grath.pipeline.machine import check_memory
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24e9, 24e9))
-    precisions = ["int8", "fp4", "fp16"]
-    if big:
-        with pytest.raises(UserError, match="GPU 0 has 24.0 GB free, and 28.6 GB of weights in int8, fp4, fp16 need"):
-            check_memory(13e9, precisions, 1)
-        with pytest.raises(UserError, match="NUM_PROCESSES=2, but torch sees 1 GPU"):
-            check_memory(7e9, precisions, 2)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(UserError, match="torch sees no GPU"):
-            check_memory(7e9, precisions, 1)
-    else:
-        assert "a GPU, 24.0 GB free, for 15.4 GB" in check_memory(7e9, precisions, 1)
+    with pytest.raises(UserError, match="torch sees no GPU, and 15.4 GB of weights in bf16 would take weeks"):
+        check_memory(7e9, ["bf16"], 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2e9}))
+    assert check_memory(1.35e8, ["bf16", "fp32"], 1).startswith("no GPU; 2.0 GB of main memory free, for 594 MB")
+    with pytest.raises(UserError, match="2.0 GB of memory are free, and 594 MB of weights in bf16, fp32 need more"):
+        check_memory(1.35e8, ["bf16", "fp32"], 2)
+
+
+def test_a_start_says_when_fp16_fits(gpu, tmp_path):
+    from grath.pipeline.machine import precision_hint
+    from grath.pipeline.settings import read_settings
+
+    config = {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 11008, "vocab_size": 32000}))
+    given = {"MODEL_NAME_OR_PATH": str(tmp_path), "NUM_QUERY": "1119"}
+    values = read_settings(environment=given)
+    assert precision_hint(tmp_path, values) is None  # on a CPU
+    gpu(80e9)
+    assert precision_hint(tmp_path, values).startswith("PAIRS_PRECISION=fp16 fits too, and is faster: the host limits")
+    assert precision_hint(tmp_path / "nothing", values) is None
+    assert precision_hint(tmp_path, read_settings(environment={**given, "PAIRS_PRECISION": "nf4"})) is None
+    gpu(16e9, 80e9)
+    assert precision_hint(tmp_path, values) is None
 
 
 def test_the_disk_must_have_room_for_every_iteration(tiny_llama, tmp_path, monkeypatch):

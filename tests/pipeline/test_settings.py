@@ -49,7 +49,7 @@ def test_every_default_is_valid_and_every_setting_has_its_help():
 
 def test_the_papers_values_are_the_defaults():
     """Where the paper's value is one number, it is the default, except for batch sizes, which change no result."""
-    others = {"PAIRS_BATCH_SIZE", "NUM_QUERY", "GRADIENT_ACCUMULATION_STEPS"}
+    others = {"PAIRS_BATCH_SIZE", "DPO_BATCH_SIZE", "EVAL_BATCH_SIZE", "NUM_QUERY", "GRADIENT_ACCUMULATION_STEPS"}
     papers = {s.name: s.paper for s in SETTINGS.values() if re.fullmatch(r"[\d.e-]+", s.paper)}
     assert len(papers) > 10
     assert {

@@ -239,6 +239,16 @@ def test_of_batch_and_gpus_only_the_pairs_of_a_step_matter(processes, accumulati
     assert [f"  {name}={value}\n" in done.stdout for name, value in settings.items()] == [True] * 3
 
 
+@pytest.mark.parametrize(
+    ("processes", "batch", "accumulation", "effective"),
+    [("1", "", "", "16"), ("4", "", "", "16"), ("8", "", "", "16"), ("3", "", "", "12"), ("1", "", "2", "8")]
+    + [("1", "16", "", "16"), ("1", "2", "", "16"), ("8", "4", "", "32")],
+)
+def test_a_step_has_the_papers_pairs_by_default(processes, batch, accumulation, effective):
+    settings = {"DPO_BATCH_SIZE": batch, "NUM_PROCESSES": processes, "GRADIENT_ACCUMULATION_STEPS": accumulation}
+    assert normalize_settings(values_of(**settings))["EFFECTIVE_BATCH"] == effective
+
+
 def test_a_job_that_slurm_starts_again_is_not_fresh(tmp_path):
     run = tmp_path / "llama2_seed_0"
     settings = {"RUNS_DIR": str(tmp_path), "MODEL_NAME_OR_PATH": "nobody/nothing", "TASKS": "", "FRESH": "1"}
