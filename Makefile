@@ -1,5 +1,5 @@
 # make demo    the whole pipeline on SmolLM2-135M: two iterations and their scores, on a CPU, without the hub
-# make test    the test suite
+# make test    the test suite, in two processes
 # make gpu-test    what must hold on a CUDA GPU, in minutes, with a table to paste into an issue
 # make faults  kill and damage real runs, on machines that fail
 # make check   ruff and ShellCheck
@@ -15,7 +15,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 .PHONY: demo test gpu-test faults check constraints
 
 # Seconds of the stages on two CPU cores, announced before the first iteration has measured its own.
-demo: export STAGE_SECONDS = scores=32 samples=11 pairs=47 dpo=70
+demo: export STAGE_SECONDS = scores=43 pairs=47 dpo=70
 demo: .venv/run.stamp
 	@echo "Two iterations of GRATH on SmolLM2-135M: scores, pairs, DPO, scores, and again. About 6 minutes on two CPU cores."
 	./run_smollm2.sh

@@ -21,9 +21,10 @@ from pathlib import Path
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, sha256
 from grath.common.paths import ADAPTER
-from grath.dpo.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAPER_EFFECTIVE_BATCH, check_signs
+from grath.dpo.defaults import LORA_ALPHA, LORA_DROPOUT, PAPER_EFFECTIVE_BATCH, check_signs
 from grath.modeling.chat import MODEL_TYPES, template_for
 from grath.modeling.loading import load_model, load_tokenizer, resolve_base_and_adapter
+from grath.modeling.memory import LORA_R
 from grath.pairs.files import read_pairs
 from grath.pairs.questions import LABELED_DATASETS, gold_pairs, load_hub_split
 
@@ -65,13 +66,12 @@ class ScriptArguments:
 
 def parse_args():
     from grath.dpo.arguments import YamlParser
-    from grath.dpo.config import GrathDPOConfig, fit_batch_size
+    from grath.dpo.config import GrathDPOConfig
 
     args, config = YamlParser((ScriptArguments, GrathDPOConfig), __doc__).parse()
     if bool(args.dataset_path) == bool(args.dataset_name):
         raise UserError("give either --dataset_path (a pair file) or --dataset_name")
     check_signs(vars(args))
-    fit_batch_size(config, args.model_name_or_path)
     return args, config
 
 
@@ -128,6 +128,7 @@ def main():
 
     from grath.dpo.callbacks import ProgressBar, TrainingLog
     from grath.dpo.checkpoints import TRAINING_PLOT, clear_output_dir, resume_state, save_adapter, write_record
+    from grath.dpo.config import fit_batch_size
     from grath.dpo.trainer import GrathDPOTrainer, check_incoming_adapter, lora_config
     from grath.modeling.cpu_matmul import fp32_cpu_matmul
     from grath.modeling.devices import print_once
@@ -145,6 +146,7 @@ def main():
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
     dataset, counts = load_preferences(args, config, tokenizer, template)
+    fit_batch_size(config, args.model_name_or_path, dataset)
     model = load_model(args.model_name_or_path, config.precision, trainable=True)
 
     batch = record["effective_batch"]
@@ -157,8 +159,7 @@ def main():
     if batch != PAPER_EFFECTIVE_BATCH:
         print_once(f"The paper trains on {PAPER_EFFECTIVE_BATCH} pairs per step, not {batch}")
     lora = lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
-    continued = isinstance(model, PeftModel)
-    if continued:
+    if continued := isinstance(model, PeftModel):
         check_incoming_adapter(model, lora)
     with fp32_cpu_matmul(model):
         try:

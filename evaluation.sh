@@ -6,7 +6,8 @@
 #
 # Settings (docs/configuration.md has all of them):
 #   TASKS           tasks, separated by blanks   (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
-#   EVAL_PRECISION  auto, fp32, fp16, bf16, int8, nf4 or fp4    (auto: fp16 on a GPU, fp32 on a CPU); PRECISION is the same
+#   EVAL_PRECISION  auto, fp32, fp16, bf16; with hf-shared also int8, nf4, fp4    (auto: fp16 on a GPU, fp32 on a CPU);
+#                   PRECISION is the same
 #   EVAL_BATCH_SIZE contexts at once, at most    (as many as make a batch of tokens); BATCH_SIZE is the same
 #   LIMIT           questions of each task       (all)
 #   BACKEND         hf-shared: every context is computed once; hf: the harness's own model class   (hf-shared)

@@ -101,7 +101,7 @@ def main():
     os.environ.setdefault("TQDM_DISABLE", "1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, adapter = resolve_base_and_adapter(args.model)
-    options = {"pretrained": base, "dtype": DTYPES[args.dtype], "use_safetensors": True}
+    options = {"pretrained": base}
     options |= {"batch_size": args.batch_size, "device": device} | ({"peft": adapter} if adapter else {})
     os.chdir(os.environ.get("DATASETS_ROOT", "."))
     print(f"{args.dtype}, batches of {args.batch_size}")
@@ -110,8 +110,9 @@ def main():
     )
     for name in args.tasks:
         first = None
-        for model, model_class in (("hf", HFLM), ("hf-shared", shared)):
-            seconds, found, scores = measure(model_class(**options), name, args.limit)
+        hf = {"dtype": DTYPES[args.dtype], "use_safetensors": True}
+        for model, model_class, own in (("hf", HFLM, hf), ("hf-shared", shared, {"precision": args.dtype})):
+            seconds, found, scores = measure(model_class(**options, **own), name, args.limit)
             first = first or (seconds, found, scores)
             difference = max(abs(a - b) for a, b in zip(found, first[1], strict=True))
             equal = "scores equal" if scores == first[2] else f"scores differ from {first[2]}"

@@ -4,8 +4,9 @@
 
 Pairs and scores run the code of a GPU on Llama-2-7B in its real widths, on torch's `meta` device, which computes shapes
 and no values. It runs with two layers and with three: the difference, 30 times, makes 32 layers. DPO runs on a CPU with
-32 layers and narrow matrices. Every operator is counted, with its FLOPs and bytes, and the constants below turn them into
-minutes. They are not measured here: `make gpu-test` measures some of them.
+32 layers and narrow matrices; its LM head and loss are those of a CPU. Every operator is counted, with its FLOPs and
+bytes, and constants turn the counts into minutes. They are published or assumed: `make gpu-test` measures some of them.
+The harness's own work (building the few-shot examples, metrics), checkpoints and sample answers are not counted.
 
 The questions of the pairs, of ARC and of TruthfulQA are the real ones (as many as DATASETS_ROOT contains), tokenized
 with SmolLM2's tokenizer. HellaSwag and MMLU are made of the words of ARC, with the published numbers and lengths.
@@ -17,182 +18,41 @@ import random
 import sys
 import tempfile
 import time
-import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from made_requests import (
+    arc_requests,
+    hellaswag_requests,
+    load_data,
+    mmlu_requests,
+    text,
+    truthfulqa_requests,
+)
+from operator_counter import GPUS, HOST_US, Count, Forward, counter
+
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import run_main
-from grath.common.files import atomic_write_text, read_json_lines
+from grath.common.files import atomic_write_text
 from grath.common.paths import PROJECT
 from grath.modeling.loading import load_tokenizer
 from grath.modeling.memory import CARDS, CONTEXT, USABLE, dpo_memory, fitting_pairs, llama_2, weight_bytes
 from grath.pairs.prompts import build_messages, load_demos
-from grath.pairs.questions import load_hub_split, load_questions
 
-# Dense TFLOP/s in 16 bit and in float32 and TB/s, from NVIDIA's data sheets, times the share that large matrix products
-# and copies reach in practice.
-GPUS = {
-    "H100 80 GB": (0.65 * 989, 0.7 * 67, 0.8 * 3.35),
-    "A100 80 GB": (0.75 * 312, 0.8 * 19.5, 0.8 * 2.04),
-    "RTX 4090 24 GB": (0.85 * 165, 0.7 * 82.6, 0.8 * 1.01),
-}
-# Host time of an operator of transformers' modules without CUDA graphs: a step of greedy `generate` on a 7B model takes
-# 25 to 30 ms on any of these GPUs, in about 1,700 operators. Backward passes run in C++.
-HOST_US = {"forward": 16, "backward": 6}
-# An 8-bit linear layer on a GPU (bitsandbytes 0.50, backends/cuda/ops.py): operators and host synchronisations.
-INT8_LINEAR = (16, 2)
+# An 8-bit linear layer on a GPU: operators and host synchronisations (bitsandbytes 0.50, backends/cuda/ops.py), and the
+# milliseconds that it adds: a step of a 7B model takes 155 ms instead of 33 (bitsandbytes-foundation/bitsandbytes#347).
+INT8_LINEAR = (16, 2, (154.55 - 32.89) / 224)
 # Starting a process with its imports, and reading weights from a local disk.
 START_SECONDS, READ_GB_PER_SECOND = 20, 2
 ITERATIONS, STEPS, PAIRS_PER_STEP, ROWS = 2, 1000, 16, 64
 # Questions of the published tasks.
 PUBLISHED = {"arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
-SUBJECTS = 57
 LLAMA_2_7B = {
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
-
-
-# What runs between two forward passes belongs to the first.
-@dataclass
-class Forward:
-    """A forward pass: tokens with padding, operators, host synchronisations, FLOPs, and seconds of host and GPUs."""
-
-    tokens: int = 0
-    launches: int = 0
-    host_syncs: int = 0
-    flops: float = 0.0
-    host: float = 0.0
-    gpu: dict = field(default_factory=lambda: dict.fromkeys(GPUS, 0.0))
-
-    def plus(self, factor, other):
-        """Return this pass and `factor` times another: the same pass of models with other numbers of layers."""
-        add = lambda a, b: a + factor * b  # noqa: E731
-        gpu = {name: add(seconds, other.gpu[name]) for name, seconds in self.gpu.items()}
-        names = ("launches", "host_syncs", "flops", "host")
-        return Forward(self.tokens, *(add(getattr(self, name), getattr(other, name)) for name in names), gpu)
-
-
-@dataclass
-class Count:
-    """What a stage did."""
-
-    questions: int
-    forwards: list = field(default_factory=list)
-    peak_bytes: int = 0
-    tokenizer_seconds: float = 0.0
-
-    def total(self, name):
-        return sum(getattr(forward, name) for forward in self.forwards)
-
-    def seconds(self, gpu):
-        """Return the seconds of all forward passes, each as long as the slower one of host and GPU."""
-        return sum(max(forward.host, forward.gpu[gpu]) for forward in self.forwards)
-
-
-def counter(count, model, width=1, products=None):
-    """Return two context managers that count the operators of a model into `count`.
-
-    Args:
-        width: of a narrow model, how much wider the real one is: a factor for the bytes of the operators.
-        products: of a narrow model, a function of a GPU and of tokens that returns the seconds of the real products.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry
-
-    aten = torch.ops.aten
-    current = Forward()  # what runs before the first forward pass
-
-    def begin(module, args, kwargs):
-        nonlocal current
-        tokens = kwargs["input_ids"].numel()
-        current = Forward(tokens)
-        if products:
-            current.gpu = {gpu: products(gpu, tokens) for gpu in GPUS}
-        count.forwards.append(current)
-        python.shape = kwargs["input_ids"].shape
-
-    model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
-
-    def tensors_in(values):
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                yield value
-            elif isinstance(value, (list, tuple)):
-                yield from tensors_in(value)
-
-    class Operators(TorchDispatchMode):
-        live, storages, counting = 0, set(), True
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if not self.counting:
-                return out
-            name = func._overloadpacket
-            if name in (aten._local_scalar_dense, aten.nonzero):
-                current.host_syncs += 1
-            inputs, outputs = list(tensors_in(args)), list(tensors_in([out]))
-            known = {tensor.untyped_storage()._cdata for tensor in inputs}
-            new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in known]
-            for tensor in new:
-                self.follow(tensor.untyped_storage())
-            # A view launches nothing, and neither does memory without a value.
-            if func._schema.is_mutable or (new and "empty" not in func._schema.name):
-                flops = 0
-                if name in flop_registry and not products:
-                    flops = flop_registry[name](*args, **(kwargs or {}), out_val=out)
-                moved = width * sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
-                self.launch(flops, moved, any(tensor.dtype == torch.float32 for tensor in inputs))
-            return out
-
-        def launch(self, flops, moved, single):
-            backward = torch._C._current_graph_task_id() != -1
-            current.launches += 1
-            current.flops += flops
-            current.host += HOST_US["backward" if backward else "forward"] * 1e-6
-            for gpu, (half, full, bandwidth) in GPUS.items():
-                current.gpu[gpu] += max(flops / (full if single else half), moved / bandwidth) * 1e-12
-
-        def follow(self, storage):
-            """Count the memory of a tensor until it is freed."""
-            if storage._cdata not in self.storages:
-                self.storages.add(storage._cdata)
-                self.live += storage.nbytes()
-                count.peak_bytes = max(count.peak_bytes, self.live)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-
-        def free(self, key, size):
-            self.storages.discard(key)
-            self.live -= size
-
-    class Python(TorchFunctionMode):
-        """Answers what needs values, which the `meta` device does not have."""
-
-        shape, uploaded = None, None
-        answer = staticmethod(lambda shape: torch.zeros(shape).tolist())
-
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            kwargs = kwargs or {}
-            if func is torch.Tensor.tolist:
-                current.host_syncs += 1
-                if args[0].device.type == "meta":
-                    with torch._C.DisableTorchFunction():
-                        return self.answer(tuple(args[0].shape))
-            if func is torch.tensor:
-                self.uploaded = args[0]
-            if func is torch.nn.functional.scaled_dot_product_attention and args[0].device.type == "meta":
-                # On a GPU, causal attention is one kernel.
-                kernel = aten._scaled_dot_product_flash_attention
-                return kernel(*args, 0.0, kwargs["is_causal"], scale=kwargs["scale"])[0]
-            return func(*args, **kwargs)
-
-    python = Python()
-    return Operators(), python
 
 
 def count_7b(questions, run):
@@ -252,8 +112,8 @@ def pairs(tokenizer, questions):
 
 def with_int8(count):
     """Return the count with bitsandbytes' 8-bit linear layers, which the host launches one after the other."""
-    operators, syncs = (7 * LLAMA_2_7B["num_hidden_layers"] * number for number in INT8_LINEAR)
-    added = Forward(0, operators, syncs, 0.0, operators * HOST_US["forward"] * 1e-6)
+    operators, syncs, milliseconds = (7 * LLAMA_2_7B["num_hidden_layers"] * number for number in INT8_LINEAR)
+    added = Forward(0, operators, syncs, 0.0, milliseconds * 1e-3)
     return replace(count, forwards=[forward.plus(1, added) for forward in count.forwards])
 
 
@@ -281,7 +141,7 @@ def scores(shared, tokenizer, requests, questions):
 
 
 def dpo(tokenizer, questions, steps, batch):
-    """Count training steps of 16 pairs in 4 bit, in forward passes of `batch` pairs, on a narrow model."""
+    """Count the training in 4 bit on a narrow model: the reference's pass, and steps in passes of `batch` pairs."""
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
     from grath.dpo.config import GrathDPOConfig
@@ -296,6 +156,7 @@ def dpo(tokenizer, questions, steps, batch):
     answer = lambda: text(draw, words, draw.randint(12, 28))  # noqa: E731
     rows = [{"question": q["question"], "correct": answer(), "incorrect": answer()} for q in questions]
     dataset, _ = filter_pairs(tokenize_pairs(rows, tokenizer, template_for(tokenizer, "llama2")), 1024)
+    sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // 128)))
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(**LLAMA_2_7B | NARROW | {"vocab_size": len(tokenizer)})
         LlamaForCausalLM(config).save_pretrained(f"{folder}/model")
@@ -303,16 +164,19 @@ def dpo(tokenizer, questions, steps, batch):
             output_dir=f"{folder}/out", precision="fp4", max_steps=steps, per_device_train_batch_size=batch,
             save_strategy="no", disable_tqdm=True, use_cpu=True, optim="adamw_torch", logging_steps=10**6,
         )  # fmt: skip
-        trainer = GrathDPOTrainer(
-            model=load_model(f"{folder}/model", "fp4", trainable=True), args=arguments, train_dataset=dataset,
-            processing_class=tokenizer, peft_config=lora_config(), reference="rolling",
-        )  # fmt: skip
+        model = load_model(f"{folder}/model", "fp4", trainable=True)
         width = LLAMA_2_7B["hidden_size"] / NARROW["hidden_size"]
-        operators, python = counter(count, trainer.model.get_base_model(), width, products_of_a_pass)
+        operators, python = counter(count, model, width, products_of_a_pass)
+        with python, operators:
+            trainer = GrathDPOTrainer(
+                model=model, args=arguments, train_dataset=sample, processing_class=tokenizer,
+                peft_config=lora_config(), reference="rolling",
+            )  # fmt: skip
+        of_reference = count.forwards[:]
         weights = sum(weight.requires_grad for weight in trainer.model.parameters())
 
         class PagedAdamW(TrainerCallback):
-            """The optimiser of the GPU has one kernel for each matrix of the adapter."""
+            """The optimiser of the GPU has a kernel for each matrix of the adapter, and waits after each of them."""
 
             def on_pre_optimizer_step(self, *_, **__):
                 operators.counting = False
@@ -320,93 +184,35 @@ def dpo(tokenizer, questions, steps, batch):
             def on_optimizer_step(self, *_, **__):
                 operators.counting = True
                 count.forwards[-1].launches += weights
-                count.forwards[-1].host += weights * HOST_US["backward"] * 1e-6
+                count.forwards[-1].host_syncs += weights + 1
+                count.forwards[-1].host += weights * HOST_US["forward"] * 1e-6
 
         trainer.add_callback(PagedAdamW())
         with python, operators:
             trainer.train()
-    for forward in count.forwards:
-        forward.flops = 4 * matrices(LLAMA_2_7B) * forward.tokens
-    count.forwards *= STEPS // steps
+    training = count.forwards[len(of_reference) :]
+    for forwards, factor in ((of_reference, 2), (training, 4)):
+        for forward in forwards:
+            forward.flops = factor * matrices(LLAMA_2_7B) * forward.tokens
+    passes = -(-len(dataset) // PAIRS_PER_STEP)
+    count.forwards = (of_reference * -(-passes // len(of_reference)))[:passes] + training * (STEPS // steps)
     count.peak_bytes = sum(dpo_memory(llama_2("7B"), "fp4", batch).values())
     return count
 
 
 def products_of_a_pass(gpu, tokens):
-    """Return the seconds of the real sizes' products, forward and back through frozen weights that are dequantised."""
+    """Return the seconds of the real sizes' products with frozen weights that are dequantised; twice in training."""
+    import torch
+
     half, _, bandwidth = GPUS[gpu]
-    parameters = matrices(LLAMA_2_7B)
-    return (4 * parameters * tokens / half + 2 * 2.5 * parameters / bandwidth) * 1e-12
+    parameters, directions = matrices(LLAMA_2_7B), 1 + torch.is_grad_enabled()
+    return directions * (2 * parameters * tokens / half + 2.5 * parameters / bandwidth) * 1e-12
 
 
 def matrices(config):
     """Return the parameters in the matrices of a Llama's layers."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     return config["num_hidden_layers"] * (4 * hidden * hidden + 3 * hidden * inner)
-
-
-def text(draw, words, count):
-    """Draw `count` neighbouring words, so that the tokenizer sees text."""
-    start = draw.randrange(len(words) - count)
-    return " ".join(words[start : start + count])
-
-
-def arc_requests(questions, shots_from, shots=25):
-    """Build the requests of ARC in the harness's form, each question with its own few-shot examples."""
-    draw, requests = random.Random(0), []
-    ask = lambda question: f"Question: {question['question']}\nAnswer:"  # noqa: E731
-    for question in questions:
-        examples = [example for example in draw.sample(shots_from, shots + 1) if example is not question][:shots]
-        head = "".join(f"{ask(example)} {example['choices'][example['answer']]}\n\n" for example in examples)
-        requests += [(head + ask(question), f" {choice}") for choice in question["choices"]]
-    return requests
-
-
-def truthfulqa_requests(rows, words):
-    """Build the requests of MC1 and MC2: the same six examples before every question."""
-    draw = random.Random(0)
-    head = "".join(f"Q: {text(draw, words, 8)}?\nA: {text(draw, words, 9)}.\n\n" for _ in range(6))
-    return [
-        (f"{head}Q: {row['question']}\nA:", f" {choice}")
-        for row in rows
-        for choice in (*row["mc1_targets"]["choices"], *row["mc2_targets"]["choices"])
-    ]
-
-
-def hellaswag_requests(count, words, shots=10):
-    """Make requests of HellaSwag's lengths: contexts of 18 to 80 words, four endings of 8 to 34 words."""
-    draw, requests = random.Random(0), []
-    example = lambda: f"{text(draw, words, draw.randint(18, 80))} {text(draw, words, draw.randint(8, 34))}\n\n"  # noqa: E731
-    for _ in range(count):
-        context = "".join(example() for _ in range(shots)) + text(draw, words, draw.randint(18, 80))
-        requests += [(context, " " + text(draw, words, draw.randint(8, 34))) for _ in range(4)]
-    return requests
-
-
-def mmlu_requests(count, words, shots=5):
-    """Make requests of MMLU's lengths: in each subject five examples of its own length, and the answers A to D."""
-    draw, requests = random.Random(0), []
-    for subject in range(SUBJECTS):
-        # From 40 words a question (most subjects) to 400 (law, history).
-        length = int(40 * 10 ** draw.betavariate(1, 3))
-        ask = lambda length=length: text(draw, words, draw.randint(length // 2, length * 3 // 2)) + "\nAnswer:"  # noqa: E731
-        head = text(draw, words, 10) + "\n\n" + "".join(f"{ask()} {draw.choice('ABCD')}\n\n" for _ in range(shots))
-        for _ in range(count * (subject + 1) // SUBJECTS - count * subject // SUBJECTS):
-            question = head + ask()
-            requests += [(question, f" {letter}") for letter in "ABCD"]
-    return requests
-
-
-def load_data(limit):
-    """Load ARC's training and test questions and TruthfulQA's rows; without DATASETS_ROOT, the bundled ones."""
-    if os.environ.get("DATASETS_ROOT"):
-        train, test = (load_questions("allenai/ai2_arc", "ARC-Challenge", split) for split in ("train", "test"))
-        rows = list(load_hub_split("truthfulqa/truthful_qa", "multiple_choice", "validation"))
-    else:
-        train = load_questions(data_path=PROJECT / "data" / "questions.jsonl")
-        test = train[:60]
-        rows = read_json_lines(PROJECT / "data" / "truthfulness_mc.jsonl", "bundled question set")
-    return train[:limit], test[:limit], rows[:limit], train
 
 
 def stage_row(name, count):
@@ -464,7 +270,7 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--limit", type=positive_int, help="count only the first N questions of each stage")
-    add("--dpo_steps", type=positive_int, default=2, help="training steps that are counted")
+    add("--dpo_steps", type=positive_int, default=8, help="training steps that are counted")
     add("--tokenizer", default=str(PROJECT / "models" / "smollm2"), help="hub name or folder of the tokenizer")
     add("--markdown", action="store_true", help="print the table for docs/hardware.md")
     add("--json", type=Path, metavar="FILE", help="also write the counts to a JSON file")

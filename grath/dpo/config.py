@@ -9,7 +9,7 @@ from grath.common.errors import UserError
 from grath.dpo.defaults import check_signs, step_sizes
 from grath.modeling.devices import print_once
 from grath.modeling.loading import load_shape
-from grath.modeling.memory import USABLE, fitting_pairs
+from grath.modeling.memory import PAIR_TOKENS, REFERENCE_BATCH, USABLE, fitting_pairs
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
 
 
@@ -72,7 +72,9 @@ class GrathDPOConfig(DPOConfig):
     precompute_ref_log_probs: bool = field(
         default=True, metadata={"help": "compute the reference's log-probabilities once, before training"}
     )
-    precompute_ref_batch_size: int | None = field(default=16, metadata={"help": "pairs per forward pass of that"})
+    precompute_ref_batch_size: int | None = field(
+        default=REFERENCE_BATCH, metadata={"help": "pairs per forward pass of that"}
+    )
     logging_first_step: bool = field(
         default=True, metadata={"help": "log the first step; its margin shows which model is the reference"}
     )
@@ -112,26 +114,29 @@ class GrathDPOConfig(DPOConfig):
         self._n_gpu = min(self.n_gpu, 1)
 
 
-def fit_batch_size(config, name):
+def fit_batch_size(config, name, dataset):
     """Let a forward pass take as many pairs as the GPU's memory does, and fill the step to 16 pairs by accumulation.
 
-    Changes nothing on a CPU, if the batch size or the accumulation is given, or if the model's sizes are not known.
+    Changes nothing on a CPU, if the batch size or the accumulation is given, or if the sizes of the model or the pairs
+    are not known.
 
     Args:
         config: `GrathDPOConfig`.
         name: hub name, model folder or adapter folder.
+        dataset: the pairs; if they are not tokenised, their lengths are not known.
     """
     import torch
 
-    if not config.fits_batch_size:
+    if not config.fits_batch_size or "prompt_ids" not in dataset.column_names:
         return
     try:
         shape = load_shape(name)
     except UserError:  # a model that cannot be loaded gets its message when it is loaded
         return
+    longest = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in dataset)
     # All processes must choose the same: the free memory differs between them, the total memory of the GPUs does not.
     total = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    fitting = fitting_pairs(shape, config.precision, USABLE * total) or 1
+    fitting = fitting_pairs(shape, config.precision, USABLE * total, tokens=max(PAIR_TOKENS, longest)) or 1
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch, accumulation = step_sizes(processes, fitting=fitting)
     config.per_device_train_batch_size, config.gradient_accumulation_steps = batch, accumulation

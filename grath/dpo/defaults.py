@@ -3,7 +3,7 @@
 from grath.common.errors import UserError
 
 PAPER_EFFECTIVE_BATCH = 16
-LORA_R, LORA_ALPHA, LORA_DROPOUT = 8, 16, 0.05
+LORA_ALPHA, LORA_DROPOUT = 16, 0.05
 POSITIVE = (
     "num_sample", "lora_r", "lora_alpha", "learning_rate", "beta", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_length", "save_steps", "logging_steps",
@@ -17,7 +17,9 @@ def default_grad_accum(batch, processes):
 
 
 def step_sizes(processes, batch=None, accumulation=None, fitting=4):
-    """Return (pairs per forward pass, accumulation steps) of each process; what is not given makes 16 pairs per step.
+    """Return (pairs per forward pass, accumulation steps) of each process.
+
+    What is not given makes 16 pairs per step, or fewer where the processes cannot share 16 equally.
 
     If neither is given, the product does not depend on `fitting`, so that a training resumes on another GPU.
 

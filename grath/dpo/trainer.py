@@ -15,11 +15,12 @@ from trl import DPOTrainer
 
 from grath.common.errors import UserError
 from grath.dpo.dataset import filter_pairs, pair_lengths
-from grath.dpo.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R
+from grath.dpo.defaults import LORA_ALPHA, LORA_DROPOUT
 from grath.dpo.packing import project_completions_only, share_prompts
 from grath.dpo.sampler import LengthGroupedSampler
 from grath.generation.attention import unsupported_reason
 from grath.modeling.loading import resolve_base_and_adapter
+from grath.modeling.memory import LORA_R
 
 UNCOMPUTED_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 # Settings of some model families that change the logits after the head, or add to the loss.

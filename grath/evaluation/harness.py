@@ -1,6 +1,7 @@
 """The model class for lm-evaluation-harness that computes every context once."""
 
 import sys
+from functools import cache
 
 from grath.common.errors import UserError
 from grath.modeling.memory import BATCH_TOKENS, USABLE, fitting_batch_tokens, read_shape
@@ -12,6 +13,7 @@ TOKENIZER_BATCH = 1024
 CPU_BATCH_TOKENS = 4096
 
 
+@cache
 def register_shared_context_model():
     """Register the model class `hf-shared` with the harness, and return it."""
     import torch
@@ -20,6 +22,7 @@ def register_shared_context_model():
     from lm_eval.models.utils import has_bos_prefix
 
     from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
+    from grath.generation.attention import explicit_attention, select_attention_fn, unsupported_reason
 
     @register_model(MODEL_NAME)
     class SharedContextLM(HFLM):
@@ -33,6 +36,8 @@ def register_shared_context_model():
         def __init__(self, *args, precision="fp32", batch_size=None, **kwargs):
             self.precision = precision
             self.max_rows = batch_size if isinstance(batch_size, int) else None
+            if "dtype" in kwargs:
+                raise UserError(f"{MODEL_NAME} takes precision, not dtype")
             super().__init__(*args, batch_size=batch_size or 16, **kwargs)
             if self.world_size == 1 and hasattr(self, "accelerator"):
                 # Without a GPU `HFLM` scores every request in every process.
@@ -42,6 +47,7 @@ def register_shared_context_model():
             from grath.modeling.loading import load_model
 
             self._model = load_model(peft or pretrained, self.precision)
+            self._device = self._model.device
 
         def loglikelihood(self, requests, disable_tqdm=False):
             """Tokenize the requests in large batches; the ids are those of `HFLM`, which tokenizes one at a time."""
@@ -109,6 +115,11 @@ def register_shared_context_model():
             """Return the padded tokens of a batch: on a GPU, where launching kernels takes time, as many as fit."""
             if self.device.type == "cpu":
                 return CPU_BATCH_TOKENS
+            config = self.config
+            heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+            kind = (self.device, self.model.dtype, heads, getattr(config, "head_dim", None) or size)
+            if select_attention_fn(*kind) is explicit_attention:
+                return BATCH_TOKENS[-1]
             if self.device.type != "cuda":
                 return BATCH_TOKENS[0]
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -116,8 +127,6 @@ def register_shared_context_model():
             return fitting_batch_tokens(shape, self.precision, USABLE * total) or BATCH_TOKENS[-1]
 
         def _cannot_share(self, length):
-            from grath.generation.attention import unsupported_reason
-
             if self.backend != "causal":
                 return "the model is not decoder-only"
             if self.softmax_dtype or self.mixed_precision_dtype:

@@ -6,11 +6,14 @@ import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits
 from grath.generation.cache import common_prefix_length, prefill_prefix
+from grath.modeling.memory import LOGITS_CHUNK
 
 # Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
 # tokens that it must save.
 SHORTEST_PREFIX = 32
 MIN_SAVED = 1 / 5
+# On a CPU, minimum tokens of a context that gets a forward pass of its own: attention without a mask is faster.
+LONG_CONTEXT = 256
 
 
 def truncate_window(context, answer, max_length):
@@ -41,20 +44,24 @@ def window_loglikelihoods(model, windows, batch_tokens, max_rows=None):
     contexts = {}
     for i, (context, answer) in enumerate(windows):
         contexts.setdefault(context, {}).setdefault(answer, []).append(i)
+    rows = {context: _row_length(context, contexts[context]) for context in contexts}
+    groups = group_by_prefix(rows, LONG_CONTEXT if model.device.type == "cpu" else None)
+    # The largest first: if the memory is too small, the first batch shows it.
+    groups.sort(key=lambda group: group[0] + max(rows[context] for context in group[1]), reverse=True)
     with engine_attention(model):
-        for length, members in group_by_prefix(
-            {context: _row_length(context, contexts[context]) for context in contexts}
-        ):
+        for length, members in groups:
             trees = [(context[length:], list(contexts[context])) for context in members]
             for tree, results in loglikelihoods(model, list(members[0][:length]), trees, batch_tokens, max_rows):
                 yield from zip(contexts[members[tree]].values(), results, strict=True)
 
 
-def group_by_prefix(contexts):
+def group_by_prefix(contexts, long_context=None):
     """Group contexts by common prefixes, so that each prefix is computed once.
 
     Args:
         contexts: dict of different, non-empty contexts (tuples of token ids) -> tokens of the row with its answers.
+        long_context: minimum number of tokens of a context that is a group of its own, with all but its last token as
+            prefix; None: no context is.
 
     Returns:
         list of (length of the common prefix, list of contexts). The prefix leaves at least one token of each context.
@@ -70,14 +77,16 @@ def group_by_prefix(contexts):
                 groups[-1] = (common, [*members, context])
                 continue
         groups.append((len(context) - 1, [context]))
-    shared, alone = [], []
+    found, alone = [], []
     for length, members in groups:
         saved = length * (len(members) - 1)
         if saved and saved >= MIN_SAVED * sum(contexts[context] for context in members):
-            shared.append((length, members))
-        else:
-            alone += members
-    return [*shared, (0, alone)] if alone else shared
+            found.append((length, members))
+            continue
+        long = [context for context in members if long_context and len(context) >= long_context]
+        found += [(len(context) - 1, [context]) for context in long]
+        alone += [context for context in members if context not in long]
+    return [*found, (0, alone)] if alone else found
 
 
 @torch.inference_mode()
@@ -102,8 +111,8 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
             [[row[field] + [0] * (longest - len(row[field])) for row in rows] for field in range(3)],
             device=model.device,
         )
+        targets = _Targets([(n, column, token) for n, row in enumerate(rows) for column, token in row[3]], model.device)
         hidden = cache.forward_trees(model, ids, depths, branches)
-        targets = [(n, column, token) for n, row in enumerate(rows) for column, token in row[3]]
         log_probs = iter(_token_log_probs(model, hidden, targets))
         for i in batch:
             tokens = [[next(log_probs) for _ in answer] for answer in trees[i][1]]
@@ -143,35 +152,47 @@ def _tree_row(context, answers):
     return ids, depths, branches, targets
 
 
-def _token_log_probs(model, hidden, targets, chunk=512):
+class _Targets:
+    """The tokens whose log-probabilities are wanted, in the order of the hidden states that predict them.
+
+    It is made before the forward pass: a transfer to a GPU waits for what runs there.
+
+    Args:
+        targets: list of (row, column of the hidden state that predicts the token, token id).
+    """
+
+    def __init__(self, targets, device):
+        # One hidden state predicts the first tokens of all answers to a context. Its logits are computed once.
+        states = sorted({(row, column) for row, column, _ in targets})
+        index = {state: i for i, state in enumerate(states)}
+        self.order = sorted(range(len(targets)), key=lambda i: targets[i][:2])
+        self.state_of = [index[targets[i][:2]] for i in self.order]
+        self.rows, self.columns = torch.tensor(states, device=device).T
+        self.state, self.token = torch.tensor([self.state_of, [targets[i][2] for i in self.order]], device=device)
+
+
+def _token_log_probs(model, hidden, targets):
     """Compute the log-probabilities of tokens.
 
     Args:
         hidden: (n, L, d) last hidden states.
-        targets: list of (row, column of the hidden state that predicts the token, token id).
-        chunk: number of hidden states per call of the LM head.
+        targets: `_Targets`.
 
     Returns:
         list of (log-probability, whether the token is the greedy one), one per target.
     """
-    # One hidden state predicts the first tokens of all answers to a context. Its logits are computed once.
-    states = sorted({(row, column) for row, column, _ in targets})
-    index = {state: i for i, state in enumerate(states)}
-    order = sorted(range(len(targets)), key=lambda i: targets[i][:2])
-    rows, columns = torch.tensor(states, device=hidden.device).T
-    wanted = [(index[targets[i][:2]], targets[i][2]) for i in order]
-    at, tokens = torch.tensor(wanted, device=hidden.device).T
     found, start = [], 0
-    for first in range(0, len(states), chunk):
-        last = first + chunk
+    for first in range(0, len(targets.rows), LOGITS_CHUNK):
+        last = first + LOGITS_CHUNK
+        states = hidden[targets.rows[first:last], targets.columns[first:last]]
         # The harness uses `log_softmax`. `logsumexp` is more exact, but the results would differ from the harness's.
-        log_probs = lm_head_logits(model, hidden[rows[first:last], columns[first:last]]).float().log_softmax(-1)
-        end = bisect_left(wanted, last, key=lambda pair: pair[0])
-        here, token = at[start:end] - first, tokens[start:end]
-        found.append(torch.stack((log_probs[here, token], log_probs.argmax(-1)[here] == token)))
+        log_probs = lm_head_logits(model, states).float().log_softmax(-1)
+        end = bisect_left(targets.state_of, last)
+        at, token = targets.state[start:end] - first, targets.token[start:end]
+        found.append(torch.stack((log_probs[at, token], log_probs.argmax(-1)[at] == token)))
         start = end
-    results = [None] * len(targets)
+    results = [None] * len(targets.order)
     # One transfer from the device for all targets.
-    for i, log_prob, greedy in zip(order, *torch.cat(found, 1).tolist(), strict=True):
+    for i, log_prob, greedy in zip(targets.order, *torch.cat(found, 1).tolist(), strict=True):
         results[i] = (log_prob, bool(greedy))
     return results

@@ -69,7 +69,7 @@ def record_settings(folder, settings, write=True):
             set of a task that is added later, is appended.
     """
     file = folder / "settings.txt"
-    text = file.read_text(encoding="utf-8") if file.is_file() and any(folder.glob("*.json")) else ""
+    text = file.read_text(encoding="utf-8") if file.is_file() and any(folder.glob("*.json*")) else ""
     before = dict(part.split("=", 1) for part in text.split() if "=" in part)
     for name, value in settings.items():
         if before.get(name, value) != value:

@@ -68,6 +68,7 @@ def score_model(
     if backend == "hf" and precision not in DTYPES:
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
     missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
+    sampled = samples and not (output / SAMPLES).is_file()
     manager = _task_manager(missing) if missing else None
     if main_process:
         settings = _settings_of(model, precision, tasks)
@@ -83,7 +84,6 @@ def score_model(
                 print(f"{output / task}.json is up to date")
         for group in groups.values():
             print(f"{model}: {' '.join(group)}, {get_task(group[0]).shots}-shot, {precision}, {backend}", flush=True)
-    sampled = output / SAMPLES if samples and main_process and not (output / SAMPLES).is_file() else None
     if dry_run or not (missing or sampled):
         return
     loaded, evaluate = _load_harness(model, precision, batch_size, backend, manager)
@@ -100,8 +100,8 @@ def score_model(
         if results:  # None in all processes but the first
             results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
             _write_results(output, group, results)
-    if sampled:
-        write_samples(loaded.model, load_tokenizer(model), model_type, sampled)
+    if sampled and main_process:
+        write_samples(loaded.model, load_tokenizer(model), model_type, output / SAMPLES)
     # Another model may be next in this process: two do not fit on a GPU.
     del loaded, evaluate
     gc.collect()
@@ -120,20 +120,25 @@ def _settings_of(model, precision, tasks):
     }
 
 
-def _task_manager(tasks):
-    """Prepare the harness, and return its `TaskManager`; raise `UserError` if one of the tasks is not known."""
+def _prepare_harness():
+    """Register our model class with the harness, and let it read local data sets by their content."""
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import datasets
-    import lm_eval.tasks
     import lm_eval.utils
 
     lm_eval.utils.setup_logging()
-
     if datasets.load_dataset is not load_dataset:
         datasets.load_dataset = load_dataset
         register_shared_context_model()
         patch_fewshot_sampling()
+
+
+def _task_manager(tasks):
+    """Return the harness's `TaskManager`; raise `UserError` if one of the tasks is not known."""
+    _prepare_harness()
+    import lm_eval.tasks
+
     # The harness needs 14 seconds to read the files of all its tasks, so it reads those of the known ones only.
     builtin = Path(lm_eval.tasks.__file__).parent
     folders = {str(builtin / TASKS[task].folder) for task in tasks if task in TASKS and TASKS[task].folder}
@@ -147,6 +152,7 @@ def _task_manager(tasks):
 
 def _load_harness(model, precision, batch_size, backend, manager):
     """Load the model once, and return it as the harness's model, and the harness's `simple_evaluate` for it."""
+    _prepare_harness()
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model

@@ -78,7 +78,10 @@ def fused_attention(query, key, value, scaling, bias=None):
     """Compute `partial_attention` with CUDA's fused kernels, which keep no attention scores."""
     aten = torch.ops.aten
     if bias is None and query.dtype != torch.float32:
-        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, scale=scaling)[:2]
+        try:
+            return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, scale=scaling)[:2]
+        except RuntimeError:  # a GPU older than Ampere has only the other kernel
+            pass
     if bias is not None:
         bias = bias.expand(-1, query.shape[1], -1, -1)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scaling)

@@ -7,9 +7,9 @@ import torch
 from grath.generation.attention import engine_attention, lm_head_logits, unsupported_reason
 from grath.generation.cache import common_prefix_length, prefill_prefix
 from grath.generation.hf import generate_hf
+from grath.modeling.memory import PREFILL_BATCH
 
-# Prompts in one prefill batch, at most; and free rows that are worth one, in batches of 64 rows or more.
-PREFILL_BATCH = 16
+# Free rows that are worth a prefill, in batches of 64 rows or more.
 WORTH_A_PREFILL = 8
 
 
@@ -68,8 +68,9 @@ class _ActiveBatch:
         longest = max(map(len, suffixes))
         ids = torch.tensor([suffix + [0] * (longest - len(suffix)) for suffix in suffixes], device=device)
         cache_lengths = torch.zeros(len(suffixes), dtype=torch.long, device=device)
-        hidden = self.cache.forward(self.model, ids, first, cache_lengths, longest)
+        # Before the forward pass: a transfer to a GPU waits for what runs there.
         last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=device)
+        hidden = self.cache.forward(self.model, ids, first, cache_lengths, longest)
         self.prompts += prompts
         self.lengths += map(len, suffixes)
         self.completions += [[] for _ in suffixes]

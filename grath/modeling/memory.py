@@ -21,7 +21,8 @@ USABLE = 0.9
 CARDS = {"24 GB": 23.6e9, "48 GB": 47.6e9, "80 GB": 84.9e9}
 
 # Few-shot examples, and a prompt after them with its response: tokens. Six examples of the paper are about 700.
-PAIRS_PREFIX, PAIRS_OWN, PREFILL_BATCH = 700, 200, 16
+PAIRS_PREFIX, PAIRS_PROMPT, PREFILL_BATCH = 700, 100, 16
+PAIRS_OWN = PAIRS_PROMPT + 100
 # MMLU's longest five examples, and the longest row after a prefix.
 SCORES_PREFIX, SCORES_ROW, LOGITS_CHUNK = 3000, 2048, 512
 # The question once and both answers, in a step of ARC's longest pairs. Most pairs have about 130 tokens.
@@ -190,9 +191,9 @@ def dpo_memory(shape, precision, pairs, tokens=PAIR_TOKENS):
     }
 
 
-def fitting(memory, batches, shape, precision, room):
+def fitting(memory, batches, shape, precision, room, **sizes):
     """Return the first of `batches` with which `memory` (a stage's function) fits into `room` bytes; 0 if none does."""
-    return next((batch for batch in batches if sum(memory(shape, precision, batch).values()) <= room), 0)
+    return next((batch for batch in batches if sum(memory(shape, precision, batch, **sizes).values()) <= room), 0)
 
 
 # Each takes a shape, a precision and a number of bytes; see `fitting`.

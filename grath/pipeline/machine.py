@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import sysconfig
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from grath.modeling.loading import load_shape
 from grath.modeling.memory import (
     BATCH_TOKENS,
     BYTES,
+    CONTEXT,
     PAIRS,
+    PAIRS_PROMPT,
     ROWS,
     SCORES_ROW,
     USABLE,
@@ -155,14 +158,17 @@ def check_gpu_memory(stage, shape, values):
     name, batch_name, memory, batches, unit = PLANS[stage]
     precision = resolve_precision(values[name], stage)
     free, total = gpu_memory(int(values["NUM_PROCESSES"]))
-    room = free - (1 - USABLE) * total
+    room = free + CONTEXT - (1 - USABLE) * total  # this process has opened a context too
     batch = planned_batch(stage, shape, values, precision, total)
+    if stage == "pairs":
+        memory = partial(memory, own=PAIRS_PROMPT + int(values["MAX_NEW_TOKENS"]))
     parts = memory(shape, precision, batch)
     need = sum(parts.values())
     plan = f"{precision}, {batch:,} {unit}: {format_size(need)} of {format_size(free)} free"
     if need <= room:
         return f"{plan} ({', '.join(f'{part} {format_size(size)}' for part, size in parts.items())})"
-    for smaller in (precision, *(other for other in ("int8", "nf4") if BYTES[other] < BYTES[precision])):
+    others = [] if stage == "scores" and values["BACKEND"] == "hf" else ["int8", "nf4"]
+    for smaller in (precision, *(other for other in others if BYTES[other] < BYTES[precision])):
         fitting_batch = min(batch, fitting(memory, batches, shape, smaller, room))
         if fitting_batch:
             advice = [f"{name}={smaller}"] if smaller != precision else []
@@ -186,11 +192,11 @@ def precision_hint(name, values):
         return None
     try:
         check_gpu_memory("pairs", load_shape(name), {**values, "PAIRS_PRECISION": "fp16"})
-    except UserError:
+    except (UserError, RuntimeError):  # torch raises the latter where the memory cannot be asked
         return None
     return (
-        "PAIRS_PRECISION=fp16 fits too, and is faster: the host limits decoding in int8 to about 100 ms a step, "
-        "against about 27 ms in fp16 (estimated)"
+        "PAIRS_PRECISION=fp16 fits too, and is faster: the host limits decoding in int8 (for 7B, about 100 ms a step "
+        "against 27 ms in fp16, estimated)"
     )
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from grath.common.errors import UserError, first_line
 from grath.common.files import check_writable
 from grath.common.paths import resolve_local
-from grath.dpo.defaults import LORA_R
 from grath.evaluation.tasks import get_task
 from grath.modeling.loading import check_weights, resolve_base_and_adapter
-from grath.modeling.memory import read_shape
+from grath.modeling.memory import LORA_R, read_shape
 from grath.modeling.precision import resolve_precision
 from grath.pairs.questions import load_hub_split, load_questions
 from grath.pipeline.machine import (

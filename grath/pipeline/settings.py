@@ -12,7 +12,7 @@ from grath.common.errors import UserError
 from grath.common.paths import DATASETS_ROOT, PROJECT
 from grath.dpo.defaults import step_sizes
 from grath.modeling.chat import MODEL_TYPES
-from grath.modeling.precision import PRECISIONS, resolve_precision
+from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
 
 EVERY_STAGE = "every stage"
 
@@ -173,6 +173,8 @@ def read_settings(names=tuple(SETTINGS), environment=os.environ):
         if wanted := setting.check(value):
             raise UserError(f"{setting.name} must be {wanted}" + (f", not '{value}'" if value else ""))
         values[setting.name] = value
+    if values.get("BACKEND") == "hf" and values["EVAL_PRECISION"] not in ("auto", *DTYPES):
+        raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not in {values['EVAL_PRECISION']}")
     if "TASKS" in values:
         values["TASKS"] = " ".join(values["TASKS"].split())
     return values

@@ -63,6 +63,7 @@ def test_the_memory_does_not_change_the_pairs_of_a_step(processes):
 )
 def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch, capsys):
     import torch
+    from datasets import Dataset
 
     from grath.dpo import config as module
     from grath.modeling.memory import llama_2
@@ -79,12 +80,22 @@ def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch,
     chosen = config()
     chosen.fits_batch_size, chosen.precision = True, "fp4"
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    row = {"prompt_ids": [1] * 50, "chosen_ids": [1] * 40, "rejected_ids": [1] * 40}
     for one in (*given, chosen):
-        module.fit_batch_size(one, "a/b")
+        module.fit_batch_size(one, "a/b", Dataset.from_list([row]))
     found = [(one.per_device_train_batch_size, one.gradient_accumulation_steps) for one in (*given, chosen)]
     assert found == [(4, 4), (4, 4), (4, 2), sizes]
     line = f"{sizes[0]} pairs per forward pass, chosen for a GPU of {memory:.0f} GB, and {sizes[1]} passes per step\n"
     assert capsys.readouterr().out == line
+    # Longer pairs need more memory; without tokens their length is not known.
+    module.fit_batch_size(
+        chosen, "a/b", Dataset.from_list([row | {"chosen_ids": [1] * 1000, "rejected_ids": [1] * 1000}])
+    )
+    assert chosen.per_device_train_batch_size <= sizes[0]
+    assert processes > 1 or chosen.per_device_train_batch_size < sizes[0] or sizes[0] == 1
+    before = chosen.per_device_train_batch_size
+    module.fit_batch_size(chosen, "a/b", Dataset.from_list([{"chosen": "a", "rejected": "b"}]))
+    assert chosen.per_device_train_batch_size == before
 
 
 CONFIG = """

@@ -17,7 +17,7 @@ from grath.evaluation.harness import register_shared_context_model
 from grath.evaluation.loglikelihood import group_by_prefix, window_loglikelihoods
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def harness():
     """A function that makes the harness's `hf` and our `hf-shared` of a model object."""
     from lm_eval.models.huggingface import HFLM

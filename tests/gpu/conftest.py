@@ -30,7 +30,8 @@ def pytest_terminal_summary(terminalreporter, config):
     import torch
 
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
-    on_gpu = [report for report in reports if report.when == "call" and "[cuda" in report.nodeid]
+    calls = [report for report in reports if report.when == "call" and "tests/gpu/" in report.nodeid]
+    on_gpu = [report for report in calls if "[cpu" not in report.nodeid]
     if not on_gpu:
         return
     name, driver = torch.cuda.get_device_name(0), torch._C._cuda_getDriverVersion()

@@ -139,7 +139,7 @@ def test_milliseconds_beside_the_constants(device, measured):
     from support import PROJECT
 
     sys.path.insert(0, str(PROJECT / "benchmarks"))
-    from gpu_cost import HOST_US
+    from operator_counter import HOST_US
 
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 4096}
     model = deep_llama(device, **sizes).to(torch.bfloat16)

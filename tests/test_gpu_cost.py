@@ -1,0 +1,63 @@
+"""The count of what a GPU does, on a few questions."""
+
+import json
+import sys
+
+import pytest
+from support import PROJECT, call
+
+STAGES = ("pairs", "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa")
+COUNTED = {"questions", "forwards", "launches", "host_syncs", "tokens", "peak_gb", "minutes"}
+
+
+def test_every_stage_is_counted(tiny_llama, tmp_path):
+    file = tmp_path / "cost.json"
+    script = PROJECT / "benchmarks" / "gpu_cost.py"
+    small = ("--limit", "40", "--dpo_steps", "1", "--tokenizer", tiny_llama)
+    done = call(sys.executable, script, *small, "--markdown", "--json", file, env={"DATASETS_ROOT": ""})
+    content = json.loads(file.read_text())
+    assert set(STAGES) <= set(content["stages"]) and content["total_minutes"] > 0
+    for name, stage in content["stages"].items():
+        assert set(stage) >= COUNTED and min(stage[key] for key in COUNTED) >= 0, name
+        assert f"| {name} | {stage['questions']:,} | {stage['forwards']:,} | {stage['launches']:,} |" in done.stdout
+    stages = content["stages"]
+    # Prefix and prefills of 16 rows, then a step for each token of the longest completions: 40 to 100 tokens.
+    assert 40 + 4 <= stages["pairs"]["forwards"] <= 100 + 4
+    # A synchronisation for each pass but the prefix's, and two where the first prompts are uploaded after that.
+    assert stages["pairs in fp16"]["host_syncs"] == stages["pairs"]["forwards"] - 1 + 2
+    assert stages["pairs"]["launches"] > 2 * stages["pairs in fp16"]["launches"]
+    assert stages["hellaswag"]["forwards"] <= 0.25 * 40 and stages["arc_challenge"]["forwards"] <= 0.3 * 40
+    for name in ("arc_challenge", "hellaswag"):
+        assert stages[name]["host_syncs"] <= stages[name]["forwards"]
+    # The reference's passes, of 16 pairs, and 1,000 steps.
+    assert stages["dpo"]["forwards"] == 1003 < stages["dpo on 24 GB"]["forwards"]
+    assert all(stage["peak_gb"] <= 22 for name, stage in stages.items() if name != "dpo")
+
+
+def test_the_layers_that_are_not_run_are_counted(monkeypatch, llama_tokenizer):
+    """Two layers, and as often as there are more, the difference to three, is what a run of all layers gives."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    import gpu_cost
+
+    from grath.evaluation.loglikelihood import window_loglikelihoods
+    from grath.generation import attention
+
+    monkeypatch.setattr(attention, "fused_kernels_differ", lambda *_: None)
+    monkeypatch.setitem(gpu_cost.LLAMA_2_7B, "num_hidden_layers", 6)
+    windows = [((*range(1, 60), i), (j, 3)) for i in range(9) for j in (1, 2)] + [((7,) * 50, (3,))]
+    run = lambda model, python: list(window_loglikelihoods(model, windows, 200))  # noqa: E731
+    ours = gpu_cost.count_7b(10, run)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**gpu_cost.LLAMA_2_7B)).half().eval()
+    direct = gpu_cost.Count(10)
+    operators, python = gpu_cost.counter(direct, model)
+    with python, operators:
+        run(model, python)
+    assert len(ours.forwards) == len(direct.forwards) > 2
+    for name in ("tokens", "launches", "host_syncs", "flops", "host"):
+        assert ours.total(name) == pytest.approx(direct.total(name), rel=1e-9), name
+    assert ours.seconds("H100 80 GB") == pytest.approx(direct.seconds("H100 80 GB"), rel=1e-9)
+    assert ours.peak_bytes == direct.peak_bytes
