@@ -288,6 +288,21 @@ def test_a_killed_evaluation_resumes_with_the_next_task(hub, tiny_llama, tmp_pat
     assert scores(tmp_path / "scores", "hellaswag")
 
 
+def test_missing_sample_answers_are_written_alone(tiny_llama, tmp_path):
+    env = {"TASKS": "grath_mc1", "LIMIT": "2"}
+    call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "SAMPLES": "0"})
+    result = tmp_path / "s" / "grath_mc1.json"
+    before = result.stat().st_mtime_ns
+    assert not (tmp_path / "s" / "samples.jsonl").exists()
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "NUM_PROCESSES": "2"})
+    assert "is up to date" in done.stdout and result.stat().st_mtime_ns == before
+    assert [set(row) for row in rows(tmp_path / "s" / "samples.jsonl")] == [{"question", "answer"}] * 5
+    # Without its scores, the folder's answers are still those of its settings.
+    result.unlink()
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "EVAL_PRECISION": "bf16"}, status=2)
+    assert "dtype=float32, not bfloat16" in done.stderr
+
+
 def test_a_task_without_a_score_of_its_own_loses_no_other(tiny_llama, tmp_path):
     """A tag is a task of the harness, but has no score."""
     env = {"TASKS": "grath_mc1 grath_mc", "LIMIT": "2"}

@@ -4,11 +4,12 @@ make gpu-test      prints a table to paste into an issue
 """
 
 import json
+import sys
 import time
 
 import pytest
 import torch
-from support import BUNDLED, call, rows, tiny
+from support import BUNDLED, PROJECT, call, rows, tiny
 
 from grath.evaluation.loglikelihood import window_loglikelihoods
 from grath.generation.attention import explicit_attention, fused_kernels_differ, partial_attention
@@ -103,11 +104,28 @@ def test_scores_equal_those_of_hf_in_fp32(device, tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_scores_of_quantised_models(device, precision, tiny_llama, tmp_path):
-    env = {"TASKS": "grath_mc1", "LIMIT": "4", "EVAL_PRECISION": precision}
-    call("evaluation.sh", tiny_llama, tmp_path, env=env)
-    assert f"dtype={precision}\n" in (tmp_path / "settings.txt").read_text()
-    assert 0 <= json.loads((tmp_path / "grath_mc1.json").read_text())["results"]["grath_mc1"]["acc,none"] <= 1
-    assert len(rows(tmp_path / "samples.jsonl")) == 5
+    likely = []
+    for name in ("fp32", precision):
+        score = (
+            "-m",
+            "grath.evaluation",
+            tiny_llama,
+            tmp_path / name,
+            "--tasks",
+            "grath_mc1",
+            "--limit",
+            4,
+            "--precision",
+        )
+        call(sys.executable, *score, name, "--log_samples", "--samples")
+        questions = rows(tmp_path / name / "samples_grath_mc1.jsonl")
+        likely.append([float(answer[0][0]) for question in questions for answer in question["resps"]])
+        assert len(rows(tmp_path / name / "samples.jsonl")) == 5
+    assert f"dtype={precision}\n" in (tmp_path / precision / "settings.txt").read_text()
+    # Rounded weights change every log-likelihood, but not by much.
+    exact, rounded = likely
+    assert all(one != other for one, other in zip(exact, rounded, strict=True))
+    assert rounded == pytest.approx(exact, rel=0.2, abs=2)
 
 
 @pytest.mark.gpu
@@ -134,10 +152,6 @@ def test_two_iterations_of_the_demo(monkeypatch, tmp_path):
 
 def test_milliseconds_beside_the_constants(device, measured):
     """Measure what benchmarks/gpu_cost.py assumes. On a CPU the numbers say nothing about a GPU."""
-    import sys
-
-    from support import PROJECT
-
     sys.path.insert(0, str(PROJECT / "benchmarks"))
     from operator_counter import HOST_US
 
