@@ -150,7 +150,7 @@ def counter(count, model, width=1, products=None):
             if func is torch.tensor:
                 self.uploaded = args[0]
                 # A transfer from ordinary memory waits for the kernels before it.
-                current.host_syncs += self.in_flight
+                current.host_syncs += self.in_flight and "device" in kwargs
             if func is torch.nn.functional.scaled_dot_product_attention and args[0].device.type == "meta":
                 # On a GPU, causal attention is one kernel.
                 kernel = aten._scaled_dot_product_flash_attention

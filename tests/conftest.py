@@ -6,6 +6,7 @@ import pytest
 from support import BUNDLED, PROJECT, RESPONSE, call, make_tokenizer, pair, put, put_arc, put_truthful, rows, write_rows
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Share out the tests between processes (pytest-xdist): a fixture that takes long is made in one of them only."""
 

@@ -243,11 +243,16 @@ EVALUATION = [
     (["FOLDER"], {"CHAT_TEMPLATE": "on"}, "CHAT_TEMPLATE must be 0 or 1, not 'on'"),
     (["FOLDER"], {"BACKEND": "vllm"}, "BACKEND must be one of hf, hf-shared, not 'vllm'"),
     (["FOLDER"], {"NUM_PROCESSES": "0"}, "NUM_PROCESSES must be a whole number of at least 1, not '0'"),
-    (["FOLDER"], {"BATCH_SIZE": "-1"}, "EVAL_BATCH_SIZE must be a whole number of at least 1, or auto, not '-1'"),
+    (
+        ["FOLDER"],
+        {"BATCH_SIZE": "-1"},
+        "EVAL_BATCH_SIZE must be a whole number of at least 1, auto, or empty, not '-1'",
+    ),
     (["FOLDER"], {"LIMIT": "0"}, "LIMIT must be a number of questions, a share below 1, or empty, not '0'"),
     (["FOLDER"], {"DATASETS_ROOT": "nowhere"}, "DATASETS_ROOT: there is no folder 'nowhere'"),
     ([""], {}, "the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
-    (["FOLDER"], {"PRECISION": "int8"}, "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, not 'int8'"),
+    (["FOLDER"], {"PRECISION": "8"}, "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '8'"),
+    (["FOLDER"], {"PRECISION": "int8", "BACKEND": "hf"}, "BACKEND=hf scores in fp32, fp16, bf16 only, not in int8"),
 ]
 
 

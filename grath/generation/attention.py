@@ -107,7 +107,8 @@ def fused_kernels_differ(device, dtype, key_heads, head_size):
     key, value = (torch.randn((2, key_heads, 37, head_size), **draw) for _ in range(2))
     visible = torch.rand((2, 1, 13, 37), generator=generator, device=device) < 0.7
     visible[..., 0] = True
-    tolerance = 8 * torch.finfo(dtype).eps
+    # In float32 the kernels sum products of three parts of a number.
+    tolerance = (32 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
     for bias in (None, attention_bias(visible, dtype)):
         try:
             fused = fused_attention(query, key, value, head_size**-0.5, bias)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import FAMILIES, HUB, PROJECT, call, rows, tiny
+from support import FAMILIES, HUB, PROJECT, call, call_here, rows, tiny
 
 from grath.evaluation.harness import register_shared_context_model
 from grath.evaluation.loglikelihood import group_by_prefix, window_loglikelihoods
@@ -290,7 +290,8 @@ def test_a_killed_evaluation_resumes_with_the_next_task(hub, tiny_llama, tmp_pat
 
 def test_missing_sample_answers_are_written_alone(tiny_llama, tmp_path):
     env = {"TASKS": "grath_mc1", "LIMIT": "2"}
-    call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "SAMPLES": "0"})
+    score = (tiny_llama, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 2)
+    call_here("grath.evaluation", *score)
     result = tmp_path / "s" / "grath_mc1.json"
     before = result.stat().st_mtime_ns
     assert not (tmp_path / "s" / "samples.jsonl").exists()
@@ -299,7 +300,7 @@ def test_missing_sample_answers_are_written_alone(tiny_llama, tmp_path):
     assert [set(row) for row in rows(tmp_path / "s" / "samples.jsonl")] == [{"question", "answer"}] * 5
     # Without its scores, the folder's answers are still those of its settings.
     result.unlink()
-    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "EVAL_PRECISION": "bf16"}, status=2)
+    done = call_here("grath.evaluation", *score, "--precision", "bf16", status=2)
     assert "dtype=float32, not bfloat16" in done.stderr
 
 
