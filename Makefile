@@ -23,14 +23,14 @@ demo: .venv/run.stamp
 # Two processes share the tests; then the README's commands are compared with what the tests have started.
 test: .venv/dev.stamp
 	rm -f .venv/commands.jsonl
-	RECORD_COMMANDS=$(CURDIR)/.venv/commands.jsonl python -m pytest -n 2 --dist loadgroup -m "not faults" --durations 15
+	RECORD_COMMANDS=$(CURDIR)/.venv/commands.jsonl python -m pytest -n 2 --maxschedchunk 1 -m "not faults" --durations 15
 	RECORDED_COMMANDS=$(CURDIR)/.venv/commands.jsonl python -m pytest tests/test_readme.py -k every_quoted_command
 
 gpu-test: .venv/dev.stamp
 	DEVICE= python -m pytest -m gpu tests/gpu -v
 
 faults: .venv/dev.stamp
-	python -m pytest -n 2 --dist loadgroup tests/faults
+	python -m pytest -n 2 --maxschedchunk 1 tests/faults
 
 check: .venv/dev.stamp
 	ruff check .

@@ -6,18 +6,8 @@ import pytest
 from support import BUNDLED, PROJECT, RESPONSE, call, make_tokenizer, pair, put, put_arc, put_truthful, rows, write_rows
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Share out the tests between processes (pytest-xdist): a fixture that takes long is made in one of them only."""
-
-    def group(item):
-        names = [*item.fixturenames, "smollm2" if item.path.name == "test_whole_runs.py" else ""]
-        return next((name for name in ("llama_run", "smollm2") if name in names), item.path.name)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    # The largest groups first; and last what looks at the other tests, if they run in one process.
-    items.sort(key=lambda item: (item.name == "test_every_quoted_command_was_run", group(item).endswith(".py")))
+    items.sort(key=lambda item: item.name == "test_every_quoted_command_was_run")
 
 
 @pytest.fixture(scope="session")

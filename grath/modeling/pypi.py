@@ -10,6 +10,8 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+from filelock import FileLock
+
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable
@@ -50,15 +52,20 @@ def main():
         "--output_dir", type=Path, default=PROJECT / "models" / "smollm2", help="folder to write the model to"
     )
     args = parser.parse_args()
-    if (args.output_dir / "config.json").is_file():
+    model = args.output_dir / "config.json"
+    if model.is_file():
         print(f"SmolLM2 is already in {args.output_dir}")
         return
     if args.output_dir.exists():
         raise UserError(f"{args.output_dir} exists but contains no model: remove it or choose another --output_dir")
     gguf = find_gguf()
     check_writable(args.output_dir)
-    print(f"Converting {gguf.name} (about 30 seconds) ...")
-    convert(gguf, args.output_dir)
+    args.output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # Two first runs may start at once: the second waits for the first.
+    with FileLock(args.output_dir.with_name(f".{args.output_dir.name}.lock")):
+        if not model.is_file():
+            print(f"Converting {gguf.name} (about 30 seconds) ...")
+            convert(gguf, args.output_dir)
     print(f"Saved SmolLM2-135M-Instruct in {args.output_dir}; next: ./run_smollm2.sh")
 
 
