@@ -48,9 +48,11 @@ START_SECONDS, READ_GB_PER_SECOND = 20, 2
 ITERATIONS, STEPS, PAIRS_PER_STEP, ROWS = 2, 1000, 16, 64
 # Questions of the published tasks.
 PUBLISHED = {"arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
+SHAPE = llama_2("7B")
 LLAMA_2_7B = {
-    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    "vocab_size": SHAPE.vocabulary, "hidden_size": SHAPE.hidden, "intermediate_size": SHAPE.intermediate,
+    "num_hidden_layers": SHAPE.layers, "num_attention_heads": SHAPE.heads, "num_key_value_heads": SHAPE.key_heads,
+    "max_position_embeddings": 4096,
 }  # fmt: skip
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -196,7 +198,7 @@ def dpo(tokenizer, questions, steps, batch):
             forward.flops = factor * matrices(LLAMA_2_7B) * forward.tokens
     passes = -(-len(dataset) // PAIRS_PER_STEP)
     count.forwards = (of_reference * -(-passes // len(of_reference)))[:passes] + training * (STEPS // steps)
-    count.peak_bytes = sum(dpo_memory(llama_2("7B"), "fp4", batch).values())
+    count.peak_bytes = sum(dpo_memory(SHAPE, "fp4", batch).values())
     return count
 
 
@@ -240,9 +242,7 @@ def minutes(name, count, gpu):
 def total_minutes(counts, gpu):
     """Return the minutes of `./run_llama2.sh`: two iterations, and three models scored by a process each."""
     models = ITERATIONS + 1
-    loads = (2 * ITERATIONS + models) * (
-        START_SECONDS + weight_bytes(llama_2("7B"), "fp16") * 1e-9 / READ_GB_PER_SECOND
-    )
+    loads = (2 * ITERATIONS + models) * (START_SECONDS + weight_bytes(SHAPE, "fp16") * 1e-9 / READ_GB_PER_SECOND)
     made = minutes("pairs", counts["pairs"], gpu) + minutes("dpo", dpo_of(counts, gpu), gpu)
     scored = sum(minutes(name, counts[name], gpu) for name in PUBLISHED)
     return round(ITERATIONS * made + models * scored + loads / 60, 1)
@@ -298,15 +298,13 @@ def main():
         counts[name] = count
         print(f"{name}: {stage_row(name, count)}", file=sys.stderr, flush=True)
 
-    shape = llama_2("7B")
-
     def with_weights(count, precision):
-        return replace(count, peak_bytes=count.peak_bytes + CONTEXT + weight_bytes(shape, precision))
+        return replace(count, peak_bytes=count.peak_bytes + CONTEXT + weight_bytes(SHAPE, precision))
 
     in_fp16 = pairs(tokenizer, questions)
     add_count("pairs", with_weights(with_int8(in_fp16), "int8"))
     add_count("pairs in fp16", with_weights(in_fp16, "fp16"))
-    small = fitting_pairs(shape, "fp4", USABLE * CARDS["24 GB"])
+    small = fitting_pairs(SHAPE, "fp4", USABLE * CARDS["24 GB"])
     for name, batch in (("dpo", PAIRS_PER_STEP), ("dpo on 24 GB", small)):
         add_count(name, dpo(tokenizer, questions, args.dpo_steps, batch))
     shared = register_shared_context_model()

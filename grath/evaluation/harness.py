@@ -115,15 +115,13 @@ def register_shared_context_model():
             """Return the padded tokens of a batch: on a GPU, where launching kernels takes time, as many as fit."""
             if self.device.type == "cpu":
                 return CPU_BATCH_TOKENS
-            config = self.config
-            heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-            kind = (self.device, self.model.dtype, heads, getattr(config, "head_dim", None) or size)
-            if select_attention_fn(*kind) is explicit_attention:
+            shape = read_shape(self.config.to_dict())
+            attend = select_attention_fn(self.device, self.model.dtype, shape.key_heads, shape.head_size)
+            if attend is explicit_attention:
                 return BATCH_TOKENS[-1]
             if self.device.type != "cuda":
                 return BATCH_TOKENS[0]
             total = torch.cuda.get_device_properties(self.device).total_memory
-            shape = read_shape(self.config.to_dict())
             return fitting_batch_tokens(shape, self.precision, USABLE * total) or BATCH_TOKENS[-1]
 
         def _cannot_share(self, length):

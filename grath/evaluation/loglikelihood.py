@@ -83,9 +83,11 @@ def group_by_prefix(contexts, long_context=None):
         if saved and saved >= MIN_SAVED * sum(contexts[context] for context in members):
             found.append((length, members))
             continue
-        long = [context for context in members if long_context and len(context) >= long_context]
-        found += [(len(context) - 1, [context]) for context in long]
-        alone += [context for context in members if context not in long]
+        for context in members:
+            if long_context and len(context) >= long_context:
+                found.append((len(context) - 1, [context]))
+            else:
+                alone.append(context)
     return [*found, (0, alone)] if alone else found
 
 

@@ -69,6 +69,8 @@ def score_model(
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
     missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
     sampled = samples and not (output / SAMPLES).is_file()
+    if missing or sampled:
+        _prepare_harness()
     manager = _task_manager(missing) if missing else None
     if main_process:
         settings = _settings_of(model, precision, tasks)
@@ -136,7 +138,6 @@ def _prepare_harness():
 
 def _task_manager(tasks):
     """Return the harness's `TaskManager`; raise `UserError` if one of the tasks is not known."""
-    _prepare_harness()
     import lm_eval.tasks
 
     # The harness needs 14 seconds to read the files of all its tasks, so it reads those of the known ones only.
@@ -152,7 +153,6 @@ def _task_manager(tasks):
 
 def _load_harness(model, precision, batch_size, backend, manager):
     """Load the model once, and return it as the harness's model, and the harness's `simple_evaluate` for it."""
-    _prepare_harness()
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model

@@ -153,9 +153,8 @@ def saved_bytes(shape, precision, tokens):
     norms = 8 * h  # two inputs in float32
     # Without autocast, PEFT gives each of the three LoRA matrices a float32 copy of the input.
     lora = 12 * h if precision == "bf16" else size * h
-    attention = (
-        size * (4 * q + tokens) + 4 * shape.heads
-    )  # queries, repeated keys and values, output; mask; log-sum-exp
+    # Queries, repeated keys and values, output; mask; log-sum-exp.
+    attention = size * (4 * q + tokens) + 4 * shape.heads
     feed_forward = 3 * size * i
     int8 = size * (h + i) if precision == "int8" else 0  # bitsandbytes keeps the inputs of all linear layers
     return norms + lora + attention + feed_forward + int8
