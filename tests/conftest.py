@@ -1,13 +1,45 @@
-"""Fixtures: tiny models, made data sets, and one whole run."""
+"""Fixtures: tiny models, made data sets, and one whole run; the order of the tests."""
 
+import json
+import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 from support import BUNDLED, PROJECT, RESPONSE, call, make_tokenizer, pair, put, put_arc, put_truthful, rows, write_rows
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.name == "test_every_quoted_command_was_run")
+    """Order the tests so that two processes end together: one makes the whole run, whose readers come last."""
+    readers = [item for item in items if "llama_run" in item.fixturenames]
+
+    def place(item):
+        if item.name == "test_every_quoted_command_was_run":
+            return 4
+        if item in readers:
+            return 0 if item is readers[0] else 3
+        return 1 if item.get_closest_marker("slow") else 2
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory, request):
+    """A function (name, make) that gives the folder `name`, made by `make(folder)` in the first process to ask."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent  # the folder of all processes
+
+    def give(name, make):
+        folder, made = root / name, root / f"{name}.made"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return give
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +60,12 @@ def smollm_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory, llama_tokenizer):
+def tiny_llama(made_once, llama_tokenizer):
     """Folder of a two-layer Llama that answers every request for a pair, of every kind, with `RESPONSE`."""
+    return made_once("tiny llama", lambda folder: train_llama(folder, llama_tokenizer))
+
+
+def train_llama(folder, tokenizer):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +73,6 @@ def tiny_llama(tmp_path_factory, llama_tokenizer):
     from grath.pairs.prompts import build_messages, load_demos
     from grath.pairs.questions import load_questions
 
-    tokenizer = llama_tokenizer
     tokenizer.chat_template = TEMPLATES["llama2"]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -75,10 +110,8 @@ def tiny_llama(tmp_path_factory, llama_tokenizer):
                     break
     else:
         pytest.fail("the tiny model did not learn its response")
-    folder = tmp_path_factory.mktemp("models") / "tiny llama"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -115,9 +148,8 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def llama_run(tiny_llama, tmp_path_factory):
+def llama_run(tiny_llama, made_once):
     """A real `run_llama2.sh`, two iterations on a tiny model: (folder, settings, finished process). Never changed."""
-    runs = tmp_path_factory.mktemp("a run")
     settings = {
         "MODEL_NAME_OR_PATH": tiny_llama,
         "ITERATIONS": 2,
@@ -128,9 +160,15 @@ def llama_run(tiny_llama, tmp_path_factory):
         "DATA_PATH": BUNDLED,
         "TASKS": "grath_mc1 grath_mc2",
         "LIMIT": 3,
-        "RUNS_DIR": runs,
         "DPO_PRECISION": "fp32",
         "PAIRS_PRECISION": "fp32",
     }
-    settings = {name: str(value) for name, value in settings.items()}
-    return runs / "llama2_seed_0", settings, call("run_llama2.sh", env=settings)
+
+    def start(runs):
+        done = call("run_llama2.sh", env={name: str(value) for name, value in {**settings, "RUNS_DIR": runs}.items()})
+        (runs / "done.json").write_text(json.dumps([done.stdout, done.stderr]))
+
+    runs = made_once("a run", start)
+    settings = {name: str(value) for name, value in {**settings, "RUNS_DIR": runs}.items()}
+    done = subprocess.CompletedProcess(["run_llama2.sh"], 0, *json.loads((runs / "done.json").read_text()))
+    return runs / "llama2_seed_0", settings, done

@@ -10,6 +10,7 @@ STAGES = ("pairs", "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa")
 COUNTED = {"questions", "forwards", "launches", "host_syncs", "tokens", "peak_gb", "minutes"}
 
 
+@pytest.mark.slow
 def test_every_stage_is_counted(tiny_llama, tmp_path):
     file = tmp_path / "cost.json"
     script = PROJECT / "benchmarks" / "gpu_cost.py"

@@ -27,14 +27,19 @@ def train(out):
     return json.loads((out / "grath.json").read_text())["pairs"]["read"]
 
 
-def evaluate(root, out, status=0):
+def evaluate(out, status=0):
     """Return the number of TruthfulQA questions that stage 4 scores, and the finished process."""
-    env = {"DATASETS_ROOT": str(root), "TASKS": "truthfulqa_mc1"}
-    done = call("evaluation.sh", "me/tiny", out, env=env, cwd=out.parent, status=status)
-    scored = json.loads((out / "truthfulqa_mc1.json").read_text())["n-samples"]["truthfulqa_mc1"]
-    return scored["effective"], done
+    done = call_here(
+        "grath.evaluation", "me/tiny", out, "--tasks", "truthfulqa_mc1", cwd=out.parent, status=status
+    )
+    return scored(out), done
 
 
+def scored(out):
+    return json.loads((out / "truthfulqa_mc1.json").read_text())["n-samples"]["truthfulqa_mc1"]["effective"]
+
+
+@pytest.mark.slow
 def test_two_folders_of_one_layout_and_an_edited_one(tiny_llama, tmp_path, monkeypatch):
     """`datasets` would give them one cache entry, by their layout, in one process and in several.
 
@@ -53,16 +58,19 @@ def test_two_folders_of_one_layout_and_an_edited_one(tiny_llama, tmp_path, monke
         expected = fill(name, numbers)
         assert ask(tmp_path / f"asked {name}") == expected
         assert train(tmp_path / f"trained {name}") == len(expected)
-        assert evaluate(tmp_path / name, tmp_path / f"scores {name}")[0] == len(expected)
+        assert evaluate(tmp_path / f"scores {name}")[0] == len(expected)
 
     expected = fill("a", range(20, 24))
     assert ask(tmp_path / "asked again") == expected
     assert train(tmp_path / "trained again") == 4
     # Scores of the old questions are not taken for scores of the new ones.
-    count, done = evaluate(tmp_path / "a", tmp_path / "scores a", status=2)
+    count, done = evaluate(tmp_path / "scores a", status=2)
     assert count == 3 and done.stderr.count("\n") == 1
     assert "contains scores with truthfulqa/truthful_qa=" in done.stderr
-    assert evaluate(tmp_path / "a", tmp_path / "scores again")[0] == 4
+    # In a process of its own, as a user starts it.
+    env = {"DATASETS_ROOT": str(tmp_path / "a"), "TASKS": "truthfulqa_mc1"}
+    call("evaluation.sh", "me/tiny", tmp_path / "scores again", env=env, cwd=tmp_path)
+    assert scored(tmp_path / "scores again") == 4
 
 
 def test_equal_folders_share_a_cache_entry_and_hidden_files_do_not_count(tmp_path):

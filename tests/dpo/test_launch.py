@@ -14,6 +14,7 @@ def test_accelerate_launch_gives_the_same_adapter(first_iteration, tiny_llama, p
         assert (ours - theirs).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_training(tiny_llama, pair_file, tmp_path):
     source, steps = ("--dataset_path", pair_file), ("--max_steps", "7")  # more than two epochs
     _, single = train(tiny_llama, tmp_path / "1", *steps, source=source)

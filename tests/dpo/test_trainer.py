@@ -153,6 +153,7 @@ def test_each_step_has_pairs_of_similar_length():
     assert sum(spreads) / len(spreads) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "ways"), [("fp32", ["trl", "second_model", "ours"]), ("bf16", ["ours"])])
 def test_training_benchmark(tiny_llama, pair_file, dtype, ways):
     done = call(

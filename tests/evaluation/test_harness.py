@@ -212,6 +212,7 @@ def scores(folder, task):
     return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
+@pytest.mark.slow
 def test_two_processes_and_both_backends_give_the_same_scores(llama_run, tiny_llama, tmp_path):
     run, settings, _ = llama_run
     env = {name: settings[name] for name in ("TASKS", "LIMIT")}
