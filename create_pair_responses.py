@@ -23,7 +23,7 @@ from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.modeling.devices import init_distributed
-from grath.modeling.loading import eos_token_ids, load_model, load_tokenizer
+from grath.modeling.loading import eos_token_ids, load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import pair_file_name, write_pairs
 from grath.pairs.prompts import build_messages, load_demos
@@ -90,7 +90,7 @@ def main():
     from accelerate.utils import gather_object
 
     state = init_distributed()
-    model = load_model(args.model_name_or_path, precision)
+    model = load_for_inference(args.model_name_or_path, precision)
     longest, window = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
     if window and longest + args.max_new_tokens > window:
         raise UserError(

@@ -1,26 +1,38 @@
-"""Compare four ways to generate pairs in one process: speed, memory, and identical completions.
+"""Compare ways to generate pairs: speed, memory, and identical completions.
 
     python benchmarks/generation.py --model models/smollm2 --dtype fp32 --num_query 32 --batch_size 32
+    VLLM_PYTHON=vllm-env/bin/python python benchmarks/generation.py --ways vllm engine --num_query 128 --batch_size 128
 
 `one`: `model.generate`, one question at a time. `padded`: batches of whole prompts. `copied`: batches that start from
-copies of the few-shot examples' KV cache. `engine`: the shared-prefix engine in `grath.generation`.
-The first way in the table is the baseline of the ratios and of the identical completions.
+copies of the few-shot examples' KV cache. `engine`: the shared-prefix engine in `grath.generation`. `vllm`: vLLM with
+its prefix cache, in its own environment, whose Python is `VLLM_PYTHON`; requirements-vllm-cpu.txt makes one for a CPU.
+
+Each way has its own process. `load` is the time from its start until the model is ready: imports, weights, and
+compilation or the choice of products. The other columns are those of the median of --runs runs after that. The first
+way in the table is the baseline of the ratios and of the identical completions.
 """
 
 import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from grath.common.arguments import Parser, positive_int
-from grath.common.errors import run_main
-from grath.common.paths import PROJECT
+from grath.common.errors import UserError, run_main
+from grath.common.paths import PROJECT, resolve_local
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
-from grath.modeling.loading import eos_token_ids, load_model, load_tokenizer
-from grath.modeling.precision import PRECISIONS, resolve_precision
+from grath.modeling.loading import eos_token_ids, load_for_inference, load_model, load_tokenizer
+from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
 
-WAYS = ("one", "padded", "copied", "engine")
+WAYS = ("one", "padded", "copied", "engine", "vllm")
 
 
 def one(model, prompts, settings):
@@ -120,6 +132,78 @@ def peak_bytes():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def build_prompts(args):
+    """Return the tokenizer and the prompts of the questions: lists of token ids."""
+    tokenizer = load_tokenizer(args.model)
+    template = template_for(tokenizer, args.model_type)
+    source = None if args.data_name else PROJECT / "data" / "questions.jsonl"
+    questions = load_questions(args.data_name, "ARC-Challenge", "train", source)[: args.num_query]
+    demos = load_demos("truthfulqa")
+    return tokenizer, [
+        prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions
+    ]
+
+
+def measure(way, batch_size, args):
+    """Generate in one way in this process, --runs times.
+
+    Returns:
+        dict of `load` (s), `seconds` (one per run), `extra` (bytes of memory over the loaded model's) and
+        `completions` (lists of token ids).
+    """
+    import torch
+
+    tokenizer, prompts = build_prompts(args)
+    precision = resolve_precision(args.dtype, "pairs")
+    model = (load_for_inference if way == "engine" else load_model)(args.model, precision).eval()
+    settings = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
+    settings["batch_size"] = batch_size
+    found = {"load": time.time() - psutil.Process().create_time(), "seconds": []}
+    reset_peak()
+    before = peak_bytes()
+    for _ in range(args.runs):
+        start = time.perf_counter()
+        found["completions"] = globals()[way](model, prompts, settings)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found["seconds"].append(time.perf_counter() - start)
+    return {**found, "extra": peak_bytes() - before}
+
+
+def measure_vllm(batch_size, args):
+    """Do what `measure` does with vLLM. Its memory is not measured: it reserves a fixed part."""
+    from transformers import AutoConfig, GenerationConfig
+
+    tokenizer, prompts = build_prompts(args)
+    eos = GenerationConfig.from_pretrained(resolve_local(args.model)).eos_token_id
+    window = AutoConfig.from_pretrained(resolve_local(args.model)).max_position_embeddings
+    work = {
+        "model": resolve_local(args.model),
+        "dtype": DTYPES[args.dtype],
+        "prompts": prompts,
+        "batch_size": batch_size,
+        "max_length": min(window, max(map(len, prompts)) + args.max_new_tokens),
+        "max_new_tokens": args.max_new_tokens,
+        "eos_ids": sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}),
+        "runs": args.runs,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder) / "work.json", Path(folder) / "answer.json"
+        given.write_text(json.dumps(work))
+        run_child(
+            [os.environ["VLLM_PYTHON"], str(PROJECT / "benchmarks" / "vllm_generation.py"), given, answer], "vllm"
+        )
+        return json.loads(answer.read_text())
+
+
+def run_child(command, way):
+    """Run a command and return its last line of output."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{way} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return (done.stdout.splitlines() or [""])[-1]
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -130,44 +214,47 @@ def main():
     add("--max_new_tokens", type=positive_int, default=100, help="maximum number of tokens of a completion")
     add("--data_name", help="hub data set in ARC's schema, instead of the bundled questions")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS[:-1]), help="ways to compare")
+    add("--runs", type=positive_int, default=3, help="runs of each way")
+    add("--only", choices=WAYS[:-1], help="generate in one way in this process, and print the results as JSON")
     args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args.only, args.batch_size[0], args)))
+        return
+    if "vllm" in args.ways and (not os.environ.get("VLLM_PYTHON") or args.dtype not in DTYPES):
+        raise UserError(
+            f"the way vllm needs VLLM_PYTHON=... (requirements-vllm-cpu.txt) and one of {', '.join(DTYPES)}"
+        )
 
-    tokenizer = load_tokenizer(args.model)
-    template = template_for(tokenizer, args.model_type)
-    source = None if args.data_name else PROJECT / "data" / "questions.jsonl"
-    questions = load_questions(args.data_name, "ARC-Challenge", "train", source)[: args.num_query]
-    demos = load_demos("truthfulqa")
-    prompts = [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
-    precision = resolve_precision(args.dtype, "pairs")
-    model = load_model(args.model, precision).eval()
-    settings = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
-    print(f"{len(prompts)} questions, {precision}, {model.device}")
+    print(f"{args.num_query} questions, {args.dtype}, the median of {args.runs} runs")
     print(
-        f"{'way':10}{'batch':>6}{'seconds':>9}{'questions/s':>13}{'tokens/s':>10}{'extra MB':>10}{'ratio':>8}"
-        f"{'identical':>11}"
+        f"{'way':10}{'batch':>6}{'load':>7}{'seconds':>9}{'questions/s':>13}{'tokens/s':>10}{'extra MB':>10}"
+        f"{'ratio':>8}{'identical':>11}"
     )
-    unbatched = [way for way in args.ways if way == "one"]
-    batched = [way for way in args.ways if way != "one"]
     first, speed = None, {}
-    for way, size in [(way, 1) for way in unbatched] + [(way, size) for size in args.batch_size for way in batched]:
-        reset_peak()
-        before = peak_bytes()
-        start = time.perf_counter()
-        output = globals()[way](model, prompts, {**settings, "batch_size": size})
-        seconds = time.perf_counter() - start
-        speed[way, size] = len(prompts) / seconds
+    sizes = [("one", 1)] if "one" in args.ways else []
+    sizes += [(way, size) for size in args.batch_size for way in args.ways if way != "one"]
+    for way, size in sizes:
+        if way == "vllm":
+            found = measure_vllm(size, args)
+        else:
+            found = json.loads(run_child([sys.executable, *sys.argv, "--only", way, "--batch_size", size], way))
+        output, seconds = found["completions"], sorted(found["seconds"])[args.runs // 2]
+        speed[way, size] = len(output) / seconds
         first = first or (output, speed[way, size])
         same = sum(a == b for a, b in zip(output, first[0], strict=True))
-        tokens = sum(map(len, output)) / seconds
+        extra = f"{found['extra'] / 1e6:.0f}" if "extra" in found else "-"
         print(
-            f"{way:10}{size:6}{seconds:9.1f}{speed[way, size]:13.2f}{tokens:10.1f}"
-            f"{(peak_bytes() - before) / 1e6:10.0f}{speed[way, size] / first[1]:8.2f}{same:7} of {len(prompts)}",
+            f"{way:10}{size:6}{found['load']:7.1f}{seconds:9.1f}{speed[way, size]:13.2f}"
+            f"{sum(map(len, output)) / seconds:10.1f}{extra:>10}{speed[way, size] / first[1]:8.2f}"
+            f"{same:7} of {len(output)}",
             flush=True,
         )
     for size in args.batch_size:
-        if {"copied", "engine"} <= set(batched):
-            print(f"engine over copied, batches of {size}: {speed['engine', size] / speed['copied', size]:.2f}")
+        for other in ("vllm", "copied"):
+            if {(other, size), ("engine", size)} <= speed.keys():
+                ratio = speed["engine", size] / speed[other, size]
+                print(f"engine over {other}, batches of {size}: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text, check_writable
 from grath.modeling.chat import MODEL_TYPES, answer_ids, template_for
-from grath.modeling.cpu_matmul import fp32_cpu_matmul
-from grath.modeling.loading import load_model, load_tokenizer
+from grath.modeling.loading import load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import read_pairs
 from grath.pairs.stats import negated
@@ -54,7 +53,7 @@ def embed(model, sequences, batch_size):
         rows = [torch.tensor([*sequences[i][0], *sequences[i][1]]) for i in batch]
         ids = pad_sequence(rows, batch_first=True).to(model.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
-        with torch.inference_mode(), fp32_cpu_matmul(model):
+        with torch.inference_mode():
             hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         for i, states in zip(batch, hidden, strict=True):
             start = len(sequences[i][0])
@@ -105,7 +104,7 @@ def main():
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.model_type)
     precision = resolve_precision(args.precision, "pairs")
-    model = load_model(args.model_name_or_path, precision)
+    model = load_for_inference(args.model_name_or_path, precision)
     for path, rows in files.items():
         sides = []
         for side in ("correct", "incorrect"):

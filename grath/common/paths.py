@@ -11,6 +11,9 @@ if DATASETS_ROOT:
 ADAPTER = "adapter_model.safetensors"
 # The record of a training, next to its adapter.
 RECORD = "grath.json"
+# How the stages of a run compute matrix products on a CPU, and the environment variable that names this file.
+CPU_PRODUCTS = "cpu_products.json"
+CPU_PRODUCTS_VARIABLE = "GRATH_CPU_PRODUCTS"
 
 
 def resolve_local(name):

@@ -44,9 +44,9 @@ def register_shared_context_model():
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
         def _create_model(self, pretrained, peft=None, **_):
-            from grath.modeling.loading import load_model
+            from grath.modeling.loading import load_for_inference
 
-            self._model = load_model(peft or pretrained, self.precision)
+            self._model = load_for_inference(peft or pretrained, self.precision)
             self._device = self._model.device
 
         def loglikelihood(self, requests, disable_tqdm=False):

@@ -12,8 +12,6 @@ from functools import lru_cache
 import torch
 from transformers import AttentionInterface
 
-from grath.modeling.cpu_matmul import fp32_cpu_matmul
-
 ATTENTION_NAME = "grath_shared_prefix"
 # Families whose attention is exactly softmax(q k^T * scaling) v with a causal mask.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -169,7 +167,6 @@ def engine_attention(model):
     model.eval()
     base.set_attn_implementation(ATTENTION_NAME)
     try:
-        with fp32_cpu_matmul(model):
-            yield
+        yield
     finally:
         base.set_attn_implementation(original)

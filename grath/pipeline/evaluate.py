@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from grath.common.errors import UserError
+from grath.common.paths import CPU_PRODUCTS, CPU_PRODUCTS_VARIABLE
 from grath.evaluation.run import score_model
 from grath.pipeline.loop import lock
 from grath.pipeline.settings import EVALUATION, read_settings
@@ -32,6 +33,8 @@ def evaluate(model=None, output=None):
         values = read_settings(EVALUATION, of_run | os.environ)
     else:
         run, models = None, [(model, Path(output or f"scores/{Path(model).name}"))]
+    if run:
+        os.environ[CPU_PRODUCTS_VARIABLE] = str((run / CPU_PRODUCTS).resolve())
     if main_process and run:
         print(f"newest run: {run}, {len(models)} iteration(s) without scores", flush=True)
     # The loop must not work in the same folder.

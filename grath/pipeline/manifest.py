@@ -1,8 +1,9 @@
 """The record of a run, `manifest.json`: the inputs and outputs of every stage, and whether they are unchanged.
 
 A stage is an entry with iteration, stage, title, command, inputs and outputs (path -> SHA-256), settings, seed,
-versions, commit, start, seconds (of all starts), starts, and outcome: "started", "done", "damaged", "failed with status
-N" or "ended by SIGNAL". Paths inside the run's folder are relative to it, so a run can be moved.
+versions, commit, cpu_products (from `grath.modeling.cpu_matmul`), start, seconds (of all starts), starts, and outcome:
+"started", "done", "damaged", "failed with status N" or "ended by SIGNAL". Paths inside the run's folder are relative to
+it, so a run can be moved.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, sha256
 from grath.common.local_data import data_files
-from grath.common.paths import ADAPTER, RECORD, resolve_local
+from grath.common.paths import ADAPTER, CPU_PRODUCTS, RECORD, resolve_local
 from grath.common.provenance import FORMAT, MANIFEST, WAYS_ON, read_manifest
 from grath.modeling.loading import resolve_base_and_adapter
 from grath.pipeline.settings import EFFECTIVE_BATCH, EVERY_STAGE, FIRST_AFFECTED_STAGE, STEP_SETTINGS
@@ -60,7 +61,7 @@ def start_manifest(run, settings, inputs, data=()):
 def _anything_made(run):
     """Whether any stage has produced a file. If not, a start with a wrong setting can be followed by a right one."""
     files = [path.name for path in Path(run).rglob("*") if path.is_file()]
-    return any(name not in (MANIFEST, "settings.txt") and not name.endswith(".tmp") for name in files)
+    return any(name not in (MANIFEST, CPU_PRODUCTS, "settings.txt") and not name.endswith(".tmp") for name in files)
 
 
 def hashes(run, names, hash_cache=None, data=()):

@@ -7,6 +7,8 @@ import sys
 import time
 
 from grath.common.errors import UserError
+from grath.common.files import read_json
+from grath.common.paths import CPU_PRODUCTS, CPU_PRODUCTS_VARIABLE
 from grath.common.provenance import MANIFEST, commit, read_manifest, versions
 from grath.common.signals import SignalReceived
 from grath.evaluation.results import local_dataset_hashes
@@ -49,6 +51,8 @@ def run_stage(args):
     entry |= {"seed": manifest["settings"].get("SEED"), "versions": versions(), "commit": commit()}
     entry |= {"starts": entry["starts"] + 1, "outcome": "started"}
     manifests.write_manifest(run, manifest)
+    # All stages of a run compute matrix products in the way that the first one finds.
+    os.environ[CPU_PRODUCTS_VARIABLE] = str((run / CPU_PRODUCTS).resolve())
     began = time.monotonic()
     try:
         status = run_command(command, run / ".status.tmp")
@@ -123,6 +127,8 @@ def drop_damaged(run, entry, outputs):
 def record_outcome(run, manifest, entry, outputs, outcome):
     """Record how a stage ended. If the disk is full, the error of the stage itself is the one that is shown."""
     entry["outcome"] = outcome
+    if (run / CPU_PRODUCTS).is_file() and entry["stage"] != "combine":
+        entry["cpu_products"] = read_json(run / CPU_PRODUCTS, "record of matrix products")
     entry["outputs"] |= manifests.hashes(run, [run / name for name in outputs])
     try:
         manifests.write_manifest(run, manifest)

@@ -29,9 +29,7 @@ def train(out):
 
 def evaluate(out, status=0):
     """Return the number of TruthfulQA questions that stage 4 scores, and the finished process."""
-    done = call_here(
-        "grath.evaluation", "me/tiny", out, "--tasks", "truthfulqa_mc1", cwd=out.parent, status=status
-    )
+    done = call_here("grath.evaluation", "me/tiny", out, "--tasks", "truthfulqa_mc1", cwd=out.parent, status=status)
     return scored(out), done
 
 

@@ -12,7 +12,6 @@ from grath.generation.attention import engine_attention, unsupported_reason
 from grath.generation.cache import common_prefix_length
 from grath.generation.engine import generate_shared_prefix
 from grath.generation.hf import generate_hf
-from grath.modeling.cpu_matmul import fp32_cpu_matmul
 
 
 def plain(model, prompts, max_new_tokens, eos_ids):
@@ -159,29 +158,6 @@ def test_generate_hf_gives_the_same():
 def test_models_that_the_engine_does_not_support(family, changes, reason):
     found = unsupported_reason(tiny(family, **changes), 100)
     assert found is None if reason is None else found.startswith(reason)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fp32_matmul_gives_the_exact_products_rounded_once(dtype):
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(96, 2500).to(dtype).requires_grad_(False)
-    x = torch.randn(70, 2, 96, dtype=dtype, requires_grad=True)
-    weights = torch.randn(70, 2, 2500, dtype=dtype)
-    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
-    with fp32_cpu_matmul(torch.nn.Sequential(layer)):
-        patched = "forward" in vars(layer)
-        out = layer(x)
-        (gradient,) = torch.autograd.grad(out, x, weights)
-        few = layer(x[:1])
-    # If the layer was not patched, the assertions below are about torch's own product.
-    assert patched == (
-        torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_amx_tile_supported()
-    )
-    assert "forward" not in vars(layer)
-    assert out.dtype == few.dtype == gradient.dtype == dtype
-    step = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), exact, atol=step, rtol=step)
-    torch.testing.assert_close(gradient.double(), weights.double() @ layer.weight.double(), atol=4 * step, rtol=step)
 
 
 @needs_hub
