@@ -200,7 +200,8 @@ def run_child(command, way):
     """Run a command and return its last line of output."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{way} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        print(done.stderr, file=sys.stderr)
+        raise UserError(f"{way} failed")
     return (done.stdout.splitlines() or [""])[-1]
 
 

@@ -5,13 +5,14 @@ import sys
 
 import pytest
 import torch
-from support import FAMILIES, HUB, PROJECT, call, needs_hub, tiny
+from support import FAMILIES, HUB, PROJECT, RECORD, call, needs_hub, tiny
 
 from grath.evaluation.loglikelihood import loglikelihoods
 from grath.generation.attention import engine_attention, unsupported_reason
 from grath.generation.cache import common_prefix_length
 from grath.generation.engine import generate_shared_prefix
 from grath.generation.hf import generate_hf
+from grath.modeling.cpu_matmul import prepare_linear_layers, time_products
 
 
 def plain(model, prompts, max_new_tokens, eos_ids):
@@ -115,6 +116,22 @@ def test_a_model_with_an_adapter():
     same(model, prompts, shared(model, prompts, 8, set(), 3), adapted)
 
 
+@pytest.mark.parametrize("batch_size", [1, 8, 32, 128])
+@pytest.mark.parametrize("way", ["plain", "packed"])
+def test_prepared_weights_and_a_merged_adapter_change_no_token(way, batch_size, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    if way not in time_products(torch.zeros(8, 8)):
+        pytest.skip(f"this CPU has no {way} products")
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model, prompts = get_peft_model(tiny("llama"), config).eval(), make_prompts(130, 12)
+    expected = plain(model, prompts[:40], 8, {5})
+    monkeypatch.setattr("grath.modeling.cpu_matmul.choose_way", lambda model: way)
+    prepared = prepare_linear_layers(model)
+    assert hasattr(prepared, "peft_config") == (way == "plain")
+    same(prepared, prompts[:40], shared(prepared, prompts, 8, {5}, batch_size)[:40], expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("batch_size", "prefix"), [(1, 25), (3, 0), (17, 25)])
 def test_log_likelihoods_of_answers(family, batch_size, prefix):
@@ -160,15 +177,53 @@ def test_models_that_the_engine_does_not_support(family, changes, reason):
     assert found is None if reason is None else found.startswith(reason)
 
 
+VLLM = """import types
+import torch
+from transformers import AutoModelForCausalLM
+
+class SamplingParams(types.SimpleNamespace):
+    pass
+
+class LLM:
+    def __init__(self, model, dtype, **_):
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+
+    def reset_prefix_cache(self):
+        pass
+
+    def generate(self, prompts, sampling, use_tqdm):
+        assert sampling.temperature == 0
+        for prompt in prompts:
+            ids = torch.tensor([prompt["prompt_token_ids"]])
+            output = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                max_new_tokens=sampling.max_tokens, eos_token_id=sampling.stop_token_ids,
+            )[0, ids.shape[1]:].tolist()
+            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=output)])
+"""
+
+
 @needs_hub
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_generation_benchmark(dtype, tiny_llama):
+@pytest.mark.parametrize(
+    ("dtype", "ways"), [("fp32", ["vllm", "engine"]), ("fp32", ["one", "padded"]), ("bf16", ["copied", "engine"])]
+)
+def test_the_generation_benchmark(dtype, ways, tiny_llama, tmp_path):
+    """With a stand-in for vLLM, which has an environment of its own."""
+    (tmp_path / "vllm.py").write_text(VLLM)
+    env = {"PYTHONPATH": f"{RECORD}:{tmp_path}", "VLLM_PYTHON": sys.executable} if "vllm" in ways else {}
     done = call(
         sys.executable, PROJECT / "benchmarks" / "generation.py", "--model", tiny_llama, "--num_query", "5",
-        "--batch_size", "2", "--max_new_tokens", "40", "--dtype", dtype, "--data_name", "allenai/ai2_arc", cwd=HUB,
+        "--batch_size", "2", "--max_new_tokens", "40", "--dtype", dtype, "--data_name", "allenai/ai2_arc",
+        "--runs", "1", "--ways", *ways, cwd=HUB, env=env,
     )  # fmt: skip
     table = [line.split() for line in done.stdout.splitlines() if re.search(r"\d of 5$", line)]
-    assert [line[0] for line in table] == ["one", "padded", "copied", "engine"]
+    assert [line[0] for line in table] == ways
     if dtype == "fp32":
-        assert [line[-3] for line in table] == ["5"] * 4
-    assert "engine over copied, batches of 2:" in done.stdout
+        assert [line[-3] for line in table] == ["5", "5"]
+    assert ("engine over" in done.stdout) == ("engine" in ways)
+
+
+def test_the_generation_benchmark_needs_the_python_of_vllm():
+    script = [sys.executable, PROJECT / "benchmarks" / "generation.py", "--ways", "vllm"]
+    done = call(*script, env={"VLLM_PYTHON": ""}, status=2)
+    assert "needs VLLM_PYTHON" in done.stderr and done.stderr.count("\n") == 1
