@@ -1,6 +1,7 @@
 """Fixtures: tiny models, made data sets, and one whole run; the order of the tests."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,7 @@ def made_once(tmp_path_factory, request):
         folder, made = root / name, root / f"{name}.made"
         with FileLock(root / f"{name}.lock"):
             if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a process that failed left
                 folder.mkdir()
                 make(folder)
                 made.touch()

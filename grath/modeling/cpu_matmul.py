@@ -14,6 +14,7 @@ from pathlib import Path
 from grath.common.files import atomic_write_text, read_json
 from grath.common.paths import CPU_PRODUCTS_VARIABLE
 from grath.modeling.devices import print_once
+from grath.modeling.lora import has_other_adapter, merge_lora
 
 # torch's own product; weights in oneDNN's layout; 16-bit weights in float32, in oneDNN's layout.
 WAYS = ("plain", "packed", "float32")
@@ -54,7 +55,7 @@ def _recorded_way(weight):
     dtype, file = str(weight.dtype).removeprefix("torch."), os.environ.get(CPU_PRODUCTS_VARIABLE)
     key = f"{dtype} {'x'.join(map(str, weight.shape))}"
     recorded = read_json(Path(file), "record of matrix products") if file and Path(file).exists() else {}
-    if key in recorded:
+    if key in recorded and _is_available(weight, recorded[key]["way"]):
         return recorded[key]["way"]
     milliseconds = time_products(weight)
     way = min(milliseconds, key=lambda way: sum(milliseconds[way]))
@@ -75,17 +76,11 @@ def time_products(weight):
     import torch
 
     inputs = [torch.ones((rows, weight.shape[1]), dtype=weight.dtype) for rows in TIMED_ROWS]
-    products = {}
-    for way in WAYS if torch.backends.mkldnn.is_available() else WAYS[:1]:
-        if way == "float32" and weight.dtype == torch.float32:
-            continue
-        try:
-            product = make_product(weight, None, way)
-            for x in inputs:
-                product(x)
-        except RuntimeError:  # oneDNN has no such product on this CPU
-            continue
-        products[way] = product
+    ways = WAYS[:2] if weight.dtype == torch.float32 else WAYS
+    products = {way: make_product(weight, None, way) for way in ways if _is_available(weight, way)}
+    for product in products.values():
+        for x in inputs:
+            product(x)
     found = {way: [] for way in products}
     for x in inputs:
         best = dict.fromkeys(products, float("inf"))
@@ -98,6 +93,19 @@ def time_products(weight):
         for way, seconds in best.items():
             found[way].append(round(1000 * seconds, 4))
     return found
+
+
+def _is_available(weight, way):
+    """Whether this CPU and this torch have the products of a weight."""
+    import torch
+
+    if way == "plain" or not torch.backends.mkldnn.is_available():
+        return way == "plain"
+    try:
+        make_product(weight[:16], None, way)(torch.ones((1, weight.shape[1]), dtype=weight.dtype))
+    except RuntimeError:  # oneDNN has no such product on this CPU
+        return False
+    return True
 
 
 def make_product(weight, bias, way):
@@ -121,46 +129,36 @@ def make_product(weight, bias, way):
 def prepare_linear_layers(model):
     """Prepare the linear layers of a model for inference in the way that `choose_way` finds.
 
-    Where the weights are in float32 then, a LoRA adapter is merged into them. The weights in torch's layout are freed,
-    so the model can neither be trained nor saved.
+    Where the weights are in float32 then, a LoRA adapter is merged into them. The weights in torch's layout are freed
+    (but the LM head's, which can be the input embeddings'), so the model can neither be trained nor saved. A model with
+    another kind of adapter is left as it is.
 
     Returns:
         The model, or the base model of a `PeftModel` whose adapter was merged.
     """
     import psutil
     import torch
+    from accelerate import PartialState
 
-    way = choose_way(model)
+    way = "plain" if has_other_adapter(model) else choose_way(model)
     layers = _frozen_linear_layers(model)
     if way == "plain":
         return model
-    if way == "float32" and 2 * 4 * sum(layer.weight.numel() for layer in layers) > psutil.virtual_memory().available:
+    need = 2 * 4 * sum(layer.weight.numel() for layer in layers) * PartialState().num_processes
+    if way == "float32" and need > psutil.virtual_memory().available:
         print_once("The memory is too small for the weights in float32: they are converted for each product")
         for layer in layers:
             _convert_for_each_product(layer)
         return model
     with torch.no_grad():
         if way == "float32" or all(layer.weight.dtype == torch.float32 for layer in layers):
-            model = _merge_lora(model)
+            model = merge_lora(model)
             layers = _frozen_linear_layers(model)
         for layer in layers:
             layer.forward = make_product(layer.weight.detach(), layer.bias, way)
-            layer.weight = None
+            if layer is not model.get_output_embeddings():
+                layer.weight = None
     return model
-
-
-def _merge_lora(model):
-    """Merge the LoRA adapter of a `PeftModel` into float32 weights, and return the base model."""
-    from peft import PeftType
-    from peft.tuners.lora import LoraLayer
-
-    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
-    if kinds != {PeftType.LORA}:
-        return model
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.get_base_layer().float()
-    return model.merge_and_unload()
 
 
 @contextmanager

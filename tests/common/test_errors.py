@@ -74,7 +74,7 @@ def ask(tmp_path, model, error, monkeypatch):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(create_pair_responses, "load_model", fail)
+    monkeypatch.setattr(create_pair_responses, "load_for_inference", fail)
     return ("--model_name_or_path", model, "--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED)
 
 

@@ -101,6 +101,20 @@ def test_a_prepared_model_gives_the_same_logits(dtype, adapted, tied, monkeypatc
             assert error <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_other_adapters_are_left_as_they_are(options, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    prefer(monkeypatch, "packed")
+    config = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False, **options})
+    model = get_peft_model(tiny("llama"), config)
+    assert prepare_linear_layers(model) is model
+    assert not [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer.weight is None]
+    model(torch.tensor([[1, 2]]))
+
+
 def test_weights_that_do_not_fit_in_float32_are_converted_for_each_product(monkeypatch, capsys):
     prefer(monkeypatch, "float32")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
@@ -140,6 +154,9 @@ def test_the_choice_is_printed_and_kept_for_a_run(tiny_llama, tmp_path, monkeypa
     # Another measurement changes nothing.
     assert ask("c", "plain") == []
     assert json.loads(file.read_text()) == recorded
+    # On a CPU without the recorded products, it counts.
+    monkeypatch.setattr(cpu_matmul, "_is_available", lambda weight, way: way == "plain")
+    assert " plain; " in ask("d", "plain")[0]
 
 
 def test_all_stages_of_a_run_record_one_choice(llama_run):
