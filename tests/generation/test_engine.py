@@ -124,7 +124,7 @@ def test_prepared_weights_and_a_merged_adapter_change_no_token(way, batch_size, 
     if way not in time_products(torch.zeros(8, 8)):
         pytest.skip(f"this CPU has no {way} products")
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model, prompts = get_peft_model(tiny("llama", vocab_size=140), config).eval(), make_prompts(130, 12)
+    model, prompts = get_peft_model(tiny("llama", vocab_size=140), config).eval(), make_prompts(batch_size + 2, 12)
     expected = plain(model, prompts[:40], 8, {5})
     monkeypatch.setattr("grath.modeling.cpu_matmul.choose_way", lambda model: way)
     prepared = prepare_linear_layers(model)
