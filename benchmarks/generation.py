@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 
@@ -32,7 +33,8 @@ from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
 
-WAYS = ("one", "padded", "copied", "engine", "vllm")
+OWN_WAYS = ("one", "padded", "copied", "engine")
+WAYS = (*OWN_WAYS, "vllm")
 
 
 def one(model, prompts, settings):
@@ -174,26 +176,30 @@ def measure_vllm(batch_size, args):
     """Do what `measure` does with vLLM. Its memory is not measured: it reserves a fixed part."""
     from transformers import AutoConfig, GenerationConfig
 
+    from grath.generation.hf import truncate_at_eos
+
     tokenizer, prompts = build_prompts(args)
-    eos = GenerationConfig.from_pretrained(resolve_local(args.model)).eos_token_id
-    window = AutoConfig.from_pretrained(resolve_local(args.model)).max_position_embeddings
+    model = resolve_local(args.model)
+    configured = SimpleNamespace(generation_config=GenerationConfig.from_pretrained(model))
+    eos_ids = eos_token_ids(configured, tokenizer)
+    window = AutoConfig.from_pretrained(model).max_position_embeddings
     work = {
-        "model": resolve_local(args.model),
+        "model": model,
         "dtype": DTYPES[args.dtype],
         "prompts": prompts,
         "batch_size": batch_size,
         "max_length": min(window, max(map(len, prompts)) + args.max_new_tokens),
         "max_new_tokens": args.max_new_tokens,
-        "eos_ids": sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}),
+        "eos_ids": eos_ids,
         "runs": args.runs,
     }
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "work.json", Path(folder) / "answer.json"
         given.write_text(json.dumps(work))
-        run_child(
-            [os.environ["VLLM_PYTHON"], str(PROJECT / "benchmarks" / "vllm_generation.py"), given, answer], "vllm"
-        )
-        return json.loads(answer.read_text())
+        run_child([os.environ["VLLM_PYTHON"], PROJECT / "benchmarks" / "vllm_generation.py", given, answer], "vllm")
+        found = json.loads(answer.read_text())
+    found["completions"] = [truncate_at_eos(completion, eos_ids) for completion in found["completions"]]
+    return found
 
 
 def run_child(command, way):
@@ -201,7 +207,7 @@ def run_child(command, way):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        raise UserError(f"{way} failed")
+        raise UserError(f"{way} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return (done.stdout.splitlines() or [""])[-1]
 
 
@@ -215,9 +221,9 @@ def main():
     add("--max_new_tokens", type=positive_int, default=100, help="maximum number of tokens of a completion")
     add("--data_name", help="hub data set in ARC's schema, instead of the bundled questions")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
-    add("--ways", nargs="+", choices=WAYS, default=list(WAYS[:-1]), help="ways to compare")
+    add("--ways", nargs="+", choices=WAYS, default=list(OWN_WAYS), help="ways to compare")
     add("--runs", type=positive_int, default=3, help="runs of each way")
-    add("--only", choices=WAYS[:-1], help="generate in one way in this process, and print the results as JSON")
+    add("--only", choices=OWN_WAYS, help="generate in one way in this process, and print the results as JSON")
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args.batch_size[0], args)))

@@ -12,16 +12,15 @@ Each way trains in its own process. The seconds per step include the reference p
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from generation import peak_bytes
+from generation import peak_bytes, run_child
 
 from grath.common.arguments import Parser, positive_int
-from grath.common.errors import UserError, run_main
+from grath.common.errors import run_main
 from grath.common.paths import PROJECT
 from grath.modeling.chat import template_for
 from grath.modeling.cpu_matmul import fp32_cpu_matmul
@@ -131,10 +130,7 @@ def main():
     )
     first = None
     for way in args.ways:
-        done = subprocess.run([sys.executable, *sys.argv, "--only", way], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{way} failed: {done.stderr.strip().splitlines()[-1]}")
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(run_child([sys.executable, *sys.argv, "--only", way], way))
         first = first or found
         difference = max(abs(a - b) for a, b in zip(found["losses"], first["losses"], strict=True))
         print(

@@ -35,9 +35,7 @@ def main():
         start = time.perf_counter()
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         found["seconds"].append(time.perf_counter() - start)
-    completions = [list(output.outputs[0].token_ids) for output in outputs]
-    eos = set(work["eos_ids"])
-    found["completions"] = [ids[:-1] if ids and ids[-1] in eos else ids for ids in completions]
+    found["completions"] = [list(output.outputs[0].token_ids) for output in outputs]
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 

@@ -152,7 +152,7 @@ def hub(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama_run(tiny_llama, made_once):
     """A real `run_llama2.sh`, two iterations on a tiny model: (folder, settings, finished process). Never changed."""
-    settings = {
+    fixed = {
         "MODEL_NAME_OR_PATH": tiny_llama,
         "ITERATIONS": 2,
         "MAX_STEPS": 4,
@@ -166,11 +166,13 @@ def llama_run(tiny_llama, made_once):
         "PAIRS_PRECISION": "fp32",
     }
 
+    def settings(runs):
+        return {name: str(value) for name, value in {**fixed, "RUNS_DIR": runs}.items()}
+
     def start(runs):
-        done = call("run_llama2.sh", env={name: str(value) for name, value in {**settings, "RUNS_DIR": runs}.items()})
+        done = call("run_llama2.sh", env=settings(runs))
         (runs / "done.json").write_text(json.dumps([done.stdout, done.stderr]))
 
     runs = made_once("a run", start)
-    settings = {name: str(value) for name, value in {**settings, "RUNS_DIR": runs}.items()}
     done = subprocess.CompletedProcess(["run_llama2.sh"], 0, *json.loads((runs / "done.json").read_text()))
-    return runs / "llama2_seed_0", settings, done
+    return runs / "llama2_seed_0", settings(runs), done

@@ -140,10 +140,11 @@ def prepare_linear_layers(model):
     import torch
     from accelerate import PartialState
 
-    way = "plain" if has_other_adapter(model) else choose_way(model)
-    layers = _frozen_linear_layers(model)
+    adapted = hasattr(model, "peft_config")
+    way = "plain" if adapted and has_other_adapter(model) else choose_way(model)
     if way == "plain":
         return model
+    layers = _frozen_linear_layers(model)
     need = 2 * 4 * sum(layer.weight.numel() for layer in layers) * PartialState().num_processes
     if way == "float32" and need > psutil.virtual_memory().available:
         print_once("The memory is too small for the weights in float32: they are converted for each product")
@@ -151,12 +152,13 @@ def prepare_linear_layers(model):
             _convert_for_each_product(layer)
         return model
     with torch.no_grad():
-        if way == "float32" or all(layer.weight.dtype == torch.float32 for layer in layers):
+        if adapted and (way == "float32" or all(layer.weight.dtype == torch.float32 for layer in layers)):
             model = merge_lora(model)
             layers = _frozen_linear_layers(model)
+        head = model.get_output_embeddings()
         for layer in layers:
             layer.forward = make_product(layer.weight.detach(), layer.bias, way)
-            if layer is not model.get_output_embeddings():
+            if layer is not head:
                 layer.weight = None
     return model
 

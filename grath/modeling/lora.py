@@ -2,11 +2,9 @@
 
 
 def merge_lora(model):
-    """Merge the LoRA adapter of a `PeftModel`, if there is one, into float32 weights, and return the base model."""
+    """Merge the LoRA adapter of a `PeftModel` into float32 weights, and return the base model."""
     from peft.tuners.lora import LoraLayer
 
-    if not hasattr(model, "peft_config"):
-        return model
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.get_base_layer().float()
@@ -18,12 +16,8 @@ def has_other_adapter(model):
     import torch
     from peft.tuners.lora import LoraLayer, LoraModel
 
-    if not hasattr(model, "peft_config"):
-        return False
+    head = model.get_output_embeddings()
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    inner = all(
-        isinstance(layer.get_base_layer(), torch.nn.Linear) and layer is not model.get_output_embeddings()
-        for layer in layers
-    )
+    inner = all(isinstance(layer.get_base_layer(), torch.nn.Linear) and layer is not head for layer in layers)
     saved = any(config.modules_to_save for config in model.peft_config.values())
     return not (isinstance(model.base_model, LoraModel) and inner) or saved or any(x.lora_variant for x in layers)

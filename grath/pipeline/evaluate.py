@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.paths import CPU_PRODUCTS, CPU_PRODUCTS_VARIABLE
 from grath.evaluation.run import score_model
 from grath.pipeline.loop import lock
+from grath.pipeline.process import share_cpu_products
 from grath.pipeline.settings import EVALUATION, read_settings
 from grath.report.run import manifest_of, unscored, write_report
 from grath.report.tables import model_scores
@@ -31,10 +31,9 @@ def evaluate(model=None, output=None):
         run, models = unscored(values["RUNS_DIR"], values["TASKS"].split())
         of_run = {name: value for name, value in manifest_of(run)["settings"].items() if name in EVALUATION}
         values = read_settings(EVALUATION, of_run | os.environ)
+        share_cpu_products(run)
     else:
         run, models = None, [(model, Path(output or f"scores/{Path(model).name}"))]
-    if run:
-        os.environ[CPU_PRODUCTS_VARIABLE] = str((run / CPU_PRODUCTS).resolve())
     if main_process and run:
         print(f"newest run: {run}, {len(models)} iteration(s) without scores", flush=True)
     # The loop must not work in the same folder.

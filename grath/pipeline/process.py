@@ -6,10 +6,16 @@ import signal
 import subprocess
 
 from grath.common.errors import UserError
+from grath.common.paths import CPU_PRODUCTS, CPU_PRODUCTS_VARIABLE
 from grath.common.signals import SIGNALS, SignalReceived, raise_on_signal, set_parent_death_signal
 
 SECONDS_TO_END = 15
 RESUME = "run the same command again (without FRESH=1) to resume"
+
+
+def share_cpu_products(run):
+    """Let this process and its children compute matrix products in the way that the run's first stage finds."""
+    os.environ[CPU_PRODUCTS_VARIABLE] = str((run / CPU_PRODUCTS).resolve())
 
 
 def run_command(command, status_file):

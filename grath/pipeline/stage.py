@@ -8,12 +8,12 @@ import time
 
 from grath.common.errors import UserError
 from grath.common.files import read_json
-from grath.common.paths import CPU_PRODUCTS, CPU_PRODUCTS_VARIABLE
+from grath.common.paths import CPU_PRODUCTS
 from grath.common.provenance import MANIFEST, commit, read_manifest, versions
 from grath.common.signals import SignalReceived
 from grath.evaluation.results import local_dataset_hashes
 from grath.pipeline import manifest as manifests
-from grath.pipeline.process import RESUME, catch_signals, run_command
+from grath.pipeline.process import RESUME, catch_signals, run_command, share_cpu_products
 from grath.pipeline.settings import question_inputs, read_settings
 
 
@@ -51,8 +51,7 @@ def run_stage(args):
     entry |= {"seed": manifest["settings"].get("SEED"), "versions": versions(), "commit": commit()}
     entry |= {"starts": entry["starts"] + 1, "outcome": "started"}
     manifests.write_manifest(run, manifest)
-    # All stages of a run compute matrix products in the way that the first one finds.
-    os.environ[CPU_PRODUCTS_VARIABLE] = str((run / CPU_PRODUCTS).resolve())
+    share_cpu_products(run)
     began = time.monotonic()
     try:
         status = run_command(command, run / ".status.tmp")
