@@ -11,6 +11,7 @@ from support import BUNDLED, call_here, rows, tiny
 import grath.modeling.cpu_matmul as cpu_matmul
 from grath.common.paths import CPU_PRODUCTS_VARIABLE
 from grath.modeling.cpu_matmul import fp32_cpu_matmul, make_product, prepare_linear_layers, time_products
+from grath.modeling.lora import merge_lora
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,10 +96,21 @@ def test_a_prepared_model_gives_the_same_logits(dtype, adapted, tied, monkeypatc
             base = model.get_base_model() if hasattr(model, "peft_config") else model
             assert base.model.layers[0].mlp.up_proj.weight is None
             assert base.get_input_embeddings().weight.dtype == dtype
+            assert base.lm_head.weight.dtype == dtype  # some models' code reads it
             ours = model(ids).logits
             assert ours.dtype == dtype
             error = (ours.double() - exact).abs().max()
             assert error <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_a_merge_into_16_bit_weights_is_not_rounded():
+    model = with_adapter(tiny("llama").bfloat16())
+    layers = [layer.self_attn.q_proj for layer in model.get_base_model().model.layers]
+    expected = [layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float() for layer in layers]
+    rounded = [weight.bfloat16().float() for weight in expected]
+    merged = [layer.self_attn.q_proj.weight for layer in merge_lora(model).model.layers]
+    for ours, exact, other in zip(merged, expected, rounded, strict=True):
+        assert torch.equal(ours, exact) and not torch.equal(ours, other)
 
 
 @pytest.mark.parametrize(
