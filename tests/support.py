@@ -24,6 +24,8 @@ os.environ["HF_DATASETS_CACHE"] = CACHE.name
 os.environ.setdefault("RECORD_COMMANDS", f"{CACHE.name}/commands.jsonl")
 RECORD = Path(__file__).resolve().parent / "record"
 os.environ["BASH_ENV"] = str(RECORD / "bash_env.sh")
+# For the way `vllm` of the benchmarks: this Python, with a stand-in.
+VLLM_ENV = {"PYTHONPATH": f"{RECORD}:{RECORD.parent / 'stand_in'}", "VLLM_PYTHON": sys.executable}
 PROJECT = Path(__file__).resolve().parent.parent
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"

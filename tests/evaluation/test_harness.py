@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import FAMILIES, HUB, PROJECT, call, call_here, rows, tiny
+from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, call_here, rows, tiny
 
 from grath.evaluation.harness import register_shared_context_model
 from grath.evaluation.loglikelihood import group_by_prefix, window_loglikelihoods
@@ -336,12 +336,21 @@ def test_prefetch_names_what_it_fetches(tmp_path):
     assert done.stderr.startswith("prefetch.sh: error: name a folder")
 
 
-def test_the_evaluation_benchmark(tiny_llama):
+@pytest.mark.parametrize("ways", [(), ("--ways", "hf", "vllm", "hf-shared")])
+def test_the_evaluation_benchmark(ways, tiny_llama):
     done = call(
         sys.executable, PROJECT / "benchmarks" / "evaluation.py", "--model", tiny_llama, "--limit", "3",
-        "--tasks", "letters",
+        "--tasks", "letters", *ways, env=VLLM_ENV,
     )  # fmt: skip
     table = [line.split() for line in done.stdout.splitlines() if line.startswith("letters")]
-    assert [line[1] for line in table] == ["hf", "hf-shared"]
-    assert float(table[1][6]) < 2e-4
-    assert done.stdout.rstrip().endswith("scores equal")
+    assert [line[1] for line in table] == list(ways[1:] or ("hf", "hf-shared"))
+    assert all(0 <= float(line[7]) < 2e-4 for line in table)
+    assert done.stdout.count("scores equal") == len(table)
+
+
+def test_the_evaluation_benchmark_refuses_an_adapter_for_vllm(tiny_llama, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_llama)}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    script = [sys.executable, PROJECT / "benchmarks" / "evaluation.py", "--ways", "vllm", "--model", tmp_path]
+    done = call(*script, env=VLLM_ENV, status=2)
+    assert done.stderr.endswith("the way vllm needs a model, not an adapter\n") and done.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from support import FAMILIES, HUB, PROJECT, RECORD, call, needs_hub, tiny
+from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, needs_hub, tiny
 
 from grath.evaluation.loglikelihood import loglikelihoods
 from grath.generation.attention import engine_attention, unsupported_reason
@@ -177,40 +177,12 @@ def test_models_that_the_engine_does_not_support(family, changes, reason):
     assert found is None if reason is None else found.startswith(reason)
 
 
-VLLM = """import types
-import torch
-from transformers import AutoModelForCausalLM
-
-class SamplingParams(types.SimpleNamespace):
-    pass
-
-class LLM:
-    def __init__(self, model, dtype, **_):
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-
-    def reset_prefix_cache(self):
-        pass
-
-    def generate(self, prompts, sampling, use_tqdm):
-        assert sampling.temperature == 0
-        for prompt in prompts:
-            ids = torch.tensor([prompt["prompt_token_ids"]])
-            output = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                max_new_tokens=sampling.max_tokens, eos_token_id=sampling.stop_token_ids,
-            )[0, ids.shape[1]:].tolist()
-            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=output)])
-"""
-
-
 @needs_hub
 @pytest.mark.parametrize(
     ("dtype", "ways"), [("fp32", ["vllm", "engine"]), ("fp32", ["one", "padded"]), ("bf16", ["copied", "engine"])]
 )
-def test_the_generation_benchmark(dtype, ways, tiny_llama, tmp_path):
-    """With a stand-in for vLLM, which has an environment of its own."""
-    (tmp_path / "vllm.py").write_text(VLLM)
-    env = {"PYTHONPATH": f"{RECORD}:{tmp_path}", "VLLM_PYTHON": sys.executable} if "vllm" in ways else {}
+def test_the_generation_benchmark(dtype, ways, tiny_llama):
+    env = VLLM_ENV if "vllm" in ways else {}
     done = call(
         sys.executable, PROJECT / "benchmarks" / "generation.py", "--model", tiny_llama, "--num_query", "5",
         "--batch_size", "2", "--max_new_tokens", "40", "--dtype", dtype, "--data_name", "allenai/ai2_arc",
