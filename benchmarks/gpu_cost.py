@@ -99,8 +99,8 @@ def pairs(tokenizer, questions):
 
         def next_tokens(shape):
             """The token k says that k more follow; after 0 the completion ends."""
-            if python.shape[1] == 1:  # a step: the engine has uploaded the newest tokens and the rows' lengths
-                return [token - 1 if token else end for token in python.uploaded[0]]
+            if shape[0] == python.shape[1]:  # a step: the engine has uploaded the new tokens first
+                return [token - 1 if token else end for token in python.uploaded[: shape[0]]]
             return [draw.randint(39, 99) for _ in range(shape[0])]
 
         python.answer = next_tokens

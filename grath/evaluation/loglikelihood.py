@@ -1,11 +1,12 @@
 """Log-likelihoods of answers. Every context and every shared prefix is computed once."""
 
 from bisect import bisect_left
+from itertools import accumulate
 
 import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits
-from grath.generation.cache import common_prefix_length, prefill_prefix
+from grath.generation.cache import NO_END, common_prefix_length, prefill_prefix
 from grath.modeling.memory import LOGITS_CHUNK
 
 # Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
@@ -108,13 +109,12 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
     cache = prefill_prefix(model, prefix_ids, 0, 0)
     for batch in _batches([_row_length(*tree) for tree in trees], batch_tokens, max_rows or len(trees)):
         rows = [_tree_row(*trees[i]) for i in batch]
-        longest = len(rows[0][0])
-        ids, depths, branches = torch.tensor(
-            [[row[field] + [0] * (longest - len(row[field])) for row in rows] for field in range(3)],
-            device=model.device,
-        )
-        targets = _Targets([(n, column, token) for n, row in enumerate(rows) for column, token in row[3]], model.device)
-        hidden = cache.forward_trees(model, ids, depths, branches)
+        starts = accumulate((len(ids) for ids, *_ in rows), initial=0)
+        targets = [
+            (start + column, token) for start, row in zip(starts, rows, strict=False) for column, token in row[3]
+        ]
+        targets = _Targets(targets, model.device)
+        hidden = cache.forward_trees(model, [row[:3] for row in rows])
         log_probs = iter(_token_log_probs(model, hidden, targets))
         for i in batch:
             tokens = [[next(log_probs) for _ in answer] for answer in trees[i][1]]
@@ -132,26 +132,33 @@ def _batches(lengths, batch_tokens, max_rows):
 
 
 def _row_length(context, answers):
-    """Return the number of tokens in the row of a tree. The last token of an answer is left out: none follows it."""
-    return len(context) + sum(len(answer) - 1 for answer in answers)
+    """Return the number of tokens in the row of a tree: see `_tree_row`."""
+    return len(context) + len({answer[:i] for answer in map(tuple, answers) for i in range(1, len(answer))})
 
 
 def _tree_row(context, answers):
-    """Build the row of a tree.
+    """Build the row of a tree: the context, then the answers, depth first. Equal beginnings of answers are one branch.
+
+    The last token of an answer is left out: none follows it.
 
     Returns:
-        (ids, depths, branches, targets): three lists of int for `forward_trees`, and a list with one (column whose
+        (ids, depths, ends, targets): three lists of int for `forward_trees`, and a list with one (column whose
         hidden state predicts the token, token id) per token of the answers.
     """
-    ids, depths, branches = list(context), list(range(len(context))), [0] * len(context)
-    targets = []
-    for branch, answer in enumerate(answers, start=1):
-        columns = [len(context) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
-        targets += zip(columns, answer, strict=True)
-        ids += answer[:-1]
-        depths += range(len(context), len(context) + len(answer) - 1)
-        branches += [branch] * (len(answer) - 1)
-    return ids, depths, branches, targets
+    ids, depths, ends = list(context), list(range(len(context))), [NO_END] * len(context)
+    columns = {(): len(context) - 1}
+    answers = [tuple(answer) for answer in answers]
+    for answer in sorted(answers):
+        for i in range(1, len(answer)):
+            if answer[:i] not in columns:
+                columns[answer[:i]] = len(ids)
+                ids.append(answer[i - 1])
+                depths.append(len(context) + i - 1)
+                ends.append(0)
+        for i in range(1, len(answer)):
+            ends[columns[answer[:i]]] = len(ids)
+    targets = [(columns[answer[:i]], token) for answer in answers for i, token in enumerate(answer)]
+    return ids, depths, ends, targets
 
 
 class _Targets:
@@ -160,33 +167,33 @@ class _Targets:
     It is made before the forward pass: a transfer to a GPU waits for what runs there.
 
     Args:
-        targets: list of (row, column of the hidden state that predicts the token, token id).
+        targets: list of (index of the hidden state that predicts the token, token id).
     """
 
     def __init__(self, targets, device):
         # One hidden state predicts the first tokens of all answers to a context. Its logits are computed once.
-        states = sorted({(row, column) for row, column, _ in targets})
+        states = sorted({state for state, _ in targets})
         index = {state: i for i, state in enumerate(states)}
-        self.order = sorted(range(len(targets)), key=lambda i: targets[i][:2])
-        self.state_of = [index[targets[i][:2]] for i in self.order]
-        self.rows, self.columns = torch.tensor(states, device=device).T
-        self.state, self.token = torch.tensor([self.state_of, [targets[i][2] for i in self.order]], device=device)
+        self.order = sorted(range(len(targets)), key=lambda i: targets[i][0])
+        self.state_of = [index[targets[i][0]] for i in self.order]
+        self.states = torch.tensor(states, device=device)
+        self.state, self.token = torch.tensor([self.state_of, [targets[i][1] for i in self.order]], device=device)
 
 
 def _token_log_probs(model, hidden, targets):
     """Compute the log-probabilities of tokens.
 
     Args:
-        hidden: (n, L, d) last hidden states.
+        hidden: (N, d) last hidden states.
         targets: `_Targets`.
 
     Returns:
         list of (log-probability, whether the token is the greedy one), one per target.
     """
     found, start = [], 0
-    for first in range(0, len(targets.rows), LOGITS_CHUNK):
+    for first in range(0, len(targets.states), LOGITS_CHUNK):
         last = first + LOGITS_CHUNK
-        states = hidden[targets.rows[first:last], targets.columns[first:last]]
+        states = hidden[targets.states[first:last]]
         # The harness uses `log_softmax`. `logsumexp` is more exact, but the results would differ from the harness's.
         log_probs = lm_head_logits(model, states).float().log_softmax(-1)
         end = bisect_left(targets.state_of, last)

@@ -1,9 +1,15 @@
 """The KV cache of the shared-prefix engine: one prefix for all rows, and each row's own tokens after it."""
 
+from itertools import accumulate
+from operator import add
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from grath.generation.attention import attention_bias, causal_lm, merge_partial_attention, partial_attention
+
+# After every column of a row.
+NO_END = 2**31
 
 
 class SharedPrefixCache:
@@ -14,7 +20,8 @@ class SharedPrefixCache:
         capacity: maximum number of own tokens per row that are kept between calls of `forward`.
         prefix: `SharedPrefixCache` whose first row's own tokens become the prefix; None: no prefix.
 
-    Shapes: n active rows, L new tokens per row, P prefix tokens, T own tokens; H query heads, K key heads, D head size.
+    Shapes: n active rows, N new tokens of all rows, L new tokens of the row that has most, P prefix tokens, T own
+    tokens; H query heads, K key heads, G = H / K, D head size.
     """
 
     def __init__(self, rows, capacity, prefix=None):
@@ -31,94 +38,137 @@ class SharedPrefixCache:
                 for layer, both in prefix.kv.items()
             }
 
-    def forward(self, model, input_ids, first, cache_lengths, kv_length):
+    def forward(self, model, tokens, first, cache_lengths):
         """Run new tokens of consecutive rows through the model and keep their keys and values.
 
         Args:
-            input_ids: (n, L), padded on the right. Padding is written but never read, because attention is causal.
+            tokens: list of n non-empty lists of token ids, the new tokens of each row.
             first: index of the first of the n rows.
-            cache_lengths: (n,) int, number of own tokens that each row has already; all 0 unless L is 1.
-            kv_length: number of own tokens of the longest row after this call. The caller knows it; reading it from
-                `cache_lengths` would wait for the GPU.
+            cache_lengths: list of n ints, number of own tokens that each row has already. What it holds after them is
+                written over.
 
         Returns:
-            (n, L, d) last hidden states, for `lm_head_logits`.
+            (N, d) last hidden states, row after row, for `lm_head_logits`.
         """
-        n, length = input_ids.shape
-        device = input_ids.device
-        positions = cache_lengths[:, None] + torch.arange(length, device=device)
-        self.active = slice(first, first + n)
-        self.active_rows = torch.arange(first, first + n, device=device)
-        self.cache_lengths = cache_lengths
-        self.kv_length = kv_length
-        # (n, 1, L, T): a token sees its row's own tokens up to itself.
-        visible = torch.arange(self.kv_length, device=device) <= positions[:, None, :, None]
-        return self._run(model, input_ids, positions, None if length > 1 and not self.prefix_kv else visible)
+        counts = [len(new) for new in tokens]
+        places = [(first + row, length + i) for row, length in enumerate(cache_lengths) for i in range(counts[row])]
+        ids = [token for new in tokens for token in new]
+        ids, *self.written = self._upload(model, counts, ids, *map(list, zip(*places, strict=True)))
+        positions = self.written[1]
+        self.active = slice(first, first + len(tokens))
+        self.kv_length = max(map(add, cache_lengths, counts))
+        # A token sees its row's own tokens up to itself. A single row that starts without a prefix is causal.
+        visible = None
+        if len(tokens) > 1 or cache_lengths[0] or self.prefix_kv:
+            visible = torch.arange(self.kv_length, device=model.device) <= self._pad(positions)[:, None, :, None]
+        return self._run(model, ids, positions, visible)
 
-    def forward_trees(self, model, input_ids, depths, branches):
-        """Run rows that are trees (a context, then any number of answers to it). Keep no keys and values.
+    def forward_trees(self, model, rows):
+        """Run rows that are trees, depth first (a context, then its answers). Keep no keys and values.
 
         Args:
-            input_ids: (n, L): the tokens of the context, then of one answer after the other; padded on the right.
-            depths: (n, L) int, position of each token after the prefix, counted along its path from the root.
-            branches: (n, L) int, 0 for the context's tokens and a different number for each answer's.
+            rows: list of n (ids, depths, ends): of each token of the row its id, its position after the prefix, counted
+                along its path from the root, and the column after its last descendant, up to which it is seen. `NO_END`
+                for the context's tokens, which all see.
 
         Returns:
-            (n, L, d) last hidden states, for `lm_head_logits`.
+            (N, d) last hidden states, row after row, for `lm_head_logits`.
         """
-        order = torch.arange(input_ids.shape[1], device=input_ids.device)
-        key_branch, query_branch = branches[:, None, None, :], branches[:, None, :, None]
-        visible = (order <= order[:, None]) & ((key_branch == 0) | (key_branch == query_branch))
+        fields = ([number for row in rows for number in row[field]] for field in range(3))
+        ids, depths, ends = self._upload(model, [len(row[0]) for row in rows], *fields)
+        ends = self._pad(ends)[:, None, None, :]
+        order = torch.arange(ends.shape[-1], device=model.device)
         self.active = None
-        return self._run(model, input_ids, depths, visible)
+        return self._run(model, ids, depths, (order <= order[:, None]) & (order[:, None] < ends))
 
-    def _run(self, model, input_ids, positions, visible):
-        """Run the model.
+    def _upload(self, model, counts, *columns):
+        """Upload lists of N ints, and what `_pad` needs for rows of `counts` tokens; return tensors (N,).
+
+        It is one upload before the forward pass, because a transfer to a GPU waits for what runs there.
+        """
+        longest, ends = max(counts), list(accumulate(counts))
+        columns, padding = list(columns), []
+        if min(counts) < longest:
+            # The token in each place of the padded rows (their last one as padding), and the place of each token.
+            padding.append([end - max(1, n - i) for end, n in zip(ends, counts, strict=True) for i in range(longest)])
+            padding.append([row * longest + i for row, n in enumerate(counts) for i in range(n)])
+        columns += padding
+        uploaded = torch.tensor([number for column in columns for number in column], device=model.device)
+        uploaded = uploaded.split([len(column) for column in columns])
+        self.padded_shape, self.padding = (len(counts), longest), uploaded[len(columns) - len(padding) :]
+        return uploaded[: len(columns) - len(padding)]
+
+    def _pad(self, tokens):
+        """Return what belongs to N tokens in padded rows: (N, ...) -> (n, L, ...)."""
+        return (tokens[self.padding[0]] if self.padding else tokens).view(*self.padded_shape, *tokens.shape[1:])
+
+    def _run(self, model, ids, positions, visible):
+        """Run the model on the tokens of all rows as one sequence. Only attention tells the rows apart.
 
         Args:
-            positions: (n, L) int, positions after the prefix.
-            visible: (n, 1, L, T) bool, whether a token sees an own token; None: causal attention without a prefix.
+            ids, positions: (N,) int, token ids and positions after the prefix.
+            visible: (n, 1, L, T) bool, whether a token sees an own token; None: causal attention of one row.
         """
         self.visible, self.bias = visible, None
         output = causal_lm(model).base_model(
-            input_ids=input_ids, position_ids=positions + self.prefix_length, use_cache=False, shared_prefix=self
+            input_ids=ids[None],
+            position_ids=positions[None] + self.prefix_length,
+            use_cache=False,
+            shared_prefix=self,
         )
-        return output.last_hidden_state
+        return output.last_hidden_state[0]
 
     def attend(self, layer, query, key, value, scaling):
-        """Compute the new tokens' attention to the prefix and to their own row: (n, H, L, D) -> (n, L, H, D)."""
-        n, heads, length, size = query.shape
+        """Compute the new tokens' attention to the prefix and to their own row.
+
+        Args:
+            query: (1, H, N, D).
+            key, value: (1, K, N, D).
+
+        Returns:
+            (1, N, H, D).
+        """
+        heads, size = query.shape[1], query.shape[3]
         key_heads = key.shape[1]
         groups = heads // key_heads
-        keys, values = self._append_kv(layer, key, value) if self.active else (key, value)
+        # (N, K, D)
+        new = [part[0].transpose(0, 1) for part in (key, value)]
+        if self.active:
+            keys, values = self._append_kv(layer, *new)
         if self.visible is None:
             repeated = (part.repeat_interleave(groups, 1) for part in (key, value))
             return scaled_dot_product_attention(query, *repeated, is_causal=True, scale=scaling).transpose(1, 2)
-        # Query heads that share a key head are adjacent, so they become more queries of that one head.
-        grouped = query.reshape(n, key_heads, -1, size)
+        if not self.active:
+            keys, values = (self._pad(part).transpose(1, 2) for part in new)
+        n, longest = self.padded_shape
         if self.bias is None:
             self.bias = attention_bias(self.visible.repeat(1, 1, groups, 1), query.dtype)
-        out, lse = partial_attention(grouped, keys, values, scaling, self.bias)
+        # Query heads that share a key head are adjacent, so they become more queries of that one head.
+        tokens = query[0].transpose(0, 1).reshape(-1, key_heads, groups, size)
+        own = self._pad(tokens).permute(0, 2, 3, 1, 4).reshape(n, key_heads, groups * longest, size)
+        out, lse = partial_attention(own, keys, values, scaling, self.bias)
+        # (N, K, G, D) and (N, K, G)
+        out = out.view(n, key_heads, groups, longest, size).permute(0, 3, 1, 2, 4).reshape(-1, key_heads, groups, size)
+        lse = lse.view(n, key_heads, groups, longest).permute(0, 3, 1, 2).reshape(-1, key_heads, groups)
+        if self.padding:
+            out, lse = out[self.padding[1]], lse[self.padding[1]]
         if self.prefix_kv:
             prefix_keys, prefix_values = self.prefix_kv[layer]
-            all_rows = grouped.transpose(0, 1).reshape(1, key_heads, -1, size).to(prefix_keys.dtype)
+            all_rows = tokens.transpose(0, 1).reshape(1, key_heads, -1, size).to(prefix_keys.dtype)
             shared, shared_lse = partial_attention(all_rows, prefix_keys, prefix_values, scaling)
-            shared = shared.view(key_heads, n, -1, size).transpose(0, 1)
-            shared_lse = shared_lse.view(key_heads, n, -1).transpose(0, 1)
+            shared = shared.view(key_heads, -1, groups, size).transpose(0, 1)
+            shared_lse = shared_lse.view(key_heads, -1, groups).transpose(0, 1)
             out = merge_partial_attention(out, lse, shared, shared_lse)
-        return out.to(query.dtype).reshape(n, heads, length, size).transpose(1, 2)
+        return out.to(query.dtype).reshape(1, -1, heads, size)
 
     def _append_kv(self, layer, key, value):
-        """Append keys and values to each row's cache; return the whole cache of the active rows, (n, K, T, D) each."""
-        length = key.shape[2]
+        """Append keys and values (N, K, D) to the rows' caches; return those of the active rows, (n, K, T, D) each."""
         if layer not in self.kv:
-            shape = (self.rows, key.shape[1], self.capacity, key.shape[3])
+            shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
             self.kv[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        rows, positions = self.written
         for cache, new in zip(self.kv[layer], (key, value), strict=True):
-            if length == 1:
-                cache[self.active_rows, :, self.cache_lengths] = new[:, :, 0]
-            else:
-                cache[self.active, :, :length] = new
+            cache[rows, :, positions] = new
         return (cache[self.active, :, : self.kv_length] for cache in self.kv[layer])
 
     def copy_row(self, source, target):
@@ -143,8 +193,6 @@ def prefill_prefix(model, prefix_ids, rows, capacity):
     """
     if not prefix_ids:
         return SharedPrefixCache(rows, capacity)
-    length, device = len(prefix_ids), model.device
-    prefix = SharedPrefixCache(1, length)
-    no_tokens = torch.zeros(1, dtype=torch.long, device=device)
-    prefix.forward(model, torch.tensor([prefix_ids], device=device), 0, no_tokens, length)
+    prefix = SharedPrefixCache(1, len(prefix_ids))
+    prefix.forward(model, [prefix_ids], 0, [0])
     return SharedPrefixCache(rows, capacity, prefix)

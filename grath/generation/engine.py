@@ -1,13 +1,15 @@
 """Greedy generation with the shared-prefix engine."""
 
 from collections import deque
+from itertools import accumulate, islice
 
 import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits, unsupported_reason
 from grath.generation.cache import common_prefix_length, prefill_prefix
-from grath.generation.hf import generate_hf
-from grath.modeling.memory import PREFILL_BATCH
+from grath.generation.hf import generate_hf, truncate_at_eos
+from grath.generation.prompt_lookup import LONGEST_DRAFT, NgramIndex
+from grath.modeling.memory import DRAFT_TOKENS, PREFILL_BATCH
 
 # Free rows that are worth a prefill, in batches of 64 rows or more.
 WORTH_A_PREFILL = 8
@@ -55,51 +57,70 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, 
 
 
 class _ActiveBatch:
-    """The active rows. For each one: its prompt's index, its length, its newest token and its completion so far."""
+    """The active rows. For each one: its prompt's index, the number of its own tokens in the cache, its completion so
+    far, and an index of its own tokens. The newest token of a completion is not in the cache yet.
+    """
 
     def __init__(self, model, cache, max_new_tokens, eos_ids, on_done):
         self.model, self.cache = model, cache
         self.max_new_tokens, self.eos_ids, self.on_done = max_new_tokens, set(eos_ids), on_done
-        self.prompts, self.lengths, self.tokens, self.completions = [], [], [], []
+        self.prompts, self.lengths, self.completions, self.indices = [], [], [], []
 
     def prefill(self, prompts, suffixes):
         """Add rows for new prompts, and run their tokens after the prefix (`suffixes`) through the model."""
-        first, device = len(self.prompts), self.model.device
-        longest = max(map(len, suffixes))
-        ids = torch.tensor([suffix + [0] * (longest - len(suffix)) for suffix in suffixes], device=device)
-        cache_lengths = torch.zeros(len(suffixes), dtype=torch.long, device=device)
+        first = len(self.prompts)
         # Before the forward pass: a transfer to a GPU waits for what runs there.
-        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=device)
-        hidden = self.cache.forward(self.model, ids, first, cache_lengths, longest)
+        last = torch.tensor([end - 1 for end in accumulate(map(len, suffixes))], device=self.model.device)
+        hidden = self.cache.forward(self.model, suffixes, first, [0] * len(suffixes))
         self.prompts += prompts
         self.lengths += map(len, suffixes)
         self.completions += [[] for _ in suffixes]
-        self._append_tokens(first, hidden[torch.arange(len(suffixes), device=device), last])
+        self.indices += map(NgramIndex, suffixes)
+        self._append_tokens(first, [[token] for token in self._greedy_tokens(hidden[last])])
 
     def step(self):
-        """Generate one token for every row."""
-        step = torch.tensor([self.tokens, self.lengths], device=self.model.device)
-        hidden = self.cache.forward(self.model, step[0][:, None], 0, step[1], max(self.lengths) + 1)
-        self.lengths = [length + 1 for length in self.lengths]
-        self.tokens = []
-        self._append_tokens(0, hidden[:, 0])
+        """Generate one token for every row, and those of its drafted tokens that are the model's own."""
+        tokens = [[completion[-1], *self._draft(row)] for row, completion in enumerate(self.completions)]
+        hidden = self.cache.forward(self.model, tokens, 0, self.lengths)
+        found, generated = iter(self._greedy_tokens(hidden)), []
+        for row, new in enumerate(tokens):
+            greedy = list(islice(found, len(new)))
+            right = next((i for i, token in enumerate(new[1:]) if token != greedy[i]), len(new) - 1)
+            self.lengths[row] += 1 + right
+            generated.append(greedy[: right + 1])
+        self._append_tokens(0, generated)
 
-    def _append_tokens(self, first, hidden):
-        """Append the greedy token to every row from `first` on, and remove the rows that are done; hidden is (n, d)."""
-        self.tokens += lm_head_logits(self.model, hidden).argmax(-1).tolist()
+    def _draft(self, row):
+        """Return a draft of a row's next tokens, without EOS; the model adds at least one token to it."""
+        limit = min(
+            LONGEST_DRAFT,
+            max(1, DRAFT_TOKENS // len(self.prompts)),
+            self.max_new_tokens - len(self.completions[row]) - 1,
+        )
+        return truncate_at_eos(self.indices[row].draft(limit), self.eos_ids)
+
+    def _greedy_tokens(self, hidden):
+        """Return the most likely next tokens after last hidden states (N, d): list of N ids."""
+        return lm_head_logits(self.model, hidden).argmax(-1).tolist()
+
+    def _append_tokens(self, first, generated):
+        """Append a list of tokens to every row from `first` on, and remove the rows that are done."""
         for row in reversed(range(first, len(self.prompts))):
-            completion, ended = self.completions[row], self.tokens[row] in self.eos_ids
-            if not ended:
-                completion.append(self.tokens[row])
-            if ended or len(completion) == self.max_new_tokens:
+            completion, new = self.completions[row], generated[row - first]
+            kept = truncate_at_eos(new, self.eos_ids)
+            completion += kept
+            if len(kept) < len(new) or len(completion) == self.max_new_tokens:
                 self.on_done(self.prompts[row], completion)
                 self._remove(row)
+            else:
+                for token in kept:
+                    self.indices[row].append(token)
 
     def _remove(self, row):
         """Remove a row; the last row takes its place."""
         last = len(self.prompts) - 1
         if row != last:
             self.cache.copy_row(last, row)
-        for column in (self.prompts, self.lengths, self.tokens, self.completions):
+        for column in (self.prompts, self.lengths, self.completions, self.indices):
             column[row] = column[last]
             column.pop()

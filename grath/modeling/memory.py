@@ -22,7 +22,8 @@ CARDS = {"24 GB": 23.6e9, "48 GB": 47.6e9, "80 GB": 84.9e9}
 
 # Few-shot examples, and a prompt after them with its response: tokens. Six examples of the paper are about 700.
 PAIRS_PREFIX, PAIRS_PROMPT, PREFILL_BATCH = 700, 100, 16
-PAIRS_OWN = PAIRS_PROMPT + 100
+# A step of fewer rows has as many drafted tokens, a step of more rows one for each.
+PAIRS_OWN, DRAFT_TOKENS = PAIRS_PROMPT + 100, 64
 # MMLU's longest five examples, and the longest row after a prefix.
 SCORES_PREFIX, SCORES_ROW, LOGITS_CHUNK = 3000, 2048, 512
 # The question once and both answers, in a step of ARC's longest pairs. Most pairs have about 130 tokens.
@@ -112,15 +113,16 @@ def pairs_memory(shape, precision, rows, prefix=PAIRS_PREFIX, own=PAIRS_OWN):
         prefix: tokens that all prompts share.
         own: tokens of a row after the prefix, with its response.
     """
-    tokens = max(min(rows, PREFILL_BATCH) * own, prefix, rows)
-    bias = _bias(shape, precision, max(min(rows, PREFILL_BATCH) * own, rows), own)
+    step = rows + max(rows, DRAFT_TOKENS)
+    tokens = max(min(rows, PREFILL_BATCH) * own, prefix, step)
+    bias = _bias(shape, precision, max(min(rows, PREFILL_BATCH) * own, step), own)
     return {
         "CUDA context": CONTEXT,
         "weights": weight_bytes(shape, precision),
         "keys and values of the rows": rows * own * kv_bytes(shape, precision),
         "prefix": prefix * kv_bytes(shape, precision),
         "temporaries": forward_bytes(shape, precision, tokens) + bias,
-        "logits": rows * shape.vocabulary * (_activation(precision) + 4),
+        "logits": step * shape.vocabulary * (_activation(precision) + 4),
     }
 
 

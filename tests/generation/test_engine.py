@@ -1,5 +1,6 @@
 """The shared-prefix engine gives the same tokens as `model.generate`."""
 
+import random
 import re
 import sys
 
@@ -12,6 +13,7 @@ from grath.generation.attention import engine_attention, unsupported_reason
 from grath.generation.cache import common_prefix_length
 from grath.generation.engine import generate_shared_prefix
 from grath.generation.hf import generate_hf
+from grath.generation.prompt_lookup import NgramIndex
 from grath.modeling.cpu_matmul import prepare_linear_layers, time_products
 
 
@@ -130,6 +132,48 @@ def test_prepared_weights_and_a_merged_adapter_change_no_token(way, batch_size, 
     prepared = prepare_linear_layers(model)
     assert hasattr(prepared, "peft_config") == (way == "plain")
     same(prepared, prompts[:40], shared(prepared, prompts, 8, {5}, batch_size)[:40], expected)
+
+
+def test_prompt_lookup_continues_the_longest_n_gram_that_occurred():
+    index = NgramIndex([1, 2, 3, 7, 5, 2, 3, 8, 1, 2, 3])
+    assert index.draft(2) == [7, 5]
+    assert index.draft(99) == [7, 5, 2, 3, 8, 1, 2, 3]
+    index.append(8)
+    assert index.draft(3) == [1, 2, 3]
+    index.append(6)
+    assert index.draft(3) == []
+    assert NgramIndex([]).draft(3) == NgramIndex([4, 4]).draft(3) == []
+    assert NgramIndex([4, 4, 4]).draft(3) == [4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("batch_size", "prefix"), [(1, 12), (8, 0), (8, 12), (32, 12), (128, 12)])
+def test_right_and_wrong_drafts_change_no_token(family, batch_size, prefix, monkeypatch):
+    """The drafts are the expected tokens, of which some are replaced."""
+    model, prompts = tiny(family, vocab_size=140), make_prompts(batch_size + 2, prefix)
+    expected = plain(model, prompts[:40], 20, {5})
+    length = common_prefix_length(prompts)
+    known = {tuple(prompt[length:]): ids for prompt, ids in zip(prompts, expected, strict=False)}
+    draw, drafted = random.Random(0), []
+
+    class Drafts:
+        def __init__(self, tokens):
+            self.expected, self.count = known.get(tuple(tokens), [6] * 20), 0
+
+        def append(self, token):
+            self.count += 1
+
+        def draft(self, limit):
+            draft = self.expected[self.count :][: draw.randint(0, limit)]
+            drafted.append(len(draft))
+            return [(token + 1) % 140 if draw.random() < 0.2 else token for token in draft]
+
+    monkeypatch.setattr("grath.generation.engine.NgramIndex", Drafts)
+    passes = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    same(model, prompts[:40], shared(model, prompts, 20, {5}, batch_size)[:40], expected)
+    assert max(drafted) > 1
+    assert batch_size > 1 or len(passes) < sum(map(len, expected))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,35 @@
+"""Drafts of a row's next tokens by prompt lookup (speculative decoding without a draft model).
+
+A response repeats the question, and its incorrect answer begins like its correct one. So what followed the row's last
+tokens earlier in the same row is often what comes next. The model checks all drafted tokens in one forward pass, and
+those that it would have generated itself are kept (Leviathan et al. 2023, arXiv 2211.17192).
+"""
+
+# The longest n-gram that occurred before is continued.
+NGRAMS = (3, 2)
+LONGEST_DRAFT = 8
+
+
+class NgramIndex:
+    """The tokens of a row, and where each n-gram of them was last followed by another token."""
+
+    def __init__(self, tokens):
+        self.tokens, self.followed = [], {}
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token):
+        """Append a token to the row."""
+        place = len(self.tokens)
+        for n in NGRAMS:
+            if place >= n:
+                self.followed[tuple(self.tokens[-n:])] = place
+        self.tokens.append(token)
+
+    def draft(self, limit):
+        """Return at most `limit` tokens that followed the row's last n-gram earlier; an empty list if it is new."""
+        for n in NGRAMS:
+            place = self.followed.get(tuple(self.tokens[-n:]))
+            if place is not None:
+                return self.tokens[place : place + limit]
+        return []
