@@ -15,6 +15,7 @@ way in the table is the baseline of the ratios and of the identical completions.
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -208,11 +209,13 @@ def run_vllm(work):
 
 
 def check_vllm(dtype):
-    """Raise `UserError` unless vLLM can be run in `dtype`."""
-    if not os.environ.get("VLLM_PYTHON") or dtype not in DTYPES:
+    """Make `VLLM_PYTHON` an absolute path; raise `UserError` if it names no program, or vLLM has no such `dtype`."""
+    python = shutil.which(os.environ.get("VLLM_PYTHON", ""))
+    if not python or dtype not in DTYPES:
         raise UserError(
             f"the way vllm needs VLLM_PYTHON=... (requirements-vllm-cpu.txt) and one of {', '.join(DTYPES)}"
         )
+    os.environ["VLLM_PYTHON"] = str(Path(python).absolute())
 
 
 def run_child(command, way):

@@ -18,7 +18,7 @@ HOST_US = {"forward": 16, "backward": 6}
 # What runs between two forward passes belongs to the first.
 @dataclass
 class Forward:
-    """A forward pass: tokens with padding, operators, host synchronisations, FLOPs, and seconds of host and GPUs."""
+    """A forward pass: tokens, operators, host synchronisations, FLOPs, and seconds of host and GPUs."""
 
     tokens: int = 0
     launches: int = 0

@@ -38,7 +38,8 @@ def main():
     prompts = [{"prompt_token_ids": prompt} for prompt in work["prompts"]]
     found = {"load": time.time() - psutil.Process().create_time(), "seconds": []}
     for _ in range(work["runs"]):
-        # Each run computes the prefix once, as the first one does.
+        # Each run of completions computes the prefix once, as the first one does. For log-probabilities of prompts vLLM
+        # does not read its prefix cache.
         llm.reset_prefix_cache()
         start = time.perf_counter()
         outputs = list(llm.generate(prompts, sampling, use_tqdm=False))

@@ -132,8 +132,8 @@ def _batches(lengths, batch_tokens, max_rows):
 
 
 def _row_length(context, answers):
-    """Return the number of tokens in the row of a tree: see `_tree_row`."""
-    return len(context) + len({answer[:i] for answer in map(tuple, answers) for i in range(1, len(answer))})
+    """Return the number of tokens in the row of a tree."""
+    return len(_tree_row(context, answers)[0])
 
 
 def _tree_row(context, answers):
@@ -146,18 +146,21 @@ def _tree_row(context, answers):
         hidden state predicts the token, token id) per token of the answers.
     """
     ids, depths, ends = list(context), list(range(len(context))), [NO_END] * len(context)
-    columns = {(): len(context) - 1}
     answers = [tuple(answer) for answer in answers]
+    children, columns_of = {}, {}
     for answer in sorted(answers):
-        for i in range(1, len(answer)):
-            if answer[:i] not in columns:
-                columns[answer[:i]] = len(ids)
-                ids.append(answer[i - 1])
-                depths.append(len(context) + i - 1)
+        columns = [len(context) - 1]
+        for token in answer[:-1]:
+            child = children.setdefault((columns[-1], token), len(ids))
+            if child == len(ids):
+                ids.append(token)
+                depths.append(depths[columns[-1]] + 1)
                 ends.append(0)
-        for i in range(1, len(answer)):
-            ends[columns[answer[:i]]] = len(ids)
-    targets = [(columns[answer[:i]], token) for answer in answers for i, token in enumerate(answer)]
+            columns.append(child)
+        for column in columns[1:]:
+            ends[column] = len(ids)
+        columns_of[answer] = columns
+    targets = [target for answer in answers for target in zip(columns_of[answer], answer, strict=True)]
     return ids, depths, ends, targets
 
 

@@ -44,18 +44,18 @@ class SharedPrefixCache:
         Args:
             tokens: list of n non-empty lists of token ids, the new tokens of each row.
             first: index of the first of the n rows.
-            cache_lengths: list of n ints, number of own tokens that each row has already. What it holds after them is
-                written over.
+            cache_lengths: list of n ints, number of own tokens that each row has already. Older entries after them are
+                overwritten or masked.
 
         Returns:
             (N, d) last hidden states, row after row, for `lm_head_logits`.
         """
         counts = [len(new) for new in tokens]
-        places = [(first + row, length + i) for row, length in enumerate(cache_lengths) for i in range(counts[row])]
         ids = [token for new in tokens for token in new]
-        ids, *self.written = self._upload(model, counts, ids, *map(list, zip(*places, strict=True)))
-        positions = self.written[1]
-        self.active = slice(first, first + len(tokens))
+        rows = [first + row for row, count in enumerate(counts) for _ in range(count)]
+        positions = [length + i for length, count in zip(cache_lengths, counts, strict=True) for i in range(count)]
+        ids, rows, positions = self._upload(model.device, counts, ids, rows, positions)
+        self.active, self.new = slice(first, first + len(tokens)), (rows, positions)
         self.kv_length = max(map(add, cache_lengths, counts))
         # A token sees its row's own tokens up to itself. A single row that starts without a prefix is causal.
         visible = None
@@ -75,32 +75,26 @@ class SharedPrefixCache:
             (N, d) last hidden states, row after row, for `lm_head_logits`.
         """
         fields = ([number for row in rows for number in row[field]] for field in range(3))
-        ids, depths, ends = self._upload(model, [len(row[0]) for row in rows], *fields)
+        ids, depths, ends = self._upload(model.device, [len(row[0]) for row in rows], *fields)
         ends = self._pad(ends)[:, None, None, :]
         order = torch.arange(ends.shape[-1], device=model.device)
         self.active = None
         return self._run(model, ids, depths, (order <= order[:, None]) & (order[:, None] < ends))
 
-    def _upload(self, model, counts, *columns):
-        """Upload lists of N ints, and what `_pad` needs for rows of `counts` tokens; return tensors (N,).
+    def _upload(self, device, counts, *fields):
+        """Upload lists of N ints, and what `_pad` needs for rows of `counts` tokens; return a tensor for each list.
 
         It is one upload before the forward pass, because a transfer to a GPU waits for what runs there.
         """
-        longest, ends = max(counts), list(accumulate(counts))
-        columns, padding = list(columns), []
-        if min(counts) < longest:
-            # The token in each place of the padded rows (their last one as padding), and the place of each token.
-            padding.append([end - max(1, n - i) for end, n in zip(ends, counts, strict=True) for i in range(longest)])
-            padding.append([row * longest + i for row, n in enumerate(counts) for i in range(n)])
-        columns += padding
-        uploaded = torch.tensor([number for column in columns for number in column], device=model.device)
-        uploaded = uploaded.split([len(column) for column in columns])
-        self.padded_shape, self.padding = (len(counts), longest), uploaded[len(columns) - len(padding) :]
-        return uploaded[: len(columns) - len(padding)]
+        self.padded_shape = (len(counts), max(counts))
+        lists = [*fields, *padding(counts)]
+        uploaded = torch.tensor([number for numbers in lists for number in numbers], device=device)
+        *fields, self.token_at, self.place_of = uploaded.split([len(numbers) for numbers in lists])
+        return fields
 
     def _pad(self, tokens):
         """Return what belongs to N tokens in padded rows: (N, ...) -> (n, L, ...)."""
-        return (tokens[self.padding[0]] if self.padding else tokens).view(*self.padded_shape, *tokens.shape[1:])
+        return (tokens[self.token_at] if len(self.token_at) else tokens).view(*self.padded_shape, *tokens.shape[1:])
 
     def _run(self, model, ids, positions, visible):
         """Run the model on the tokens of all rows as one sequence. Only attention tells the rows apart.
@@ -147,11 +141,12 @@ class SharedPrefixCache:
         tokens = query[0].transpose(0, 1).reshape(-1, key_heads, groups, size)
         own = self._pad(tokens).permute(0, 2, 3, 1, 4).reshape(n, key_heads, groups * longest, size)
         out, lse = partial_attention(own, keys, values, scaling, self.bias)
+        del own, keys, values
         # (N, K, G, D) and (N, K, G)
         out = out.view(n, key_heads, groups, longest, size).permute(0, 3, 1, 2, 4).reshape(-1, key_heads, groups, size)
         lse = lse.view(n, key_heads, groups, longest).permute(0, 3, 1, 2).reshape(-1, key_heads, groups)
-        if self.padding:
-            out, lse = out[self.padding[1]], lse[self.padding[1]]
+        if len(self.place_of):
+            out, lse = out[self.place_of], lse[self.place_of]
         if self.prefix_kv:
             prefix_keys, prefix_values = self.prefix_kv[layer]
             all_rows = tokens.transpose(0, 1).reshape(1, key_heads, -1, size).to(prefix_keys.dtype)
@@ -166,7 +161,7 @@ class SharedPrefixCache:
         if layer not in self.kv:
             shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
             self.kv[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-        rows, positions = self.written
+        rows, positions = self.new
         for cache, new in zip(self.kv[layer], (key, value), strict=True):
             cache[rows, :, positions] = new
         return (cache[self.active, :, : self.kv_length] for cache in self.kv[layer])
@@ -176,6 +171,21 @@ class SharedPrefixCache:
         for keys, values in self.kv.values():
             keys[target] = keys[source]
             values[target] = values[source]
+
+
+def padding(counts):
+    """Return what pads rows of different numbers of tokens, and undoes it; two empty lists if the numbers are equal.
+
+    Returns:
+        (the token in each place of the padded rows, the place of each token in them): lists of n * L and of N ints. A
+        row is padded with its last token.
+    """
+    longest = max(counts)
+    if min(counts) == longest:
+        return [], []
+    ends = accumulate(counts)
+    token_at = [end - max(1, count - i) for end, count in zip(ends, counts, strict=True) for i in range(longest)]
+    return token_at, [row * longest + i for row, count in enumerate(counts) for i in range(count)]
 
 
 def common_prefix_length(prompts):

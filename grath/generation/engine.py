@@ -1,4 +1,4 @@
-"""Greedy generation with the shared-prefix engine."""
+"""Greedy generation with the shared-prefix engine, and with drafts by prompt lookup."""
 
 from collections import deque
 from itertools import accumulate, islice
@@ -49,7 +49,7 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, 
         while waiting or batch.prompts:
             free = cache.rows - len(batch.prompts)
             if waiting and (free >= min(enough, len(waiting)) or not batch.prompts):
-                # Each prefill takes a few prompts of similar length, so that it computes little padding.
+                # Each prefill takes a few prompts of similar length, so that their attention has little padding.
                 new = [waiting.popleft() for _ in range(min(free, len(waiting), PREFILL_BATCH))]
                 batch.prefill(new, [prompts[i][length:] for i in new])
             else:
@@ -79,15 +79,15 @@ class _ActiveBatch:
         self._append_tokens(first, [[token] for token in self._greedy_tokens(hidden[last])])
 
     def step(self):
-        """Generate one token for every row, and those of its drafted tokens that are the model's own."""
+        """Run each row's newest token and its draft; append the accepted tokens, and the model's own after them."""
         tokens = [[completion[-1], *self._draft(row)] for row, completion in enumerate(self.completions)]
         hidden = self.cache.forward(self.model, tokens, 0, self.lengths)
         found, generated = iter(self._greedy_tokens(hidden)), []
         for row, new in enumerate(tokens):
             greedy = list(islice(found, len(new)))
-            right = next((i for i, token in enumerate(new[1:]) if token != greedy[i]), len(new) - 1)
-            self.lengths[row] += 1 + right
-            generated.append(greedy[: right + 1])
+            accepted = next((i for i, token in enumerate(new[1:]) if token != greedy[i]), len(new) - 1)
+            self.lengths[row] += 1 + accepted
+            generated.append(greedy[: accepted + 1])
         self._append_tokens(0, generated)
 
     def _draft(self, row):

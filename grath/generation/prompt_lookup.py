@@ -2,7 +2,7 @@
 
 A response repeats the question, and its incorrect answer begins like its correct one. So what followed the row's last
 tokens earlier in the same row is often what comes next. The model checks all drafted tokens in one forward pass, and
-those that it would have generated itself are kept (Leviathan et al. 2023, arXiv 2211.17192).
+accepts those that it would have generated itself (Leviathan et al. 2023, arXiv 2211.17192).
 """
 
 # The longest n-gram that occurred before is continued.
@@ -20,16 +20,16 @@ class NgramIndex:
 
     def append(self, token):
         """Append a token to the row."""
-        place = len(self.tokens)
+        position = len(self.tokens)
         for n in NGRAMS:
-            if place >= n:
-                self.followed[tuple(self.tokens[-n:])] = place
+            if position >= n:
+                self.followed[tuple(self.tokens[-n:])] = position
         self.tokens.append(token)
 
     def draft(self, limit):
         """Return at most `limit` tokens that followed the row's last n-gram earlier; an empty list if it is new."""
         for n in NGRAMS:
-            place = self.followed.get(tuple(self.tokens[-n:]))
-            if place is not None:
-                return self.tokens[place : place + limit]
+            position = self.followed.get(tuple(self.tokens[-n:]))
+            if position is not None:
+                return self.tokens[position : position + limit]
         return []

@@ -148,32 +148,39 @@ def test_prompt_lookup_continues_the_longest_n_gram_that_occurred():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("batch_size", "prefix"), [(1, 12), (8, 0), (8, 12), (32, 12), (128, 12)])
-def test_right_and_wrong_drafts_change_no_token(family, batch_size, prefix, monkeypatch):
-    """The drafts are the expected tokens, of which some are replaced."""
+def test_drafts_change_no_token_and_save_passes(family, batch_size, prefix, monkeypatch):
+    """The drafts are the tokens that come, of which some are replaced."""
     model, prompts = tiny(family, vocab_size=140), make_prompts(batch_size + 2, prefix)
-    expected = plain(model, prompts[:40], 20, {5})
-    length = common_prefix_length(prompts)
-    known = {tuple(prompt[length:]): ids for prompt, ids in zip(prompts, expected, strict=False)}
-    draw, drafted = random.Random(0), []
+    expected, length = plain(model, prompts[:40], 20, {5}), common_prefix_length(prompts)
+    draw, passes, known = random.Random(0), [], {}
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
 
-    class Drafts:
+    class Drafts(NgramIndex):
         def __init__(self, tokens):
-            self.expected, self.count = known.get(tuple(tokens), [6] * 20), 0
-
-        def append(self, token):
-            self.count += 1
+            super().__init__(tokens)
+            self.prompt = tuple(tokens)
 
         def draft(self, limit):
-            draft = self.expected[self.count :][: draw.randint(0, limit)]
-            drafted.append(len(draft))
-            return [(token + 1) % 140 if draw.random() < 0.2 else token for token in draft]
+            coming = known.get(self.prompt, [])
+            done = self.tokens[len(self.prompt) :]
+            assert coming[: len(done)] == done or not coming
+            return [(i + 1) % 140 if draw.random() < 0.2 else i for i in coming[len(done) : len(done) + limit]]
 
     monkeypatch.setattr("grath.generation.engine.NgramIndex", Drafts)
-    passes = []
+    without = shared(model, prompts, 20, {5}, batch_size)
+    same(model, prompts[:40], without[:40], expected)
+    passes_without = len(passes)
+    known.update((tuple(prompt[length:]), ids) for prompt, ids in zip(prompts, without, strict=True))
+    same(model, prompts, shared(model, prompts, 20, {5}, batch_size), without)
+    assert len(passes) - passes_without < passes_without
+
+
+def test_a_completion_that_repeats_itself_needs_fewer_passes():
+    model, prompts, passes = tiny("llama"), make_prompts(3, 12), []
+    expected = plain(model, prompts, 80, set())
     model.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    same(model, prompts[:40], shared(model, prompts, 20, {5}, batch_size)[:40], expected)
-    assert max(drafted) > 0
-    assert batch_size > 1 or len(passes) < sum(map(len, expected))
+    same(model, prompts, shared(model, prompts, 80, set(), 3), expected)
+    assert len(passes) < 60
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +188,9 @@ def test_right_and_wrong_drafts_change_no_token(family, batch_size, prefix, monk
 def test_log_likelihoods_of_answers(family, batch_size, prefix):
     model = tiny(family)
     common = make_prompts(1, 25)[0][:prefix]
-    answers = [prompt[1:] for prompt in make_prompts(6, 3, seed=1)] + [[7]]
+    answers = [prompt[1:] for prompt in make_prompts(6, 3, seed=1)]
+    # Equal beginnings in three depths, an answer that begins another one, and the same answer twice.
+    answers += [[7, 8, 9, 1], [7], [7, 3, 1], [7, 8, 9, 2, 4], [7, 8], [7, 8, 9, 1]]
     trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
     with engine_attention(model):
         results = dict(loglikelihoods(model, common, trees, 40 * batch_size, batch_size))

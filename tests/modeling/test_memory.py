@@ -149,7 +149,7 @@ def test_weights_and_the_shape(sizes, precision):
 @pytest.mark.parametrize("sizes", MODELS, ids=["7B", "grouped"])
 @pytest.mark.parametrize(("rows", "own", "prefix"), [(64, 200, 700), (8, 120, 2000), (256, 60, 0)])
 def test_pairs(sizes, rows, own, prefix):
-    """The largest of the prefix, a prefill and a step of all rows, next to the cache of keys and values."""
+    """The largest of the prefix, a prefill and a step of all rows and drafts, next to the cache of keys and values."""
     model = meta_model(sizes, torch.float16)
     planned = memory.pairs_memory(memory.read_shape(sizes), "fp16", rows, prefix, own)
     with torch.no_grad(), TrackMemory() as track:
@@ -162,7 +162,8 @@ def test_pairs(sizes, rows, own, prefix):
         if prefix:
             forward(model, 1, prefix, masked=False)
         forward(model, min(rows, 16), own, masked=False)
-        model.lm_head(forward(model, rows, 1, masked=False)[:, -1]).float().argmax(-1)
+        step = rows + max(rows, memory.DRAFT_TOKENS)
+        model.lm_head(forward(model, step, 1, masked=False)[:, -1]).float().argmax(-1)
         del cache
     assert_close(bytes_of(planned) - planned["CUDA context"] - planned["weights"], track.peak)
 
