@@ -80,15 +80,15 @@ def test_a_killed_training_resumes_from_its_last_complete_checkpoint(tiny_llama,
         [sys.executable, PROJECT / "dpo.py", *command, "--output_dir", killed],
         stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
-        while not (killed / "checkpoint-14" / "trainer_state.json").exists():
+        # The next checkpoint begins after this one is complete.
+        while not (killed / "checkpoint-21").exists():
             assert process.poll() is None
             time.sleep(0.005)
         process.kill()
     assert not (killed / "adapter_model.safetensors").exists()
     # A later checkpoint with a truncated file is skipped.
-    complete = max(killed.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     half = killed / "checkpoint-56"
-    shutil.copytree(complete, half)
+    shutil.copytree(killed / "checkpoint-14", half)
     state = json.loads((half / "trainer_state.json").read_text()) | {"global_step": 56}
     (half / "trainer_state.json").write_text(json.dumps(state))
     (half / "optimizer.pt").write_bytes((half / "optimizer.pt").read_bytes()[:-200])
