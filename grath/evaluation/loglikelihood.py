@@ -107,8 +107,9 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
         (index of the tree, list with one (log-likelihood, whether greedy decoding gives the answer) per answer).
     """
     cache = prefill_prefix(model, prefix_ids, 0, 0)
-    for batch in _batches([_row_length(*tree) for tree in trees], batch_tokens, max_rows or len(trees)):
-        rows = [_tree_row(*trees[i]) for i in batch]
+    all_rows = [_tree_row(*tree) for tree in trees]
+    for batch in _batches([len(ids) for ids, *_ in all_rows], batch_tokens, max_rows or len(trees)):
+        rows = [all_rows[i] for i in batch]
         starts = accumulate((len(ids) for ids, *_ in rows), initial=0)
         targets = [
             (start + column, token) for start, row in zip(starts, rows, strict=False) for column, token in row[3]

@@ -57,14 +57,14 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, 
 
 
 class _ActiveBatch:
-    """The active rows. For each one: its prompt's index, the number of its own tokens in the cache, its completion so
-    far, and an index of its own tokens. The newest token of a completion is not in the cache yet.
+    """The active rows. For each one: its prompt's index, its completion so far, and an index of its own tokens. The
+    newest token is not in the cache yet.
     """
 
     def __init__(self, model, cache, max_new_tokens, eos_ids, on_done):
         self.model, self.cache = model, cache
         self.max_new_tokens, self.eos_ids, self.on_done = max_new_tokens, set(eos_ids), on_done
-        self.prompts, self.lengths, self.completions, self.indices = [], [], [], []
+        self.prompts, self.completions, self.indices = [], [], []
 
     def prefill(self, prompts, suffixes):
         """Add rows for new prompts, and run their tokens after the prefix (`suffixes`) through the model."""
@@ -73,7 +73,6 @@ class _ActiveBatch:
         last = torch.tensor([end - 1 for end in accumulate(map(len, suffixes))], device=self.model.device)
         hidden = self.cache.forward(self.model, suffixes, first, [0] * len(suffixes))
         self.prompts += prompts
-        self.lengths += map(len, suffixes)
         self.completions += [[] for _ in suffixes]
         self.indices += map(NgramIndex, suffixes)
         self._append_tokens(first, [[token] for token in self._greedy_tokens(hidden[last])])
@@ -81,12 +80,12 @@ class _ActiveBatch:
     def step(self):
         """Run each row's newest token and its draft; append the accepted tokens, and the model's own after them."""
         tokens = [[completion[-1], *self._draft(row)] for row, completion in enumerate(self.completions)]
-        hidden = self.cache.forward(self.model, tokens, 0, self.lengths)
+        cache_lengths = [len(index.tokens) - 1 for index in self.indices]
+        hidden = self.cache.forward(self.model, tokens, 0, cache_lengths)
         found, generated = iter(self._greedy_tokens(hidden)), []
-        for row, new in enumerate(tokens):
+        for new in tokens:
             greedy = list(islice(found, len(new)))
             accepted = next((i for i, token in enumerate(new[1:]) if token != greedy[i]), len(new) - 1)
-            self.lengths[row] += 1 + accepted
             generated.append(greedy[: accepted + 1])
         self._append_tokens(0, generated)
 
@@ -121,6 +120,6 @@ class _ActiveBatch:
         last = len(self.prompts) - 1
         if row != last:
             self.cache.copy_row(last, row)
-        for column in (self.prompts, self.lengths, self.completions, self.indices):
+        for column in (self.prompts, self.completions, self.indices):
             column[row] = column[last]
             column.pop()
