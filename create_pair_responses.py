@@ -12,6 +12,10 @@ Decoding is greedy. In fp32, the same arguments give the same file, byte for byt
 processes. In 16 and 4 bit, a token may differ where two logits tie within rounding. In int8, a response depends on its
 batch, because bitsandbytes picks outlier columns over all rows. Each response is saved at once: after an interruption,
 the same command asks only the questions that are left.
+
+    python create_pair_responses.py --engine server --server_url http://host:8000 ...     see docs/scaling.md
+
+asks inference servers with the OpenAI completions API instead. The key, if they want one, is OPENAI_API_KEY.
 """
 
 import time
@@ -23,7 +27,7 @@ from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.modeling.devices import init_distributed
-from grath.modeling.loading import eos_token_ids, load_for_inference, load_tokenizer
+from grath.modeling.loading import load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import pair_file_name, write_pairs
 from grath.pairs.prompts import build_messages, load_demos
@@ -56,13 +60,15 @@ def parse_args():
     add("--seed", type=int, default=0, help="draws the incorrect candidate for --useGT")
     add("--save_dir", type=Path, default=Path("data/truthfulness"), help="folder of the pair file")
     add("--max_new_tokens", type=positive_int, default=100, help="maximum tokens of a response")
-    add("--batch_size", type=positive_int, default=64, help="questions in a batch, in each process")
+    add("--batch_size", type=positive_int, help="questions in a batch, in each process (64), or at each server (512)")
     add(
         "--engine",
-        choices=("shared_prefix", "generate"),
+        choices=("shared_prefix", "generate", "server"),
         default="shared_prefix",
-        help="shared_prefix: compute the common prefix once; generate: transformers' generate",
+        help="shared_prefix: compute the common prefix once; generate: transformers' generate; server: --server_url",
     )
+    add("--server_url", nargs="+", help="servers of --engine server, which share the questions")
+    add("--server_timeout", type=positive_int, default=600, help="seconds to wait for a server that does not respond")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU")
     return parser.parse_args()
 
@@ -79,7 +85,9 @@ def main():
     questions = questions[: args.num_query]
     path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
 
-    precision = resolve_precision(args.precision, "pairs")
+    if args.engine == "server" and args.precision != "auto":
+        raise UserError("--precision: with --engine server, the server decides it")
+    precision = "server" if args.engine == "server" else resolve_precision(args.precision, "pairs")
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
     prompts = [
@@ -89,24 +97,27 @@ def main():
 
     from accelerate.utils import gather_object
 
+    from grath.generation.engines import open_engine
+
     state = init_distributed()
-    model = load_for_inference(args.model_name_or_path, precision)
-    longest, window = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
-    if window and longest + args.max_new_tokens > window:
-        raise UserError(
-            f"--max_new_tokens {args.max_new_tokens}: a prompt has {longest} tokens, and both together exceed the "
-            f"model's context window of {window}"
-        )
-    fingerprint = responses_fingerprint(args.model_name_or_path, prompts, precision, args.max_new_tokens)
-    with state.main_process_first():
-        responses = load_responses(path, fingerprint, state.is_main_process)
-    state.wait_for_everyone()
-    if responses:
-        state.print(f"{len(responses)} of {len(questions)} questions were answered before the interruption")
-    start, asked = time.monotonic(), len(questions) - len(responses)
-    left = [i for i in range(len(questions)) if i not in responses]
-    with state.split_between_processes(left) as mine:
-        new = ask(model, tokenizer, prompts, mine, args, path, fingerprint, len(responses)) if mine else {}
+    settings = (args.model_name_or_path, tokenizer, precision, args.max_new_tokens, args.batch_size)
+    with open_engine(args.engine, *settings, args.server_url, args.server_timeout) as (generate, window):
+        longest = max(map(len, prompts))
+        if window and longest + args.max_new_tokens > window:
+            raise UserError(
+                f"--max_new_tokens {args.max_new_tokens}: a prompt has {longest} tokens, and both together exceed the "
+                f"model's context window of {window}"
+            )
+        fingerprint = responses_fingerprint(args.model_name_or_path, prompts, precision, args.max_new_tokens)
+        with state.main_process_first():
+            responses = load_responses(path, fingerprint, state.is_main_process)
+        state.wait_for_everyone()
+        if responses:
+            state.print(f"{len(responses)} of {len(questions)} questions were answered before the interruption")
+        start, asked = time.monotonic(), len(questions) - len(responses)
+        left = [i for i in range(len(questions)) if i not in responses]
+        with state.split_between_processes(left) as mine:
+            new = ask(generate, prompts, mine, path, fingerprint, len(responses)) if mine else {}
     responses.update(gather_object(list(new.items())))
     seconds = time.monotonic() - start
     if not state.is_main_process:
@@ -128,7 +139,7 @@ def main():
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(model, tokenizer, prompts, indices, args, path, fingerprint, done_before):
+def ask(generate, prompts, indices, path, fingerprint, done_before):
     """Generate responses to this process's prompts (`indices`), with a progress bar; save each response at once.
 
     Returns:
@@ -137,35 +148,24 @@ def ask(model, tokenizer, prompts, indices, args, path, fingerprint, done_before
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from grath.generation.engine import generate_shared_prefix, select_generate_fn
-    from grath.generation.hf import generate_hf
-
     state = PartialState()
-    own = [prompts[i] for i in indices]
-    generate_fn, reason = generate_hf, None
-    if args.engine == "shared_prefix":
-        generate_fn, reason = select_generate_fn(model, own, args.max_new_tokens)
-    engine = "shared_prefix" if generate_fn is generate_shared_prefix else "generate"
-    if reason:
-        state.print(f"Falling back to plain batched generation: {reason}")
-    state.print(f"Asking {len(own)} questions ({engine}, {model.device}, batches of {args.batch_size})")
     responses, parsed, tokens = {}, 0, 0
-    bar = tqdm(total=len(own) + done_before, initial=done_before, unit="question", disable=not state.is_main_process)
+    total, hidden = len(indices) + done_before, not state.is_main_process
+    bar = tqdm(total=total, initial=done_before, unit="question", disable=hidden)
     with bar, save_responses(path, fingerprint, state.process_index) as save:
 
-        def on_done(position, ids):
+        def on_done(position, response, count):
             nonlocal parsed, tokens
-            response = tokenizer.decode(ids, skip_special_tokens=True)
             responses[indices[position]] = response
             save(indices[position], response)
             parsed += parse_response(response)[0] is not None
-            tokens += len(ids)
+            tokens += count
             rate = tokens / (time.monotonic() - start)
             bar.set_postfix({"tokens/s": f"{rate:.0f}", "parsed": f"{parsed / len(responses):.0%}"}, refresh=False)
             bar.update()
 
         start = time.monotonic()
-        generate_fn(model, own, args.max_new_tokens, args.batch_size, eos_token_ids(model, tokenizer), on_done)
+        generate([prompts[i] for i in indices], on_done)
     return responses
 
 

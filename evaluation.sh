@@ -10,7 +10,8 @@
 #                   PRECISION is the same
 #   EVAL_BATCH_SIZE contexts at once, at most    (as many as make a batch of tokens); BATCH_SIZE is the same
 #   LIMIT           questions of each task       (all)
-#   BACKEND         hf-shared: every context is computed once; hf: the harness's own model class   (hf-shared)
+#   BACKEND         hf-shared: every context is computed once; hf: the harness's own model class;  (hf-shared)
+#                   server: SERVER_URL=http://host:8000, and the default if that is set
 #   CHAT_TEMPLATE   1: apply the chat template, which the leaderboard does not                     (0)
 #   SAMPLES         1: also write the model's own answers to five questions to samples.jsonl       (1)
 #   NUM_PROCESSES   processes, one for each GPU  (1)
@@ -33,6 +34,7 @@ for name in PRECISION BATCH_SIZE; do
 done
 
 command=(python -m grath.pipeline evaluate "$@")
+if [[ -n ${SERVER_URL:-} && ${BACKEND:-server} == server ]]; then export NUM_PROCESSES=1; fi
 if [[ ${NUM_PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] && ((${NUM_PROCESSES:-1} > 1)); then
     DRY_RUN=1 "${command[@]}" # refuses bad input in one process, before several are launched
     command=(

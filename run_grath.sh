@@ -27,19 +27,25 @@ eval "$settings" # every setting, RUN (the run's folder), SUFFIX (of its files) 
 read -ra tasks <<<"$TASKS"
 
 launch=(accelerate launch --quiet --num_processes "$NUM_PROCESSES" --num_cpu_threads_per_process "$THREADS" --config_file)
+config=$HERE/accelerate_configs/one_gpu.yaml ask=(python)
 if ((NUM_PROCESSES > 1)); then
-    launch+=("$HERE/accelerate_configs/data_parallel.yaml")
-    ask=("${launch[@]}")
-else
-    launch+=("$HERE/accelerate_configs/one_gpu.yaml")
-    ask=(python)
+    config=$HERE/accelerate_configs/data_parallel.yaml
+    ask=("${launch[@]}" "$config")
 fi
+launch+=("${ACCELERATE_CONFIG:-$config}")
 questions=(--data_name "$DATA_NAME" --subdata_name "$SUBDATA_NAME" --split "$SPLIT")
 if [[ -n $DATA_PATH ]]; then questions=(--data_path "$DATA_PATH"); fi
 pairs_args=(
     "${questions[@]}" --num_query "$NUM_QUERY" --demos "$DEMOS" --model_type "$MODEL_TYPE" --seed "$SEED"
-    --max_new_tokens "$MAX_NEW_TOKENS" --batch_size "$PAIRS_BATCH_SIZE" --precision "$PAIRS_PRECISION"
+    --max_new_tokens "$MAX_NEW_TOKENS"
 )
+if [[ -n $SERVER_URL ]]; then
+    ask=(python)
+    read -ra servers <<<"$SERVER_URL"
+    pairs_args+=(--engine server --server_url "${servers[@]}" --server_timeout "$SERVER_TIMEOUT")
+else
+    pairs_args+=(--batch_size "$PAIRS_BATCH_SIZE" --precision "$PAIRS_PRECISION")
+fi
 if [[ $USE_FS == 1 ]]; then pairs_args+=(--useFS); fi
 if [[ $USE_GT == 1 ]]; then pairs_args+=(--useGT); fi
 dpo_args=(
@@ -53,6 +59,7 @@ if [[ -n $GRADIENT_ACCUMULATION_STEPS ]]; then dpo_args+=(--gradient_accumulatio
 eval_settings=(
     TASKS="$TASKS" EVAL_PRECISION="$EVAL_PRECISION" EVAL_BATCH_SIZE="$EVAL_BATCH_SIZE" LIMIT="$LIMIT" BACKEND="$BACKEND"
     CHAT_TEMPLATE="$CHAT_TEMPLATE" SAMPLES="$SAMPLES" MODEL_TYPE="$MODEL_TYPE" NUM_PROCESSES="$NUM_PROCESSES"
+    SERVER_URL="$SERVER_URL" SERVER_TIMEOUT="$SERVER_TIMEOUT"
 )
 
 # stage NAME ITERATION TITLE --input FILE... --output FILE... -- COMMAND...

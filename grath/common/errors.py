@@ -103,6 +103,7 @@ BY_ERRNO = {
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
     errno.ENOMEM: MEMORY,
+    errno.ETIMEDOUT: "start the server, and run the same command again: it asks only what is left",
 }
 # CUDA error codes about memory, and about the driver or devices.
 BY_CUDA_ERROR = {2: MEMORY, **dict.fromkeys((3, 35, 46, 100, 101, 803, 804), GPU)}

@@ -41,7 +41,7 @@ class GrathDPOConfig(DPOConfig):
     warmup_steps: float = field(default=100, metadata={"help": "warm-up steps; below 1: a fraction of all steps"})
     optim: str = field(
         default="auto",
-        metadata={"help": "optimiser; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU"},
+        metadata={"help": "optimiser; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP"},
     )
     per_device_train_batch_size: int | None = field(
         default=None,
@@ -96,7 +96,8 @@ class GrathDPOConfig(DPOConfig):
         self.per_device_train_batch_size, self.gradient_accumulation_steps = sizes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.optim == "auto":
-            self.optim = "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch"
+            paged = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP") != "true"
+            self.optim = "paged_adamw_32bit" if paged else "adamw_torch"
         # Train bf16 and fp32 weights without autocast; by default TRL turns bf16 autocast on.
         if self.bf16 is None:
             quantised = self.precision not in DTYPES

@@ -1,10 +1,12 @@
 """Score a model with lm-evaluation-harness: all tasks and the sample answers in one process, from one load."""
 
+import contextlib
 import gc
 import json
 import os
 import re
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,11 +16,14 @@ from grath.common.local_data import load_dataset
 from grath.common.paths import ADAPTER, PROJECT
 from grath.evaluation.harness import MODEL_NAME, patch_fewshot_sampling, register_shared_context_model
 from grath.evaluation.results import local_dataset_hashes, record_settings, split_by_task
-from grath.evaluation.samples import SAMPLES, write_samples
+from grath.evaluation.samples import SAMPLES, complete_here, complete_on_servers, write_samples
 from grath.evaluation.tasks import TASKS, get_task
 from grath.modeling.devices import check_devices
 from grath.modeling.loading import check_model, load_tokenizer, resolve_base_and_adapter, weight_files
 from grath.modeling.precision import DTYPES, resolve_precision
+from grath.serving.served import serve
+
+SERVER = "server"
 
 
 def score_model(
@@ -34,6 +39,8 @@ def score_model(
     samples=False,
     model_type="auto",
     dry_run=False,
+    servers=(),
+    server_timeout=600,
 ):
     """Score a model on tasks and write one result file a task; a task that has its file is skipped.
 
@@ -45,26 +52,31 @@ def score_model(
         batch_size: maximum number of contexts in a batch (int), the harness's "auto", or None: `hf-shared` counts only
             tokens, and `hf` takes 16.
         limit: questions of each task (int), a share below 1 (float), or None for all.
-        backend: `hf-shared`, or `hf` for the harness's own model class.
+        backend: `hf-shared`, `hf` for the harness's own model class, or `server` for inference servers.
         chat_template: whether to apply the chat template.
         log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
         samples: whether to write the model's own answers to five questions to samples.jsonl too.
         model_type: the chat template of these questions.
         dry_run: check the model and print the plan only.
+        servers: addresses for the backend `server`, whose precision is the servers'.
+        server_timeout: seconds to wait for a server that does not respond.
 
     Raises:
         UserError: there is no such model or task, or the folder contains scores made with other settings.
     """
     import torch
 
-    check_devices()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if backend == SERVER:
+        _check_server_settings(servers, precision, processes)
+    else:
+        check_devices()
     if backend == "hf" and processes > 1 and not torch.cuda.is_available():
         raise UserError("without a GPU, BACKEND=hf scores every question in every process: set NUM_PROCESSES=1")
     check_model(model)
     main_process = os.environ.get("RANK", "0") == "0"
     output = Path(output)
-    precision = resolve_precision(precision, "scores")
+    precision = SERVER if backend == SERVER else resolve_precision(precision, "scores")
     if backend == "hf" and precision not in DTYPES:
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
     missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
@@ -88,26 +100,45 @@ def score_model(
             print(f"{model}: {' '.join(group)}, {get_task(group[0]).shots}-shot, {precision}, {backend}", flush=True)
     if dry_run or not (missing or sampled):
         return
-    loaded, evaluate = _load_harness(model, precision, batch_size, backend, manager)
-    for group in groups.values():
-        start = time.monotonic()
-        results = evaluate(
-            tasks=group,
-            num_fewshot=get_task(group[0]).shots,
-            limit=limit,
-            log_samples=log_samples,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-        )
-        if results:  # None in all processes but the first
-            results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
-            _write_results(output, group, results)
-    if sampled and main_process:
-        write_samples(loaded.model, load_tokenizer(model), model_type, output / SAMPLES)
+    with contextlib.ExitStack() as stack:
+        if backend == SERVER:
+            served = stack.enter_context(serve(model, servers, server_timeout))
+            complete = partial(complete_on_servers, served, model)
+            loaded = _harness_on_servers(served, model)
+            arguments = {"model": served.name, "servers": list(served.urls)}
+        else:
+            loaded, arguments = _load_harness(model, precision, batch_size, backend)
+            complete = partial(complete_here, loaded.model)
+        evaluate = partial(_evaluate, loaded, backend, arguments, batch_size, manager)
+        for group in groups.values():
+            start = time.monotonic()
+            results = evaluate(
+                tasks=group,
+                num_fewshot=get_task(group[0]).shots,
+                limit=limit,
+                log_samples=log_samples,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+            )
+            if results:  # None in all processes but the first
+                results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
+                _write_results(output, group, results)
+        if sampled and main_process:
+            tokenizer = load_tokenizer(model)
+            write_samples(partial(complete, tokenizer), tokenizer, model_type, output / SAMPLES)
     # Another model may be next in this process: two do not fit on a GPU.
-    del loaded, evaluate
+    del loaded, evaluate, complete
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _check_server_settings(servers, precision, processes):
+    if not servers:
+        raise UserError("BACKEND=server needs SERVER_URL=http://host:port")
+    if precision not in ("auto", SERVER):
+        raise UserError(f"EVAL_PRECISION={precision}: with BACKEND=server, the server decides it")
+    if processes > 1:
+        raise UserError("BACKEND=server scores in one process: set NUM_PROCESSES=1")
 
 
 def _settings_of(model, precision, tasks):
@@ -151,10 +182,9 @@ def _task_manager(tasks):
     return manager
 
 
-def _load_harness(model, precision, batch_size, backend, manager):
-    """Load the model once, and return it as the harness's model, and the harness's `simple_evaluate` for it."""
+def _load_harness(model, precision, batch_size, backend):
+    """Load the model once; return it as the harness's model, and the arguments that the results record (dict)."""
     import torch
-    from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
 
     base, adapter = resolve_base_and_adapter(model)
@@ -165,17 +195,26 @@ def _load_harness(model, precision, batch_size, backend, manager):
         options |= {"dtype": DTYPES[precision], "use_safetensors": True}
         batch_size = batch_size or 16
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = get_model(backend).create_from_arg_obj(options, {"batch_size": batch_size, "device": device})
+    return get_model(backend).create_from_arg_obj(options, {"batch_size": batch_size, "device": device}), options
 
-    def evaluate(**arguments):
-        results = simple_evaluate(model=loaded, batch_size=batch_size, task_manager=manager, **arguments)
-        if results:
-            template = loaded.chat_template(True) if arguments["apply_chat_template"] else None
-            results["config"] |= {"model": backend, "model_args": options}
-            results |= {"chat_template": template, "fewshot_as_multiturn": arguments["fewshot_as_multiturn"]}
-        return results
 
-    return loaded, evaluate
+def _harness_on_servers(served, model):
+    from grath.evaluation.server import ServerLM
+
+    return ServerLM(served, model)
+
+
+def _evaluate(loaded, backend, model_args, batch_size, manager, **arguments):
+    """Return the results of the harness's `simple_evaluate`; None in all processes but the first."""
+    from lm_eval import simple_evaluate
+
+    batch_size = batch_size or (16 if backend == "hf" else None)
+    results = simple_evaluate(model=loaded, batch_size=batch_size, task_manager=manager, **arguments)
+    if results:
+        template = loaded.chat_template(True) if arguments["apply_chat_template"] else None
+        results["config"] |= {"model": backend, "model_args": model_args}
+        results |= {"chat_template": template, "fewshot_as_multiturn": arguments["fewshot_as_multiturn"]}
+    return results
 
 
 def _write_results(output, tasks, results):

@@ -142,6 +142,21 @@ def check_weights(base):
             )
 
 
+def has_local_weights(name):
+    """Whether the weights of a model, or of an adapter's base, are on this machine and fit into its free memory."""
+    import psutil
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(resolve_base_and_adapter(name)[0])
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(str(folder), "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    return 0 < 1.2 * size < free
+
+
 def weight_files(folder):
     """Describe each weight file of a model folder: list of "name size mtime". Hashing the bytes would take too long."""
     files = sorted(Path(folder).glob("*.safetensors"))
@@ -149,10 +164,25 @@ def weight_files(folder):
 
 
 def eos_token_ids(model, tokenizer):
-    """Return the token ids that end a completion: the tokenizer's EOS and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id
+    """Return the token ids that end a completion: the tokenizer's EOS and those of the model's generation config.
+
+    Args:
+        model: `PreTrainedModel`, `PeftModel`, or the name of a model or an adapter, which is not loaded then.
+    """
+    config = _generation_config(model) if isinstance(model, str) else model.generation_config
+    configured = config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({tokenizer.eos_token_id, *configured} - {None})
+
+
+def _generation_config(name):
+    from transformers import AutoConfig, GenerationConfig
+
+    base = resolve_base_and_adapter(name)[0]
+    try:
+        return GenerationConfig.from_pretrained(base)
+    except OSError:  # an old model has none
+        return GenerationConfig.from_model_config(_load(AutoConfig, base, "model"))
 
 
 def _load(auto_class, source, what, **options):

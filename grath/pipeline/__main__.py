@@ -62,10 +62,12 @@ def main():
         from grath.pipeline.evaluate import evaluate
 
         return evaluate(args.model, args.output)
-    from grath.pipeline.settings import read_settings, shell_lines
+    from grath.pipeline.settings import read_settings
 
     values = read_settings()
     if args.command == "settings":
+        from grath.pipeline.shell import shell_lines
+
         print(shell_lines(values), end="")
     elif args.command == "start":
         from grath.pipeline.start import start

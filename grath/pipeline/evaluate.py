@@ -8,7 +8,7 @@ from grath.common.errors import UserError
 from grath.evaluation.run import score_model
 from grath.pipeline.loop import lock
 from grath.pipeline.process import share_cpu_products
-from grath.pipeline.settings import EVALUATION, read_settings
+from grath.pipeline.settings import EVALUATION, SERVER, read_settings
 from grath.report.run import manifest_of, unscored, write_report
 from grath.report.tables import model_scores
 
@@ -30,6 +30,8 @@ def evaluate(model=None, output=None):
     if model is None:
         run, models = unscored(values["RUNS_DIR"], values["TASKS"].split())
         of_run = {name: value for name, value in manifest_of(run)["settings"].items() if name in EVALUATION}
+        if of_run.get("EVAL_PRECISION") == SERVER:  # not a precision of this machine
+            del of_run["EVAL_PRECISION"]
         values = read_settings(EVALUATION, of_run | os.environ)
         share_cpu_products(run)
     else:
@@ -59,4 +61,6 @@ def _score(model, output, values):
         samples=values["SAMPLES"] == "1",
         model_type=values["MODEL_TYPE"],
         dry_run=values["DRY_RUN"] == "1",
+        servers=values["SERVER_URL"].split(),
+        server_timeout=int(values["SERVER_TIMEOUT"]),
     )

@@ -22,8 +22,10 @@ from grath.pipeline.machine import (
     format_size,
     hub_is_reachable,
 )
-from grath.pipeline.settings import STAGE_OF_PRECISION, run_folder
+from grath.pipeline.settings import STAGE_OF_PRECISION, run_folder, served_stages
+from grath.serving.served import describe_servers
 
+SECONDS_TO_ANSWER = 5
 PAIR = 500
 SCORES = 100_000
 
@@ -142,7 +144,7 @@ def check_stages(check, model, values, precisions):
         check("memory", check_memory, model[2], precisions, int(values["NUM_PROCESSES"]))
         return
     for stage in PLANS:
-        if stage != "scores" or values["TASKS"]:
+        if stage not in served_stages(values) and (stage != "scores" or values["TASKS"]):
             check(f"memory, {stage}", lambda stage=stage: check_gpu_memory(stage, read_shape(*model[1:]), values))
 
 
@@ -164,7 +166,7 @@ def check_run(values, stages):
     def check(name, function, *arguments):
         try:
             found = function(*arguments)
-        except UserError as error:
+        except (UserError, TimeoutError) as error:
             failed.append(name)
             print(f"FAIL  {name}: {' '.join(str(error).split())}", flush=True)
             return None
@@ -172,9 +174,14 @@ def check_run(values, stages):
         return found
 
     processes = int(values["NUM_PROCESSES"])
-    precisions = [resolve_precision(values[name], stage) for name, stage in STAGE_OF_PRECISION.items()]
+    here = {name: stage for name, stage in STAGE_OF_PRECISION.items() if stage not in served_stages(values)}
+    precisions = [resolve_precision(values[name], stage) for name, stage in here.items()]
     check("packages", check_packages, precisions)
     check("device", check_device, processes)
+    if values["SERVER_URL"]:
+        check(
+            "servers", describe_servers, values["MODEL_NAME_OR_PATH"], values["SERVER_URL"].split(), SECONDS_TO_ANSWER
+        )
     model = check("model", read_model, values["MODEL_NAME_OR_PATH"])
     if model:
         check_stages(check, model, values, precisions)

@@ -1,49 +1,35 @@
 """The settings of the loop: one entry for each environment variable, and everything that is derived from them."""
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from shlex import quote
 
 from grath.common.errors import UserError
 from grath.common.paths import DATASETS_ROOT, PROJECT
 from grath.dpo.defaults import step_sizes
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
+from grath.pipeline.checks import (
+    ANYTHING,
+    BATCH,
+    COUNT,
+    COUNT_OR_EMPTY,
+    FLAG,
+    LIMIT,
+    NATURAL,
+    PLAIN_NAME,
+    REQUIRED,
+    addresses,
+    one_of,
+    positive,
+)
 
 EVERY_STAGE = "every stage"
+SERVER = "server"
 
 
-def matches(pattern, what):
-    """A check: the value must match the regular expression `pattern`; `what` says so in words."""
-    return lambda value: None if re.fullmatch(pattern, value) else what
-
-
-def one_of(*choices):
-    """A check: the value must be one of `choices`."""
-    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
-
-
-def positive(value):
-    """A check: the value must be a number above 0."""
-    try:
-        return None if 0 < float(value) < float("inf") else "a number greater than 0"
-    except ValueError:
-        return "a number greater than 0"
-
-
-COUNT = matches(r"[1-9]\d{0,8}", "a whole number of at least 1")
-COUNT_OR_EMPTY = matches(r"([1-9]\d{0,8})?", "a whole number of at least 1, or empty")
-NATURAL = matches(r"\d{1,9}", "a whole number")
-FLAG = matches("[01]", "0 or 1")
-LIMIT = matches(r"([1-9]\d{0,8}|0?\.\d+)?", "a number of questions, a share below 1, or empty")
-BATCH = matches(r"([1-9]\d{0,8}|auto(:[1-9]\d{0,8})?)?", "a whole number of at least 1, auto, or empty")
-PLAIN_NAME = matches(r"[^/]+", "a plain name (use RUNS_DIR for the folder)")
-REQUIRED = matches(r"(?s).+", "set; the presets run_*.sh set it")
-ANYTHING = matches(r"(?s).*", "anything")
 TASKS = "arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2"
 
 
@@ -118,6 +104,9 @@ GROUPS = {
         Setting("SAVE_STEPS", "100", COUNT, None, "steps between checkpoints", "100"),
         Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
                 "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
+        Setting("ACCELERATE_CONFIG", "", ANYTHING, None,
+                "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
+                "parallel", path=True),
         Setting("REPORT_TO", "none", REQUIRED, None,
                 "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
     ],
@@ -128,10 +117,17 @@ GROUPS = {
         Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
                 "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
         Setting("LIMIT", "", LIMIT, "scores", "questions of each task; empty: all"),
-        Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared"), "scores",
-                "`hf-shared` computes every context once; `hf` is the harness's own model class", "hf"),
+        Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared", SERVER), "scores",
+                "`hf-shared` computes every context once; `hf` is the harness's own model class; `server`: on "
+                "`SERVER_URL`, and the default if that is set", "hf"),
         Setting("CHAT_TEMPLATE", "0", FLAG, "scores", "1: apply the chat template (the leaderboard does not)", "0"),
         Setting("SAMPLES", "1", FLAG, None, "1: also write the model's own answers to five questions"),
+    ],
+    "Inference servers": [
+        Setting("SERVER_URL", "", addresses, None,
+                "servers with the OpenAI completions API for pairs and scores, separated by spaces; empty: this "
+                "machine"),
+        Setting("SERVER_TIMEOUT", "600", COUNT, None, "seconds to wait for a server that does not respond"),
     ],
     "What the command does": [
         Setting("DRY_RUN", "0", FLAG, None, "1: print the commands and run none"),
@@ -151,7 +147,10 @@ STEP_SETTINGS = ("DPO_BATCH_SIZE", "NUM_PROCESSES", "GRADIENT_ACCUMULATION_STEPS
 STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
 EFFECTIVE_BATCH = "EFFECTIVE_BATCH"
 FIRST_AFFECTED_STAGE = {name: setting.stage for name, setting in SETTINGS.items()} | {EFFECTIVE_BATCH: "dpo"}
-EVALUATION = ("MODEL_TYPE", "NUM_PROCESSES", "RUNS_DIR", "DRY_RUN", *(setting.name for setting in GROUPS["Scores"]))
+EVALUATION = (
+    "MODEL_TYPE", "NUM_PROCESSES", "RUNS_DIR", "DRY_RUN",
+    *(setting.name for group in ("Scores", "Inference servers") for setting in GROUPS[group]),
+)  # fmt: skip
 
 
 def read_settings(names=tuple(SETTINGS), environment=os.environ):
@@ -173,6 +172,13 @@ def read_settings(names=tuple(SETTINGS), environment=os.environ):
         if wanted := setting.check(value):
             raise UserError(f"{setting.name} must be {wanted}" + (f", not '{value}'" if value else ""))
         values[setting.name] = value
+    if values.get("SERVER_URL") and not environment.get("BACKEND"):
+        values["BACKEND"] = SERVER
+    if values.get("BACKEND") == SERVER and not values["SERVER_URL"]:
+        raise UserError("BACKEND=server needs SERVER_URL=http://host:port")
+    for name in STAGE_OF_PRECISION.keys() & values.keys():
+        if STAGE_OF_PRECISION[name] in served_stages(values):
+            values[name] = "auto"  # the servers' own
     if values.get("BACKEND") == "hf" and values["EVAL_PRECISION"] not in ("auto", *DTYPES):
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not in {values['EVAL_PRECISION']}")
     if "TASKS" in values:
@@ -180,23 +186,16 @@ def read_settings(names=tuple(SETTINGS), environment=os.environ):
     return values
 
 
+def served_stages(values):
+    """Return the stages that run on servers: set of `pairs` and `scores`."""
+    return {
+        stage for stage, served in (("pairs", values["SERVER_URL"]), ("scores", values["BACKEND"] == SERVER)) if served
+    }
+
+
 def run_folder(values):
     """Return the folder of the run: Path."""
     return Path(values["RUNS_DIR"]) / f"{values['RUN_NAME']}_seed_{values['SEED']}"
-
-
-def shell_lines(values):
-    """Return `export` lines, quoted for a shell, with all settings, the run's folder, its files' suffix and threads."""
-    flags = {name: bool(int(values[name])) for name in ("USE_GT", "USE_FS")}
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP also accepts a list
-    processors = int(threads[0]) if threads else allowed
-    derived = {
-        "RUN": str(run_folder(values)),
-        "SUFFIX": f"arcc_num_{values['NUM_QUERY']}_useGT_{flags['USE_GT']}_useFS_{flags['USE_FS']}",
-        "THREADS": str(max(1, processors // int(values["NUM_PROCESSES"]))),
-    }
-    return "".join(f"export {name}={quote(value)}\n" for name, value in (values | derived).items())
 
 
 def normalize_settings(values):
@@ -210,7 +209,7 @@ def normalize_settings(values):
     batch, processes, accumulation = (int(values[name] or 0) for name in STEP_SETTINGS)
     normalized[EFFECTIVE_BATCH] = str(processes * prod(step_sizes(processes, batch, accumulation)))
     for name, stage in STAGE_OF_PRECISION.items():
-        normalized[name] = resolve_precision(values[name], stage)
+        normalized[name] = SERVER if stage in served_stages(values) else resolve_precision(values[name], stage)
     for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS"):
         path = Path(values[name])
         if path.is_absolute() and path.is_relative_to(PROJECT):

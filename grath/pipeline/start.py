@@ -6,7 +6,7 @@ from grath.common.provenance import read_manifest
 from grath.modeling.devices import check_devices, describe_device
 from grath.pipeline.machine import precision_hint
 from grath.pipeline.manifest import remove_partial_files, start_manifest, write_manifest
-from grath.pipeline.settings import STAGE_OF_PRECISION, normalize_settings, question_inputs, run_folder
+from grath.pipeline.settings import STAGE_OF_PRECISION, normalize_settings, question_inputs, run_folder, served_stages
 from grath.pipeline.stage import drop_damaged
 
 
@@ -28,7 +28,7 @@ def start(values):
     print(
         f"  {', '.join(f'{name}={settings[name]}' for name in STAGE_OF_PRECISION)} on {describe_device()}", flush=True
     )
-    if hint := precision_hint(values["MODEL_NAME_OR_PATH"], values):
+    if not served_stages(values) and (hint := precision_hint(values["MODEL_NAME_OR_PATH"], values)):
         print(f"  {hint}", flush=True)
     checking, fresh = values["CHECK"] == "1", values["FRESH"] == "1"
     if fresh and not checking and run.exists():

@@ -69,12 +69,12 @@ MACHINES = {
 
 def ask(tmp_path, model, error, monkeypatch):
     """The arguments of a stage whose model cannot be loaded for an error."""
-    import create_pair_responses
+    from grath.generation import engines
 
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(create_pair_responses, "load_for_inference", fail)
+    monkeypatch.setattr(engines, "load_for_inference", fail)
     return ("--model_name_or_path", model, "--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED)
 
 

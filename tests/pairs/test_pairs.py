@@ -116,12 +116,12 @@ def test_responses_of_other_settings_are_not_used(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
 def test_quantized_weights(tiny_llama, tmp_path, precision, monkeypatch):
-    import create_pair_responses
+    from grath.generation import engines
     from grath.modeling.loading import load_for_inference
 
     loaded = []
     monkeypatch.setattr(
-        create_pair_responses,
+        engines,
         "load_for_inference",
         lambda *args: loaded.append(load_for_inference(*args)) or loaded[-1],
     )

@@ -8,7 +8,8 @@ from support import PROJECT, call
 
 from grath.common.errors import UserError
 from grath.pipeline.configuration import configuration_page
-from grath.pipeline.settings import EVERY_STAGE, SETTINGS, normalize_settings, read_settings, shell_lines
+from grath.pipeline.settings import EVERY_STAGE, SETTINGS, normalize_settings, read_settings
+from grath.pipeline.shell import shell_lines
 
 REQUIRED = {"MODEL_NAME_OR_PATH": "a/b", "NUM_QUERY": "7"}
 

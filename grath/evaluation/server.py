@@ -1,0 +1,66 @@
+"""The harness's model class for inference servers, `local-completions`, with our own transport."""
+
+import copy
+
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.models.utils import has_bos_prefix
+from transformers import AutoConfig
+
+from grath.modeling.loading import load_tokenizer, resolve_base_and_adapter
+from grath.serving.completions import complete_all
+from grath.serving.served import compare_with_local
+
+
+class ServerLM(LocalCompletionsAPI):
+    """`local-completions` whose requests go to all servers of a model, wait for a lost one, and never lose an adapter.
+
+    The token ids of a request are those of `hf`.
+
+    Args:
+        served: what `serve` yielded for `model`.
+        model: hub name, model folder or adapter folder.
+
+    Raises:
+        UserError: a server has another model, or returns no log-probabilities for a prompt's tokens.
+    """
+
+    def __init__(self, served, model):
+        self.served = served
+        base = resolve_base_and_adapter(model)[0]
+        print(compare_with_local(served, model, load_tokenizer(model), prompt_logprobs=True), flush=True)
+        window = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", 2048)
+        super().__init__(
+            model=served.name,
+            base_url=f"{served.urls[0]}/v1/completions",
+            tokenizer=base,
+            tokenizer_backend="huggingface",
+            max_length=min(window, served.window or window),
+            num_concurrent=2,  # more than 1: the harness then hands over all requests at once
+        )
+
+    def tok_encode(self, string, *args, **kwargs):
+        """Tokenize as `hf` does: with the tokenizer's own BOS, and not a second one after a chat template's."""
+        first = string if isinstance(string, str) else string[0]
+        self.add_bos_token = not has_bos_prefix(first, self.tokenizer.decode(self.prefix_token_id))
+        return super().tok_encode(string, *args, **kwargs)
+
+    async def get_batched_requests(self, requests, cache_keys, *, generate=True, ctxlens=None, **kwargs):
+        from tqdm import tqdm
+
+        arguments = {"generate": generate, "seed": self._seed, **kwargs}
+        bodies = [self._create_payload([ids], **copy.deepcopy(arguments)) for ids in requests]
+        answers = [None] * len(requests)
+        with tqdm(total=len(requests), desc="Scoring requests") as bar:
+
+            def done(index, response):
+                if generate:
+                    answers[index] = self.parse_generations(response)
+                else:
+                    answers[index] = self.parse_logprobs(response, [requests[index]], [ctxlens[index]])
+                if cache_keys[index] is not None:
+                    method = "generate_until" if generate else "loglikelihood"
+                    self.cache_hook.add_partial(method, cache_keys[index], answers[index][0])
+                bar.update()
+
+            await complete_all(self.served, bodies, done)
+        return answers

@@ -1,0 +1,91 @@
+"""Scores from inference servers: `BACKEND=server` gives what `hf-shared` gives, and refuses what would give chance."""
+
+import json
+
+import pytest
+from stand_in.inference_server import InferenceServer
+from support import RESPONSE, call, call_here
+
+TASKS = ("grath_mc1", "grath_mc2")
+
+
+@pytest.fixture
+def server(tiny_llama):
+    with InferenceServer(tiny_llama, answer=lambda ids: RESPONSE) as server:
+        yield server
+
+
+def settings(server, **more):
+    return {"SERVER_URL": server.url, "TASKS": " ".join(TASKS), "LIMIT": "6", "SERVER_TIMEOUT": "20", **more}
+
+
+def results(folder):
+    return {task: json.loads((folder / f"{task}.json").read_text()) for task in TASKS}
+
+
+def test_scores_are_those_of_hf_shared(server, tiny_llama, tmp_path):
+    """Also with a server that fails now and then. The files are the same ones, samples included."""
+    server.faults = lambda number: ("drop", 500, 429, "cut")[number % 4] if number % 7 == 0 else None
+    done = call("evaluation.sh", tiny_llama, tmp_path / "server", env=settings(server, BACKEND="server"))
+    assert "the servers' tokens and weights are the local ones" in done.stdout
+    call_here(
+        "grath.evaluation", tiny_llama, tmp_path / "here", "--tasks", *TASKS, "--limit", 6, "--precision", "fp32",
+        "--samples",
+    )  # fmt: skip
+    ours, theirs = results(tmp_path / "server"), results(tmp_path / "here")
+    for task in TASKS:
+        assert ours[task]["results"][task]["acc,none"] == pytest.approx(
+            theirs[task]["results"][task]["acc,none"], abs=1e-4
+        )
+        assert ours[task]["config"]["model"] == "server"
+    names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("server", "here")]
+    assert names[0] == names[1]
+    assert "backend=server" in (tmp_path / "server" / "settings.txt").read_text()
+    # The token ids are ours, with one BOS.
+    scored = [body["prompt"][0] for body in server.seen if body.get("echo")][1:]
+    bos = server.tokenizer.bos_token_id
+    assert scored and all(ids[0] == bos and bos not in ids[1:] for ids in scored)
+
+
+def test_the_chat_template_has_one_bos(server, tiny_llama, tmp_path):
+    call("evaluation.sh", tiny_llama, tmp_path, env=settings(server, CHAT_TEMPLATE="1", SAMPLES="0", LIMIT="2"))
+    scored = [body["prompt"][0] for body in server.seen][1:]
+    bos = server.tokenizer.bos_token_id
+    assert scored and all(ids[0] == bos and ids[1] != bos for ids in scored)
+    assert json.loads((tmp_path / "grath_mc1.json").read_text())["chat_template"]
+
+
+def test_an_adapter_is_scored_by_its_own_name(llama_run, tmp_path):
+    run, of_run, _ = llama_run
+    (adapter,) = run.glob("models/iter_2_*")
+    with InferenceServer(of_run["MODEL_NAME_OR_PATH"]) as server:
+        call("evaluation.sh", adapter, tmp_path, env=settings(server, LIMIT="3", SAMPLES="0"))
+        assert {body["model"][:6] for body in server.seen} == {"grath-"} and server.adapters == {}
+    for task in TASKS:
+        expected = json.loads((run / "results" / "iter_2" / f"{task}.json").read_text())["results"][task]["acc,none"]
+        assert results(tmp_path)[task]["results"][task]["acc,none"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
+    """As llama.cpp's: the harness would score chance without a word."""
+    with InferenceServer(tiny_llama, prompt_logprobs=False) as server:
+        done = call("evaluation.sh", tiny_llama, tmp_path, env=settings(server), status=2)
+    assert f"{server.url} returns no log-probabilities for the tokens of a prompt" in done.stderr
+    assert done.stderr.strip().count("\n") == 0 or "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_bad_settings(server, tiny_llama, tmp_path):
+    for env, said in (
+        ({"BACKEND": "server"}, "BACKEND=server needs SERVER_URL=http://host:port"),
+        ({"SERVER_URL": "localhost:8000"}, "no address of a server"),
+    ):
+        done = call("evaluation.sh", tiny_llama, tmp_path, env={"TASKS": "grath_mc1", **env}, status=2)
+        assert said in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_lost_server_is_one_line(server, tiny_llama, tmp_path):
+    server.faults = lambda number: 503 if number > 3 else None
+    env = settings(server, SERVER_TIMEOUT="1", SAMPLES="0")
+    done = call("evaluation.sh", tiny_llama, tmp_path, env=env, status=1)
+    assert f"no response from {server.url} for 1 s (HTTP 503" in done.stderr and "Traceback" not in done.stderr

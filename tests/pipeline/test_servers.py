@@ -1,0 +1,76 @@
+"""The loop with `SERVER_URL`: pairs and scores on a server, DPO here."""
+
+import json
+
+import pytest
+from stand_in.inference_server import InferenceServer
+from support import RESPONSE, call, rows
+
+from grath.common.errors import UserError
+from grath.pipeline.settings import normalize_settings, read_settings, served_stages
+
+
+@pytest.fixture
+def server(tiny_llama):
+    with InferenceServer(tiny_llama, answer=lambda ids: RESPONSE) as server:
+        yield server
+
+
+def test_two_iterations(server, llama_run, tmp_path):
+    """The run equals one without a server: its pairs byte for byte, its scores to rounding; then nothing is left."""
+    run, settings, _ = llama_run
+    env = {**settings, "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url}
+    ready = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=None)
+    assert f"ok    servers: {server.url} has {settings['MODEL_NAME_OR_PATH']}, at most 4096 tokens" in ready.stdout
+    call("run_llama2.sh", env=env)
+    ours = tmp_path / "llama2_seed_0"
+    for path in (run / "data").iterdir():
+        assert (ours / "data" / path.name).read_bytes() == path.read_bytes()
+    for number in range(3):
+        for task in ("grath_mc1", "grath_mc2"):
+            found, expected = (
+                json.loads((one / "results" / f"iter_{number}" / f"{task}.json").read_text())["results"][task]
+                for one in (ours, run)
+            )
+            assert found["acc,none"] == pytest.approx(expected["acc,none"], abs=1e-3)
+        assert len(rows(ours / "results" / f"iter_{number}" / "samples.jsonl")) == 5
+    # M_0 by its name, M_1 and M_2 as adapters; none is left on the server.
+    assert len({body["model"] for body in server.seen}) == 3 and server.adapters == {}
+    manifest = json.loads((ours / "manifest.json").read_text())
+    assert manifest["settings"]["PAIRS_PRECISION"] == manifest["settings"]["EVAL_PRECISION"] == "server"
+    asked = len(server.seen)
+    again = call("run_llama2.sh", env=env)
+    assert len(server.seen) == asked and again.stdout.count("is up to date") == 8
+    other = call("run_llama2.sh", env={**env, "SERVER_URL": ""}, status=2)
+    assert "contains a run with" in other.stderr and "=server, not" in other.stderr
+
+
+def test_a_server_that_is_not_there(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": "http://127.0.0.1:9"}
+    done = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=2)
+    assert "FAIL  servers: [Errno 110] no response from http://127.0.0.1:9" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings():
+    given = {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "PAIRS_PRECISION": "bf16", "EVAL_PRECISION": "bf16"}
+    here = read_settings(environment=given)
+    assert served_stages(here) == set() and here["BACKEND"] == "hf-shared"
+    there = read_settings(environment={**given, "SERVER_URL": "http://a:1 http://b:2"})
+    assert served_stages(there) == {"pairs", "scores"} and there["BACKEND"] == "server"
+    normalized = normalize_settings(there)
+    assert (normalized["PAIRS_PRECISION"], normalized["EVAL_PRECISION"]) == ("server", "server")
+    assert "SERVER_URL" not in normalized
+    pairs_only = read_settings(environment={**given, "SERVER_URL": "http://a:1", "BACKEND": "hf"})
+    assert served_stages(pairs_only) == {"pairs"} and pairs_only["EVAL_PRECISION"] == "bf16"
+    with pytest.raises(UserError, match="no address of a server"):
+        read_settings(environment={**given, "SERVER_URL": "host:8000"})
+
+
+def test_the_configuration_of_accelerate(tmp_path):
+    env = {"MODEL_NAME_OR_PATH": "m", "RUNS_DIR": str(tmp_path), "DRY_RUN": "1"}
+    lines = call("run_llama2.sh", env={**env, "ACCELERATE_CONFIG": "accelerate_configs/fsdp.yaml"}).stdout.splitlines()
+    (dpo, _) = [line for line in lines if "dpo.py --dataset_path" in line]
+    assert "--config_file accelerate_configs/fsdp.yaml " in dpo
+    (pairs, _) = [line for line in lines if "create_pair_responses.py" in line]
+    assert pairs.startswith("python ")

@@ -1,0 +1,135 @@
+"""The engine `server` against a real vLLM on the CPU, with SmolLM2 in fp32. `make test-server` sets it up."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from support import BUNDLED, HUB, PROJECT, call, needs_hub, rows
+
+pytestmark = pytest.mark.server
+VLLM = os.environ.get("VLLM_PYTHON")
+SECONDS_TO_START = 900
+
+
+def listing(url):
+    """The names of the models that a server has."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:
+        return [entry["id"] for entry in json.load(response)["data"]]
+
+
+@pytest.fixture(scope="session")
+def vllm(smollm2, tmp_path_factory):
+    """The address of a server that can load adapters."""
+    if not VLLM:
+        pytest.skip("VLLM_PYTHON names no environment with vLLM: `make test-server`")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    command = [
+        VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--port", port, "--dtype", "float32",
+        "--enable-lora", "--max-lora-rank", 8, "--max-model-len", 4096, "--max-num-seqs", 128,
+    ]  # fmt: skip
+    env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
+    env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS", "VIRTUAL_ENV")}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=log.parent, env=env, stdout=file, stderr=file, start_new_session=True
+        )
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS_TO_START
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError):
+                listing(url)
+                break
+            time.sleep(1)
+        else:
+            pytest.fail(log.read_text()[-3000:])
+        yield url
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(model, folder, *flags):
+    return [
+        "create_pair_responses.py", "--model_name_or_path", model, "--save_prefix", "iter0_arcc", "--save_dir", folder,
+        "--num_query", 128, "--useFS", *flags,
+    ]  # fmt: skip
+
+
+@needs_hub
+def test_pairs_are_those_of_the_engine_and_no_response_is_asked_for_twice(vllm, smollm2, tmp_path):
+    """128 ARC questions, killed at three points: the file is that of one process in fp32, byte for byte."""
+    env = {"DATASETS_ROOT": str(HUB), "OMP_NUM_THREADS": ""}
+    command = ask(smollm2, tmp_path / "server", "--engine", "server", "--server_url", vllm, "--batch_size", 32)
+    script = list(map(str, [sys.executable, PROJECT / command[0], *command[1:]]))
+    folder, asked = tmp_path / "server", []
+    for kept in (10, 50, 90):
+        with subprocess.Popen(script, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and sum(p.read_text().count("\n[") for p in folder.glob(".*")) < kept:
+                time.sleep(0.05)
+            process.kill()
+            asked.append(process.communicate()[0])
+    done = call(*command, env=env)
+    before = [0] + [
+        int(re.search(r"(\d+) of 128 questions were answered", out)[1]) for out in (*asked[1:], done.stdout)
+    ]
+    assert before == sorted(before) and 0 < before[1] < before[2] < before[3] < 128
+    assert f"Asking {128 - before[3]} questions" in done.stdout
+    call(*ask(smollm2, tmp_path / "here", "--precision", "fp32"), env=env)
+    (ours,), (theirs,) = (list((tmp_path / name).iterdir()) for name in ("server", "here"))
+    assert len(rows(ours)) > 80 and ours.read_bytes() == theirs.read_bytes()
+
+
+@needs_hub
+def test_truthfulqa_is_that_of_hf_shared(vllm, smollm2, tmp_path):
+    tasks = ("truthfulqa_mc1", "truthfulqa_mc2")
+    env = {"DATASETS_ROOT": str(HUB), "TASKS": " ".join(tasks), "LIMIT": "20", "SAMPLES": "0", "OMP_NUM_THREADS": ""}
+    call("evaluation.sh", smollm2, tmp_path / "here", env={**env, "EVAL_PRECISION": "fp32"})
+    call("evaluation.sh", smollm2, tmp_path / "server", env={**env, "BACKEND": "server", "SERVER_URL": vllm})
+    for task in tasks:
+        ours, theirs = (
+            json.loads((tmp_path / name / f"{task}.json").read_text())["results"][task]["acc,none"]
+            for name in ("server", "here")
+        )
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_two_iterations_with_adapters_that_are_loaded_at_run_time(vllm, smollm2, tmp_path):
+    env = {
+        "MODEL_NAME_OR_PATH": str(smollm2), "RUNS_DIR": str(tmp_path), "SERVER_URL": vllm, "DATA_PATH": str(BUNDLED),
+        "NUM_QUERY": "24", "MAX_STEPS": "2", "WARMUP_STEPS": "0", "TASKS": "grath_mc1 grath_mc2", "LIMIT": "20",
+        "OMP_NUM_THREADS": "",
+    }  # fmt: skip
+    call("run_smollm2.sh", env=env)
+    run = tmp_path / "smollm2_seed_0"
+    stages = json.loads((run / "manifest.json").read_text())["stages"]
+    assert [entry["outcome"] for entry in stages] == ["done"] * 8
+    loaded = Path(re.search(r"M_2 is the LoRA adapter in (.*)", call("run_smollm2.sh", env=env).stdout)[1])
+    assert not [name for name in listing(vllm) if name.startswith("grath-")]
+    # The served adapter scores as the local one does.
+    here = {
+        "TASKS": "grath_mc1 grath_mc2",
+        "LIMIT": "20",
+        "SAMPLES": "0",
+        "EVAL_PRECISION": "fp32",
+        "OMP_NUM_THREADS": "",
+    }
+    call("evaluation.sh", loaded, tmp_path / "here", env=here)
+    for task in ("grath_mc1", "grath_mc2"):
+        ours, theirs = (
+            json.loads((folder / f"{task}.json").read_text())["results"][task]["acc,none"]
+            for folder in (run / "results" / "iter_2", tmp_path / "here")
+        )
+        assert ours == pytest.approx(theirs, abs=1e-3)

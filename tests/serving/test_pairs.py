@@ -1,0 +1,227 @@
+"""Pairs from inference servers at the command line, and what a server can do wrong."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from support import BUNDLED, CORRECT, INCORRECT, PROJECT, call, call_here, pair, rows
+
+from grath.common.errors import UserError
+from grath.serving.client import server_urls
+from grath.serving.completions import Served, complete_all
+
+KEY = "sk-a-key-that-must-not-leak"
+
+
+def command(model, folder, *urls, questions=4, timeout=20):
+    return (
+        "create_pair_responses.py", "--model_name_or_path", model, "--save_prefix", "iter0_arcc", "--save_dir", folder,
+        "--data_path", BUNDLED, "--num_query", questions, "--engine", "server", "--server_url", *urls,
+        "--server_timeout", timeout,
+    )  # fmt: skip
+
+
+def expected(questions):
+    return [pair(row["question"], CORRECT, INCORRECT) for row in rows(BUNDLED)[:questions]]
+
+
+def saved(folder):
+    """The indices of the questions whose responses an interrupted run has saved."""
+    lines = [line for path in folder.iterdir() for line in path.read_text().splitlines()[1:]]
+    return [json.loads(line)[0] for line in lines]
+
+
+def test_the_file_is_that_of_the_engine(serve, tiny_llama, tmp_path):
+    """The server gets the token ids of our own prompt, asks greedily, and is compared with the local model first."""
+    server = serve()
+    done = call_here(*command(tiny_llama, tmp_path / "server", f"{server.url}/v1/"))
+    call_here(
+        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
+        tmp_path / "here", "--data_path", BUNDLED, "--num_query", 4, "--precision", "fp32",
+    )  # fmt: skip
+    (ours,), (theirs,) = ((tmp_path / name).iterdir() for name in ("server", "here"))
+    assert ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes()
+    assert rows(ours) == expected(4)
+    assert "the servers' tokens and weights are the local ones" in done.stdout
+    probe, *asked = server.seen
+    assert probe["echo"] and len(asked) == 4
+    for body in asked:
+        assert body["temperature"] == 0 and body["max_tokens"] == 100 and body["stop_token_ids"]
+        assert server.tokenizer.decode(body["prompt"]).startswith("<s>[INST] Answer the question below twice")
+
+
+def test_several_servers_share_the_questions(serve, tiny_llama, tmp_path):
+    servers = [serve(), serve()]
+    call_here(*command(tiny_llama, tmp_path, *(server.url for server in servers), questions=60))
+    asked = [[json.dumps(body["prompt"]) for body in server.seen[1:]] for server in servers]
+    assert min(map(len, asked)) > 10
+    assert len(asked[0] + asked[1]) == 60 and len(set(asked[0] + asked[1])) == 60
+    assert rows(next(tmp_path.iterdir())) == expected(60)
+
+
+FAULTS = {
+    "it drops connections": "drop",
+    "it is busy": 429,
+    "it has an error": 500,
+    "it is starting": 503,
+    "its response is cut": "cut",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_what_passes_is_waited_for(serve, tiny_llama, tmp_path, quick, fault):
+    """Every second request fails, the probe too."""
+    server = serve(faults=lambda number: fault if number % 2 else None)
+    call_here(*command(tiny_llama, tmp_path, server.url, questions=20))
+    assert rows(next(tmp_path.iterdir())) == expected(20)
+
+
+@pytest.mark.parametrize("fault", ["drop", 503, "silent"])
+def test_a_lost_server_is_one_line_and_responses_are_kept(serve, tiny_llama, tmp_path, quick, fault):
+    server = serve(faults=lambda number: fault if number > 4 else None)
+    done = call_here(*command(tiny_llama, tmp_path, server.url, questions=6, timeout=1), status=1)
+    assert f"no response from {server.url} for 1 s" in done.stderr and "asks only what is left" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("create_pair_responses.py: error: ")
+    assert len(saved(tmp_path)) == 3
+    server.faults = lambda number: None
+    before = len(server.seen)
+    call_here(*command(tiny_llama, tmp_path, server.url, questions=6))
+    assert len(server.seen) - before == 1 + 3
+    assert rows(next(tmp_path.iterdir())) == expected(6)
+
+
+def test_a_server_dies_in_the_middle_and_comes_back(serve, tiny_llama, tmp_path):
+    first = serve(faults=lambda number: "silent" if number > 21 else None)
+    script = [sys.executable, PROJECT / "create_pair_responses.py", *command(tiny_llama, tmp_path, first.url)[1:]]
+    script[script.index("--num_query") + 1] = 40
+    with subprocess.Popen([*map(str, script), "--batch_size", "4"], stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while len(first.seen) < 25 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first.stop()
+        second = serve(port=first.port)
+        assert process.wait(timeout=120) == 0
+    answered = sum(first.served.values()) - 1
+    assert answered == 20
+    assert sum(second.served.values()) == 40 - answered
+    assert rows(next(tmp_path.iterdir())) == expected(40)
+
+
+def test_a_refused_request_names_the_reason(serve, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(faults=lambda number: 400 if number > 2 else None)
+    done = call_here(*command(tiny_llama, tmp_path, server.url), status=2)
+    assert "refuses the request (HTTP 400): a fault, asked with Bearer ***" in done.stderr
+    assert server.keys == {f"Bearer {KEY}"}
+    said = done.stdout + done.stderr + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert KEY not in said
+
+
+def test_a_model_is_known_by_the_folder_that_it_was_loaded_from(serve, tiny_llama, tmp_path):
+    done = call_here(*command(tiny_llama, tmp_path, serve(name="other").url))
+    assert "other: the servers' tokens and weights are the local ones" in done.stdout
+
+
+def test_another_model_is_refused(serve, tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.lm_head.weight.data = model.lm_head.weight.data.flip(0)
+    model.save_pretrained(tmp_path / "changed")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "changed")
+    other_weights, other_name = (serve(model=tmp_path / "changed", name=name) for name in (str(tiny_llama), "other"))
+    other_tokens = serve()
+    other_tokens._text = lambda token: other_tokens.tokenizer.decode([token + 1])
+    for server, said in (
+        (other_weights, "has other weights than"),
+        (other_tokens, "has another vocabulary than"),
+        (other_name, f"serves other, not {tiny_llama}"),
+    ):
+        done = call_here(*command(tiny_llama, tmp_path / "out", server.url), status=2)
+        assert said in done.stderr and len(server.seen) <= 1 and not (tmp_path / "out").exists()
+
+
+def test_a_server_without_log_probabilities_of_prompts_serves_pairs(serve, tiny_llama, tmp_path):
+    done = call_here(*command(tiny_llama, tmp_path, serve(prompt_logprobs=False).url))
+    assert "log-probabilities of 1 tokens" in done.stdout
+    assert rows(next(tmp_path.iterdir())) == expected(4)
+
+
+def test_an_adapter_is_loaded_and_unloaded(serve, llama_run, tmp_path):
+    run, _, _ = llama_run
+    (adapter,) = run.glob("models/iter_1_*")
+    server = serve(model=llama_run[1]["MODEL_NAME_OR_PATH"])
+    call_here(*command(adapter, tmp_path / "a", server.url))
+    names = {body["model"] for body in server.seen}
+    assert len(names) == 1 and names.pop().startswith("grath-") and server.adapters == {}
+    # A server that was restarted in the middle has lost the adapter.
+    forget = serve(
+        model=llama_run[1]["MODEL_NAME_OR_PATH"],
+        faults=lambda number: forget.adapters.clear() or 500 if number == 3 else None,
+    )
+    call_here(*command(adapter, tmp_path / "b", forget.url, "", questions=30)[:-3], "--batch_size", 2)
+    assert rows(next((tmp_path / "b").iterdir())) == expected(30)
+    plain = serve(model=llama_run[1]["MODEL_NAME_OR_PATH"], loras=False)
+    done = call_here(*command(adapter, tmp_path / "c", plain.url), status=2)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in done.stderr and "grath.export" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("localhost:8000", "no address of a server"),
+        ("http://", "no address of a server"),
+        ("http://host:port", "no address of a server"),
+        ("http://name:secret@host:8000", "may contain no password"),
+    ],
+)
+def test_addresses(url, said):
+    with pytest.raises(UserError, match=said) as raised:
+        server_urls([url])
+    assert "secret" not in str(raised.value)
+
+
+def test_bad_combinations(tiny_llama, tmp_path):
+    for flags, said in {
+        ("--engine", "server"): "needs --server_url",
+        ("--engine", "server", "--server_url", "http://x:1", "--precision", "fp32"): "the server decides it",
+    }.items():
+        done = call_here(*command(tiny_llama, tmp_path)[:11], *flags, status=2)
+        assert said in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_five_hundred_requests_at_once(serve, quick):
+    """One in twenty fails; no response is lost or doubled, and several hundred are in flight."""
+    kinds = ("drop", 429, 500, "cut")
+    server = serve(
+        answer=lambda ids: str(ids[0]), faults=lambda number: kinds[number // 20 % 4] if number % 20 == 0 else None
+    )
+    found = []
+
+    def done(index, response):
+        found.append((index, response["choices"][0]["text"]))
+
+    served = Served((server.url,), server.name, timeout=60)
+    asyncio.run(complete_all(served, [{"prompt": [i]} for i in range(500)], done))
+    assert sorted(found) == [(i, str(i)) for i in range(500)]
+    assert len(server.seen) > 500 and sum(server.served.values()) == 500
+    assert server.most_at_once > 300
+
+
+def test_a_signal_in_the_middle(serve, tiny_llama, tmp_path):
+    server = serve(faults=lambda number: "silent" if number > 4 else None)
+    script = [sys.executable, PROJECT / "create_pair_responses.py", *command(tiny_llama, tmp_path, server.url)[1:]]
+    script[script.index("--num_query") + 1] = 6
+    with subprocess.Popen(list(map(str, script)), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not any(path.read_text().count("\n") == 4 for path in tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + 15
+        assert process.stderr.read().splitlines()[-1] == "create_pair_responses.py: ended by SIGTERM"
+    assert len(saved(tmp_path)) == 3
+    call(*command(tiny_llama, tmp_path, serve().url, questions=6))
+    assert rows(next(tmp_path.iterdir())) == expected(6)

@@ -1,0 +1,140 @@
+"""A small HTTP server with the OpenAI completions API and vLLM's adapter API, which can be made to fail.
+
+It runs in a thread of the test. A completion is `answer(ids)`; log-probabilities are those of a model, if it has one.
+"""
+
+import asyncio
+import json
+import threading
+from collections import Counter
+
+import torch
+from aiohttp import web
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class InferenceServer:
+    """Use as `with InferenceServer(folder) as server:`; `server.url` is its address.
+
+    Attributes:
+        seen: the parts of every completion request: list of dicts.
+        keys: the Authorization headers that came: set of str.
+        adapters: name -> folder of the loaded adapters.
+        faults: function of a completion request's number from 1 on; it returns None, an HTTP status, or one of "drop"
+            (close the connection), "cut" (half of the JSON), "silent" (no response).
+    """
+
+    def __init__(self, model, name=None, answer=None, faults=None, loras=True, prompt_logprobs=True, port=0):
+        self.folder, self.name = str(model), name or str(model)
+        self.answer, self.faults, self.prompt_logprobs = answer, faults or (lambda number: None), prompt_logprobs
+        self.loras, self.port = loras, port
+        self.seen, self.keys, self.adapters, self.served = [], set(), {}, Counter()
+        self.most_at_once = self.at_once = 0
+        self.tokenizer, self.models = AutoTokenizer.from_pretrained(self.folder), {}
+
+    def __enter__(self):
+        started = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), daemon=True)
+        self.thread.start()
+        assert started.wait(60)
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        """Close every connection and stop; also called in the middle of requests."""
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.ending.set)
+            self.thread.join(60)
+
+    async def _run(self, started):
+        self.loop, self.ending = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application(client_max_size=2**28)
+        app.add_routes([web.get("/v1/models", self._list), web.post("/v1/completions", self._complete)])
+        if self.loras:
+            app.add_routes([web.post("/v1/load_lora_adapter", self._load)])
+            app.add_routes([web.post("/v1/unload_lora_adapter", self._unload)])
+        runner = web.AppRunner(app, shutdown_timeout=0.05)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=1024)
+        await site.start()
+        self.port = site._server.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        started.set()
+        await self.ending.wait()
+        await runner.cleanup()
+
+    async def _list(self, request):
+        names = [{"id": self.name, "root": self.folder, "max_model_len": 4096}]
+        return web.json_response({"data": names + [{"id": name} for name in self.adapters]})
+
+    async def _load(self, request):
+        body = await request.json()
+        self.adapters[body["lora_name"]] = body["lora_path"]
+        return web.Response(text="loaded")
+
+    async def _unload(self, request):
+        self.adapters.pop((await request.json())["lora_name"])
+        return web.Response(text="unloaded")
+
+    async def _complete(self, request):
+        body = await request.json()
+        self.seen.append(body)
+        self.keys.add(request.headers.get("Authorization"))
+        if body["model"] not in {self.name, *self.adapters}:
+            return web.json_response({"error": {"message": f"there is no model {body['model']}"}}, status=404)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            fault = self.faults(len(self.seen))
+            await asyncio.sleep(0.01 * (len(self.seen) % 5))  # answers come out of order
+            if fault == "drop":
+                request.transport.abort()
+                return web.Response()
+            if fault == "silent":
+                await asyncio.sleep(60)
+            elif isinstance(fault, int):
+                key = request.headers.get("Authorization")
+                return web.json_response({"error": {"message": f"a fault, asked with {key}"}}, status=fault)
+            text = json.dumps(self._response(body))
+            if fault == "cut":
+                return web.Response(text=text[: len(text) // 2], content_type="application/json")
+            self.served[json.dumps(body["prompt"])] += 1
+            return web.Response(text=text, content_type="application/json")
+        finally:
+            self.at_once -= 1
+
+    def _response(self, body):
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        choices = [{"index": i, **self._choice(body, ids)} for i, ids in enumerate(prompts)]
+        return {"choices": choices, "usage": {"completion_tokens": 1}}
+
+    def _choice(self, body, ids):
+        if not body.get("echo"):
+            return {"text": self.answer(ids)}
+        logprobs = self._model(body["model"])(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        best, token = logprobs.max(-1)
+        own = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        logprobs = {
+            "tokens": [*map(self._text, ids), self._text(token[-1].item())],
+            "token_logprobs": [None, *own.tolist(), best[-1].item()],
+            "top_logprobs": [None, *({"": value} for value in best.tolist())],
+        }
+        if not self.prompt_logprobs:
+            logprobs = {name: values[-1:] for name, values in logprobs.items()}
+        return {"text": "", "logprobs": logprobs}
+
+    def _text(self, token):
+        return self.tokenizer.decode([token])
+
+    @torch.inference_mode()
+    def _model(self, name):
+        if name not in self.models:
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            if name in self.adapters:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, self.adapters[name])
+            self.models[name] = model.eval()
+        return self.models[name]
