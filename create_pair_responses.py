@@ -85,6 +85,8 @@ def main():
     questions = questions[: args.num_query]
     path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
 
+    if args.server_url and args.engine != "server":
+        raise UserError("--server_url needs --engine server")
     if args.engine == "server" and args.precision != "auto":
         raise UserError("--precision: with --engine server, the server decides it")
     precision = "server" if args.engine == "server" else resolve_precision(args.precision, "pairs")

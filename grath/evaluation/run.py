@@ -134,9 +134,9 @@ def score_model(
 
 def _check_server_settings(servers, precision, processes):
     if not servers:
-        raise UserError("BACKEND=server needs SERVER_URL=http://host:port")
+        raise UserError("BACKEND=server (--backend server) needs SERVER_URL=http://host:port (--server_url)")
     if precision not in ("auto", SERVER):
-        raise UserError(f"EVAL_PRECISION={precision}: with BACKEND=server, the server decides it")
+        raise UserError(f"precision {precision}: with BACKEND=server, the server decides it")
     if processes > 1:
         raise UserError("BACKEND=server scores in one process: set NUM_PROCESSES=1")
 

@@ -1,11 +1,13 @@
 """The harness's model class for inference servers, `local-completions`, with our own transport."""
 
 import copy
+import math
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import has_bos_prefix
 from transformers import AutoConfig
 
+from grath.common.errors import UserError
 from grath.modeling.loading import load_tokenizer, resolve_base_and_adapter
 from grath.serving.completions import complete_all
 from grath.serving.served import compare_with_local
@@ -28,13 +30,14 @@ class ServerLM(LocalCompletionsAPI):
         self.served = served
         base = resolve_base_and_adapter(model)[0]
         print(compare_with_local(served, model, load_tokenizer(model), prompt_logprobs=True), flush=True)
-        window = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", 2048)
+        own = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
+        self.window = own or served.window or 2048
         super().__init__(
             model=served.name,
             base_url=f"{served.urls[0]}/v1/completions",
             tokenizer=base,
             tokenizer_backend="huggingface",
-            max_length=min(window, served.window or window),
+            max_length=self.window,
             num_concurrent=2,  # more than 1: the harness then hands over all requests at once
         )
 
@@ -43,6 +46,15 @@ class ServerLM(LocalCompletionsAPI):
         first = string if isinstance(string, str) else string[0]
         self.add_bos_token = not has_bos_prefix(first, self.tokenizer.decode(self.prefix_token_id))
         return super().tok_encode(string, *args, **kwargs)
+
+    def _loglikelihood_tokens(self, requests, **kwargs):
+        longest = min(self.window, max((len(context) + len(answer) for _, context, answer in requests), default=0))
+        if longest >= (self.served.window or math.inf):
+            raise UserError(
+                f"a context with its answer has {longest} tokens, and the server takes {self.served.window - 1}: "
+                f"start it with a larger maximum length (vLLM: --max-model-len), up to the model's {self.window}"
+            )
+        return super()._loglikelihood_tokens(requests, **kwargs)
 
     async def get_batched_requests(self, requests, cache_keys, *, generate=True, ctxlens=None, **kwargs):
         from tqdm import tqdm

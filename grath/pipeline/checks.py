@@ -1,6 +1,7 @@
 """Checks of a setting's value: each takes the value and returns what it must be, or None if it is valid."""
 
 import re
+from pathlib import Path
 
 from grath.serving.client import server_urls
 
@@ -21,6 +22,11 @@ def positive(value):
         return None if 0 < float(value) < float("inf") else "a number greater than 0"
     except ValueError:
         return "a number greater than 0"
+
+
+def file_or_empty(value):
+    """A check: the value must be an existing file, or empty."""
+    return None if not value or Path(value).is_file() else "an existing file, or empty"
 
 
 def addresses(value):

@@ -179,9 +179,9 @@ def check_run(values, stages):
     check("packages", check_packages, precisions)
     check("device", check_device, processes)
     if values["SERVER_URL"]:
-        check(
-            "servers", describe_servers, values["MODEL_NAME_OR_PATH"], values["SERVER_URL"].split(), SECONDS_TO_ANSWER
-        )
+        urls = values["SERVER_URL"].split()
+        adapters = bool(values["TASKS"]) or int(values["ITERATIONS"]) > 1
+        check("servers", describe_servers, values["MODEL_NAME_OR_PATH"], urls, SECONDS_TO_ANSWER, adapters)
     model = check("model", read_model, values["MODEL_NAME_OR_PATH"])
     if model:
         check_stages(check, model, values, precisions)

@@ -22,6 +22,7 @@ from grath.pipeline.checks import (
     PLAIN_NAME,
     REQUIRED,
     addresses,
+    file_or_empty,
     one_of,
     positive,
 )
@@ -104,7 +105,7 @@ GROUPS = {
         Setting("SAVE_STEPS", "100", COUNT, None, "steps between checkpoints", "100"),
         Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
                 "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
-        Setting("ACCELERATE_CONFIG", "", ANYTHING, None,
+        Setting("ACCELERATE_CONFIG", "", file_or_empty, None,
                 "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
                 "parallel", path=True),
         Setting("REPORT_TO", "none", REQUIRED, None,
@@ -140,6 +141,7 @@ SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in gr
 OTHER_VARIABLES = {
     "DATASETS_ROOT": "folder that `prefetch.sh` has filled with models and data sets; the hub is not used",
     "DEVICE": "`cpu`: use the CPU even if there is a GPU",
+    "OPENAI_API_KEY": "key of the servers in `SERVER_URL`, if they want one; it is never recorded",
     "GRATH_DEBUG": "1: print the traceback of every error",
     "STAGE_SECONDS": "durations to announce before the first iteration, as in `pairs=40 dpo=80`",
 }

@@ -1,4 +1,4 @@
-"""HTTP requests to inference servers with the OpenAI completions API (vLLM, SGLang, TGI, llama.cpp).
+"""HTTP requests to inference servers with the OpenAI completions API (vLLM, SGLang, llama.cpp).
 
 The API key comes from the environment variable OPENAI_API_KEY, and no message contains it.
 """
@@ -7,6 +7,7 @@ import asyncio
 import errno
 import json
 import os
+import sys
 from urllib.parse import urlsplit
 
 from grath.common.errors import UserError
@@ -14,6 +15,8 @@ from grath.common.errors import UserError
 KEY = "OPENAI_API_KEY"
 # Seconds before a request is sent again: doubled from the first to the second value.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30
+# Seconds of failures after which a line says what is waited for.
+SILENT_WAIT = 10
 # HTTP statuses of a server that is busy, starting or broken; every other one from 400 on refuses the request.
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -38,6 +41,8 @@ def server_urls(urls):
     """
     checked = []
     for url in urls:
+        if "@" in url:
+            raise UserError(f"a server's address is recorded, so it may contain no password: set {KEY} instead")
         try:
             parts = urlsplit(url)
             sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
@@ -45,8 +50,6 @@ def server_urls(urls):
             sound = False
         if not sound or parts.query or parts.fragment:
             raise UserError(f"{hide_key(url)!r} is no address of a server: it looks like http://host:8000")
-        if parts.username is not None:
-            raise UserError(f"a server's address is recorded, so it may contain no password: set {KEY} instead")
         checked.append(url.rstrip("/").removesuffix("/v1"))
     return tuple(dict.fromkeys(checked))
 
@@ -66,6 +69,8 @@ def open_session(timeout):
     from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
     key = _key()
+    if not key.isprintable():
+        raise UserError(f"{KEY} contains a line break or another control character")
     return ClientSession(
         connector=TCPConnector(limit=0),
         timeout=ClientTimeout(total=None, sock_connect=min(30, timeout), sock_read=timeout),
@@ -73,23 +78,28 @@ def open_session(timeout):
     )
 
 
-async def send(session, url, body=None):
+async def send(session, url, body=None, try_again=TRY_AGAIN):
     """Send one request: POST with a JSON body, or GET without one. Return the text of the response.
+
+    Args:
+        try_again: HTTP statuses that make the server unavailable; every other one from 400 on refuses the request.
 
     Raises:
         Unavailable: no response, an incomplete one, or one that says "later".
         Refused: the server refuses the request.
     """
-    from aiohttp import ClientError
+    from aiohttp import ClientConnectorCertificateError, ClientError
 
     try:
         async with session.request("GET" if body is None else "POST", url, json=body) as response:
             status, text = response.status, await response.text()
     except TimeoutError:
         raise Unavailable("no response in time") from None
+    except ClientConnectorCertificateError as error:
+        raise UserError(f"{url}: {hide_key(str(error))}") from None
     except (ClientError, OSError, UnicodeDecodeError) as error:
         raise Unavailable(hide_key(str(error) or type(error).__name__)) from None
-    if status in TRY_AGAIN:
+    if status in try_again:
         raise Unavailable(f"HTTP {status}: {_reason(text)}")
     if status >= 400:
         raise Refused(f"{url} refuses the request (HTTP {status}): {_reason(text)}", status)
@@ -118,7 +128,7 @@ def _reason(text):
         found = found.get("message", found) if isinstance(found, dict) else found
     except ValueError:
         found = text
-    return hide_key(" ".join(str(found).split())[:300]) or "no reason given"
+    return hide_key(" ".join(str(found).split()))[:300] or "no reason given"
 
 
 async def send_until(session, timeout, send_fn, *args):
@@ -127,18 +137,36 @@ async def send_until(session, timeout, send_fn, *args):
     Raises:
         TimeoutError: the server was unavailable for `timeout` seconds.
     """
-    loop, wait = asyncio.get_running_loop(), FIRST_WAIT
-    deadline = loop.time() + timeout
+    wait, outage = FIRST_WAIT, Outage(timeout)
     while True:
         try:
             return await send_fn(session, *args)
         except Unavailable as error:
-            if loop.time() + wait > deadline:
-                raise lost(args[0], timeout, error) from None
+            outage.failed(args[0], error)
         await asyncio.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT)
 
 
-def lost(url, timeout, reason):
-    """Return the error of a server that has been unavailable for `timeout` seconds."""
-    return TimeoutError(errno.ETIMEDOUT, f"no response from {url} for {timeout:g} s ({reason})")
+class Outage:
+    """The time since the first failure after the last success, which ends with an error after `timeout` seconds."""
+
+    def __init__(self, timeout):
+        self.timeout, self.start, self.said = timeout, None, False
+
+    def succeeded(self):
+        self.start, self.said = None, False
+
+    def failed(self, url, reason):
+        """Note a failure.
+
+        Raises:
+            TimeoutError: there was none but failures for the timeout.
+        """
+        now = asyncio.get_running_loop().time()
+        if self.start is None:
+            self.start = now
+        if now - self.start > self.timeout:
+            raise TimeoutError(errno.ETIMEDOUT, f"no response from {url} for {self.timeout:g} s ({reason})") from None
+        if now - self.start > SILENT_WAIT and not self.said:
+            self.said = True
+            print(f"Waiting up to {self.timeout:g} s for {url} ({reason})", file=sys.stderr, flush=True)

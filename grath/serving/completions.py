@@ -6,10 +6,18 @@ meanwhile.
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from grath.common.signals import SignalReceived
-from grath.serving.client import FIRST_WAIT, LONGEST_WAIT, Refused, Unavailable, lost, open_session, send_completion
+from grath.serving.client import (
+    FIRST_WAIT,
+    LONGEST_WAIT,
+    Outage,
+    Refused,
+    Unavailable,
+    open_session,
+    send_completion,
+)
 from grath.serving.models import load_adapter
 
 # Requests in flight at each server; those that the server refuses as too many wait.
@@ -26,7 +34,8 @@ class Served:
         name: the model's name there.
         adapter: the adapter's folder, which a restarted server loads again; None for a model.
         window: the longest sequence of tokens that every server takes; None if they do not say.
-        timeout: seconds without any response after which a request fails.
+        timeout: seconds of failures, without any response, after which requests fail.
+        loaded: the servers on which this process has loaded the adapter.
     """
 
     urls: tuple[str, ...]
@@ -34,6 +43,7 @@ class Served:
     adapter: str | None = None
     window: int | None = None
     timeout: float = 600
+    loaded: set = field(default_factory=set)
 
 
 async def complete_all(served, bodies, on_done, in_flight=None):
@@ -52,7 +62,7 @@ async def complete_all(served, bodies, on_done, in_flight=None):
     if not bodies:
         return
     loop = asyncio.get_running_loop()
-    waiting, left, last = asyncio.Queue(), len(bodies), loop.time()
+    waiting, left, outage = asyncio.Queue(), len(bodies), Outage(served.timeout)
     finished, loading = loop.create_future(), {url: asyncio.Lock() for url in served.urls}
     for index in range(len(bodies)):
         waiting.put_nowait(index)
@@ -64,12 +74,19 @@ async def complete_all(served, bodies, on_done, in_flight=None):
         except Refused as error:
             if not served.adapter or error.status != UNKNOWN_MODEL:
                 raise
-            async with loading[url]:
-                await load_adapter(session, url, served.name, served.adapter, served.timeout)
+            try:
+                async with loading[url]:
+                    if await load_adapter(session, url, served.name, served.adapter, min(30, served.timeout)):
+                        served.loaded.add(url)
+            except TimeoutError:
+                pass
+            except Refused:
+                if len(served.urls) == 1:  # else another server may answer
+                    raise
             raise Unavailable(str(error)) from None
 
     async def work(session, url):
-        nonlocal left, last
+        nonlocal left
         wait = FIRST_WAIT
         while True:
             index = await waiting.get()
@@ -77,14 +94,14 @@ async def complete_all(served, bodies, on_done, in_flight=None):
                 response = await answer(session, url, index)
             except Unavailable as error:
                 waiting.put_nowait(index)
-                if loop.time() - last > served.timeout:
-                    raise lost(url, served.timeout, error) from None
+                outage.failed(url, error)
                 # Servers that lost many requests at once do not get all of them back at once.
                 await asyncio.sleep(wait * random.uniform(0.5, 1))
                 wait = min(2 * wait, LONGEST_WAIT)
             else:
                 on_done(index, response)
-                left, last, wait = left - 1, loop.time(), FIRST_WAIT
+                outage.succeeded()
+                left, wait = left - 1, FIRST_WAIT
                 if not left:
                     finished.set_result(None)
 

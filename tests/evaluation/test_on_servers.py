@@ -27,7 +27,7 @@ def test_scores_are_those_of_hf_shared(server, tiny_llama, tmp_path):
     """Also with a server that fails now and then. The files are the same ones, samples included."""
     server.faults = lambda number: ("drop", 500, 429, "cut")[number % 4] if number % 7 == 0 else None
     done = call("evaluation.sh", tiny_llama, tmp_path / "server", env=settings(server, BACKEND="server"))
-    assert "the servers' tokens and weights are the local ones" in done.stdout
+    assert "on the servers has the local weights" in done.stdout
     call_here(
         "grath.evaluation", tiny_llama, tmp_path / "here", "--tasks", *TASKS, "--limit", 6, "--precision", "fp32",
         "--samples",
@@ -68,10 +68,17 @@ def test_an_adapter_is_scored_by_its_own_name(llama_run, tmp_path):
 
 def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
     """As llama.cpp's: the harness would score chance without a word."""
-    with InferenceServer(tiny_llama, prompt_logprobs=False) as server:
-        done = call("evaluation.sh", tiny_llama, tmp_path, env=settings(server), status=2)
-    assert f"{server.url} returns no log-probabilities for the tokens of a prompt" in done.stderr
-    assert done.stderr.strip().count("\n") == 0 or "Traceback" not in done.stderr
+    for prompt_logprobs in (False, "constant"):
+        with InferenceServer(tiny_llama, prompt_logprobs=prompt_logprobs) as server:
+            done = call("evaluation.sh", tiny_llama, tmp_path, env=settings(server), status=2)
+        assert f"{server.url} returns no log-probabilities for the tokens of a prompt" in done.stderr
+        assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.json"))
+
+
+def test_a_context_that_the_server_would_cut_is_refused(server, tiny_llama, tmp_path):
+    server.window = 90
+    done = call("evaluation.sh", tiny_llama, tmp_path, env=settings(server), status=2)
+    assert "tokens, and the server takes 89: start it with a larger maximum length" in done.stderr
     assert not list(tmp_path.glob("*.json"))
 
 

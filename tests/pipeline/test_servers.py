@@ -9,6 +9,8 @@ from support import RESPONSE, call, rows
 from grath.common.errors import UserError
 from grath.pipeline.settings import normalize_settings, read_settings, served_stages
 
+KEY = "sk-a-key-that-must-not-leak"
+
 
 @pytest.fixture
 def server(tiny_llama):
@@ -19,10 +21,10 @@ def server(tiny_llama):
 def test_two_iterations(server, llama_run, tmp_path):
     """The run equals one without a server: its pairs byte for byte, its scores to rounding; then nothing is left."""
     run, settings, _ = llama_run
-    env = {**settings, "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url}
+    env = {**settings, "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url, "OPENAI_API_KEY": KEY}
     ready = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=None)
     assert f"ok    servers: {server.url} has {settings['MODEL_NAME_OR_PATH']}, at most 4096 tokens" in ready.stdout
-    call("run_llama2.sh", env=env)
+    done = call("run_llama2.sh", env=env)
     ours = tmp_path / "llama2_seed_0"
     for path in (run / "data").iterdir():
         assert (ours / "data" / path.name).read_bytes() == path.read_bytes()
@@ -34,6 +36,9 @@ def test_two_iterations(server, llama_run, tmp_path):
             )
             assert found["acc,none"] == pytest.approx(expected["acc,none"], abs=1e-3)
         assert len(rows(ours / "results" / f"iter_{number}" / "samples.jsonl")) == 5
+    assert server.keys == {f"Bearer {KEY}"}
+    written = [path.read_bytes() for path in ours.rglob("*") if path.is_file()]
+    assert KEY not in done.stdout + done.stderr and not any(KEY.encode() in content for content in written)
     # M_0 by its name, M_1 and M_2 as adapters; none is left on the server.
     assert len({body["model"] for body in server.seen}) == 3 and server.adapters == {}
     manifest = json.loads((ours / "manifest.json").read_text())
@@ -50,6 +55,13 @@ def test_a_server_that_is_not_there(tiny_llama, tmp_path):
     done = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=2)
     assert "FAIL  servers: [Errno 110] no response from http://127.0.0.1:9" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_cannot_load_adapters_fails_the_check(tiny_llama, tmp_path):
+    with InferenceServer(tiny_llama, loras=False) as server:
+        env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url, "CHECK": "1"}
+        done = call("run_llama2.sh", env=env, status=2)
+    assert f"FAIL  servers: {server.url} cannot load adapters" in done.stdout
 
 
 def test_settings():

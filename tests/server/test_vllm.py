@@ -37,7 +37,8 @@ def vllm(smollm2, tmp_path_factory):
     log = tmp_path_factory.mktemp("vllm") / "log"
     command = [
         VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--port", port, "--dtype", "float32",
-        "--enable-lora", "--max-lora-rank", 8, "--max-model-len", 4096, "--max-num-seqs", 128,
+        "--enable-lora", "--max-lora-rank", 8, "--lora-target-modules", "q_proj", "k_proj", "v_proj",
+        "--max-model-len", 4096, "--max-num-seqs", 128,
     ]  # fmt: skip
     env = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "HF_HUB_OFFLINE": "1"}
     env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS", "VIRTUAL_ENV")}

@@ -2,9 +2,19 @@
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import RESPONSE
+from support import CORRECT, INCORRECT
 
 from grath.serving import client, completions
+
+
+def own_answer(server):
+    """An answer for every question: a response that belongs to another prompt is another one."""
+
+    def answer(ids):
+        question = server.tokenizer.decode(ids).split("Question: ")[-1].split(" [/INST]")[0]
+        return f"Question: {question}\nCorrect answer: {CORRECT} {question}\nIncorrect answer: {INCORRECT}"
+
+    return answer
 
 
 @pytest.fixture
@@ -13,7 +23,8 @@ def serve(tiny_llama):
     servers = []
 
     def start(**options):
-        server = InferenceServer(**{"model": tiny_llama, "answer": lambda ids: RESPONSE, **options})
+        server = InferenceServer(**{"model": tiny_llama, **options})
+        server.answer = server.answer or own_answer(server)
         servers.append(server.__enter__())
         return server
 

@@ -20,6 +20,8 @@ class InferenceServer:
         seen: the parts of every completion request: list of dicts.
         keys: the Authorization headers that came: set of str.
         adapters: name -> folder of the loaded adapters.
+        hold: no completion request is answered before so many have come.
+        load_status: HTTP status of a request to load an adapter.
         faults: function of a completion request's number from 1 on; it returns None, an HTTP status, or one of "drop"
             (close the connection), "cut" (half of the JSON), "silent" (no response).
     """
@@ -27,8 +29,9 @@ class InferenceServer:
     def __init__(self, model, name=None, answer=None, faults=None, loras=True, prompt_logprobs=True, port=0):
         self.folder, self.name = str(model), name or str(model)
         self.answer, self.faults, self.prompt_logprobs = answer, faults or (lambda number: None), prompt_logprobs
-        self.loras, self.port = loras, port
+        self.loras, self.port, self.load_status = loras, port, 200
         self.seen, self.keys, self.adapters, self.served = [], set(), {}, Counter()
+        self.window, self.hold = 4096, 0
         self.most_at_once = self.at_once = 0
         self.tokenizer, self.models = AutoTokenizer.from_pretrained(self.folder), {}
 
@@ -66,11 +69,15 @@ class InferenceServer:
         await runner.cleanup()
 
     async def _list(self, request):
-        names = [{"id": self.name, "root": self.folder, "max_model_len": 4096}]
+        names = [{"id": self.name, "root": self.folder, "max_model_len": self.window}]
         return web.json_response({"data": names + [{"id": name} for name in self.adapters]})
 
     async def _load(self, request):
         body = await request.json()
+        if not body:
+            return web.json_response({"error": {"message": "no adapter is named"}}, status=400)
+        if self.load_status != 200:
+            return web.json_response({"error": {"message": "LoRA is not enabled"}}, status=self.load_status)
         self.adapters[body["lora_name"]] = body["lora_path"]
         return web.Response(text="loaded")
 
@@ -88,6 +95,8 @@ class InferenceServer:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             fault = self.faults(len(self.seen))
+            while len(self.seen) < self.hold:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.01 * (len(self.seen) % 5))  # answers come out of order
             if fault == "drop":
                 request.transport.abort()
@@ -121,8 +130,11 @@ class InferenceServer:
             "token_logprobs": [None, *own.tolist(), best[-1].item()],
             "top_logprobs": [None, *({"": value} for value in best.tolist())],
         }
-        if not self.prompt_logprobs:
-            logprobs = {name: values[-1:] for name, values in logprobs.items()}
+        if self.prompt_logprobs == "constant":
+            logprobs["token_logprobs"] = [None, *(0.0 for _ in ids)]
+        elif not self.prompt_logprobs:  # as llama.cpp
+            last = {"token": logprobs["tokens"][-1], "logprob": logprobs["token_logprobs"][-1]}
+            logprobs = {"content": [last]}
         return {"text": "", "logprobs": logprobs}
 
     def _text(self, token):
