@@ -6,7 +6,7 @@ from grath.common.errors import UserError
 from grath.serving.client import TRY_AGAIN, Refused, Unavailable, send, send_until
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-# The last option keeps LoRA off the LM head: with it, vLLM 0.32 fails at several requests for log-probabilities at once.
+# The last option keeps LoRA off the LM head, where vLLM 0.32 fails at several requests for log-probabilities at once.
 START = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and `vllm serve BASE --enable-lora --lora-target-modules q_proj k_proj v_proj`"
 )
