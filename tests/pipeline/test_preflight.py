@@ -40,12 +40,12 @@ def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
 
 def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
     from grath.common.errors import UserError
-    from grath.modeling.loading import check_weights
+    from grath.modeling.loading import check_weights, has_local_weights
     from grath.pipeline.preflight import read_model
 
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    assert read_model(str(model))[2] > 10_000
+    assert read_model(str(model))[2] > 10_000 and has_local_weights(str(model))
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
@@ -54,6 +54,7 @@ def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
             UserError, match="lacks 1 of 2 weight files, starting with model-00002-of-00002.safetensors"
         ):
             look(str(model))
+    assert not has_local_weights(str(model))
     (model / "model.safetensors.index.json").unlink()
     (model / "model-00001-of-00002.safetensors").rename(model / "pytorch_model.bin")
     for look in (check_weights, read_model):
