@@ -76,9 +76,9 @@ def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tm
 
 
 def test_a_context_that_the_server_would_cut_is_refused(server, tiny_llama, tmp_path):
-    server.window = 90
+    server.window = 20
     done = call("evaluation.sh", tiny_llama, tmp_path, env=settings(server), status=2)
-    assert "tokens, and the server takes 89: start it with a larger maximum length" in done.stderr
+    assert "tokens, and the server takes 19: start it with a larger maximum length" in done.stderr
     assert not list(tmp_path.glob("*.json"))
 
 
