@@ -40,6 +40,7 @@ from grath.pairs.responses import (
     save_responses,
 )
 from grath.pairs.stats import count_identical, mean_words
+from grath.pairs.truth import format_signal, truth_signal
 
 
 def parse_args():
@@ -56,7 +57,7 @@ def parse_args():
     add("--num_query", type=positive_int, help="ask only the first N questions; if left out, all")
     add("--tokenizer_name", help="tokenizer's name or folder; if left out, the model's")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template; auto: the tokenizer's own")
-    add("--demos", default="truthfulqa", help="few-shot examples for --useFS: truthfulqa, halueval or a JSON file")
+    add("--demos", default="truthfulqa", help="few-shot examples for --useFS: a name in demos/ or a JSON file")
     add("--seed", type=int, default=0, help="draws the incorrect candidate for --useGT")
     add("--save_dir", type=Path, default=Path("data/truthfulness"), help="folder of the pair file")
     add("--max_new_tokens", type=positive_int, default=100, help="maximum tokens of a response")
@@ -132,7 +133,7 @@ def main():
             rows.append({"question": question["question"], "correct": answers[0], "incorrect": answers[1]})
         else:
             dropped[reason] += 1
-    print_counts(rows, dropped, asked, seconds)
+    print_counts(rows, questions, dropped, asked, seconds)
     if not rows:
         remove_responses(path)
         raise UserError(f"none of {len(questions)} responses could be parsed, so {path} was not written: try --useFS")
@@ -171,13 +172,17 @@ def ask(generate, prompts, indices, path, fingerprint, done_before):
     return responses
 
 
-def print_counts(rows, dropped, asked, seconds):
-    """Print the numbers of questions, pairs and dropped responses, and the speed."""
+def print_counts(rows, questions, dropped, asked, seconds):
+    """Print the numbers of questions, pairs and dropped responses, the truth signal (docs/method.md), and the speed."""
     lines = [("asked now", asked), ("written", len(rows))]
     lines += [(f"dropped, {reason}", count) for reason, count in dropped.most_common()]
     lines.append(("identical answers", count_identical(rows)))
     for side in ("correct", "incorrect") if rows else ():
         lines.append((f"mean words of the {side} answers", f"{mean_words([row[side] for row in rows]):.1f}"))
+    if found := truth_signal(rows, questions):
+        for side, count in zip(("correct", "incorrect"), found["decided"], strict=True):
+            lines.append((f"gold among {count} decided {side} answers", f"{found[side]:.3f}"))
+        lines.append(("truth signal [95 % interval]", format_signal(found)))
     lines += [("seconds", f"{seconds:.0f}"), ("questions/s", f"{asked / seconds:.2f}" if seconds else "-")]
     for name, value in lines:
         print(f"  {name:45}{value:>8}")

@@ -134,7 +134,7 @@ SCRIPTS = [
     ([*MODEL, "--model_type", "gpt2"], "argument --model_type: invalid choice: 'gpt2' * (see --help)"),
     ([*MODEL, "--seed", "x"], "argument --seed: invalid int value: 'x' (see --help)"),
     ([*MODEL, "--save_dir", "PAIRS"], "{PAIRS} is a file, not a folder: choose another output folder"),
-    ([*MODEL, "--useFS", "--demos", "none"], "--demos none: neither a known set (halueval, truthfulqa) nor a readable file"),
+    ([*MODEL, "--useFS", "--demos", "none"], "--demos none: neither a known set (halueval, misconceptions, truthfulqa) nor a readable file"),
     ([*MODEL, "--useFS", "--demos", "DEMOS"], "--demos {DEMOS}: must be a list of objects with the strings question, candidate_correct, candidate_incorrect, correct, incorrect"),
     ([*MODEL, "--useFS", "--demos", "UTF16"], "--demos {UTF16}: not a JSON file in UTF-8"),
     ([*MODEL, "--data_path", "MISSING"], "the question file {MISSING} does not exist"),

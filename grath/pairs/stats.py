@@ -5,10 +5,11 @@ from statistics import mean
 
 from grath.common.files import read_json
 from grath.pairs.files import combined_path, read_pairs
+from grath.pairs.truth import format_signal, truth_signal
 
 NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
 # The keys of `pair_stats`, as columns of a comparison of runs.
-PAIR_STATS = ("asked", "parsed", "identical", "echoed", "distance", "probe", "negated", "words")
+PAIR_STATS = ("asked", "parsed", "identical", "echoed", "signal", "distance", "probe", "negated", "words")
 
 
 def count_identical(rows):
@@ -26,18 +27,20 @@ def negated(answers):
     return sum(bool(NEGATION.search(answer.replace("\u2019", "'"))) for answer in answers) / len(answers)
 
 
-def pair_stats(path):
+def pair_stats(path, questions=()):
     """Read what is known of the pairs of an iteration.
 
     Args:
         path: the pair file that the iteration's model wrote. Its combined and distance files are read if they exist.
+        questions: the questions with their gold answers, if they are known.
 
     Returns:
-        dict with the keys `PAIR_STATS`. For the file itself: the number of questions "asked" (from its name, or None),
-        of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is "echoed" (it only
-        repeats the question). For the pairs that DPO trains on (combined, with different answers): the shares of
-        correct and incorrect answers that are "negated" and their mean number of "words", as strings, or None if there
-        are no such pairs. From `grath.distance`: "distance" and "probe", or None if it has not run.
+        dict with the keys `PAIR_STATS`. For the file itself: the number of questions "asked" (from its name, or
+        None), of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is
+        "echoed" (it only repeats the question), and the truth "signal" with its interval, as a string or None.
+        For the pairs that DPO trains on (combined, with different answers): the shares of correct and incorrect
+        answers that are "negated" and their mean number of "words", as strings, or None if there are no such
+        pairs. From `grath.distance`: "distance" and "probe", or None if it has not run.
     """
     rows = read_pairs(path)
     asked = re.search(r"_num_(\d+)_", path.name)
@@ -52,6 +55,7 @@ def pair_stats(path):
         "parsed": len(rows),
         "identical": count_identical(rows),
         "echoed": sum(_echoes(row["question"], row["correct"]) for row in rows),
+        "signal": format_signal(truth_signal(rows, questions)),
         "distance": measured.get("distance"),
         "probe": measured.get("probe"),
         "negated": " / ".join(f"{negated(side):.3f}" for side in sides) if different else None,

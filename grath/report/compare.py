@@ -8,7 +8,7 @@ from grath.common.provenance import MANIFEST
 from grath.evaluation.results import tasks_of
 from grath.pairs.stats import PAIR_STATS
 from grath.report.plots import plot_comparison
-from grath.report.run import iterations, manifest_of, score_rows
+from grath.report.run import asked_questions, iterations, manifest_of, score_rows
 from grath.report.tables import score_footer, score_table
 
 
@@ -29,7 +29,7 @@ def compare(run_dirs):
     differing = [name for name in sorted(names) if len({m["settings"].get(name) for m in manifests.values()}) > 1]
     stats = []
     for run_dir in map(Path.resolve, run_dirs):
-        found = iterations(run_dir)
+        found = iterations(run_dir, asked_questions(run_dir))
         run_rows = score_rows(found)
         curves[run_dir.name] = run_rows
         bases.append(run_rows[0][1])

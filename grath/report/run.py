@@ -5,10 +5,11 @@ from pathlib import Path
 
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, read_json, read_json_lines
-from grath.common.paths import ADAPTER, RECORD
+from grath.common.paths import ADAPTER, PROJECT, RECORD
 from grath.common.provenance import MANIFEST, read_manifest
 from grath.evaluation.results import read_scores, tasks_of
 from grath.modeling.loading import resolve_base_and_adapter
+from grath.pairs.questions import load_questions
 from grath.pairs.stats import pair_stats
 from grath.report.plots import plot_iterations
 from grath.report.tables import best_iteration, score_footer, score_table
@@ -26,8 +27,24 @@ def manifest_of(run_dir):
     return found or {"settings": {}, "stages": []}
 
 
-def iterations(run_dir):
+def asked_questions(run_dir):
+    """Load the questions of a run with their gold answers; an empty list if they are not on this machine."""
+    settings = manifest_of(run_dir)["settings"]
+    if "SPLIT" not in settings:
+        return []
+    path = settings.get("DATA_PATH")
+    path = next((place for place in (Path(path), PROJECT / path) if place.is_file()), path) if path else None
+    try:
+        return load_questions(settings["DATA_NAME"], settings["SUBDATA_NAME"], settings["SPLIT"], path)
+    except UserError:
+        return []
+
+
+def iterations(run_dir, questions=()):
     """Collect the iterations of a run folder.
+
+    Args:
+        questions: what `asked_questions` returned, for the truth signal of the pairs.
 
     Returns:
         dict: i -> {"model": name or folder of M_i, None if unknown; "results": folder of its scores; "pairs": dict of
@@ -41,7 +58,7 @@ def iterations(run_dir):
     for number, row in found.items():
         row["results"] = run_dir / "results" / f"iter_{number}"
         files = [file for file in run_dir.glob(f"data/iter{number}_*.json") if file.stem.endswith(("_True", "_False"))]
-        row["pairs"] = pair_stats(files[0]) if files else None
+        row["pairs"] = pair_stats(files[0], questions) if files else None
     first = found.get(1, {}).get("model")
     found[0]["model"] = resolve_base_and_adapter(first)[0] if first else None
     return dict(sorted(found.items()))
@@ -112,7 +129,7 @@ def score_rows(found):
 def write_report(run_dir):
     """Write report.md, iterations.png and iterations.svg into a run folder; return the text for the terminal."""
     run_dir = Path(run_dir)
-    found = iterations(run_dir)
+    found = iterations(run_dir, asked_questions(run_dir))
     rows = score_rows(found)
     base = str(found[0]["model"] or "not known yet")
     files = ["report.md"]
@@ -177,6 +194,7 @@ def _iterations_table(found):
         "parsed",
         "identical",
         "echoed",
+        "truth signal [95 %]",
         "trained on",
         "steps",
         "distance",
@@ -192,7 +210,7 @@ def _iterations_table(found):
         pairs, training = row["pairs"] or {}, found.get(number + 1, {}).get("training") or {}
         if not pairs and not training:
             continue
-        cells = [pairs.get(key) for key in ("asked", "parsed", "identical", "echoed")]
+        cells = [pairs.get(key) for key in ("asked", "parsed", "identical", "echoed", "signal")]
         cells += [training.get(key) for key in ("pairs", "steps")]
         cells += [pairs.get(key) for key in ("distance", "probe", "negated", "words")]
         cells += [training.get(key) for key in ("margin", "accuracy", "seconds")]

@@ -1,5 +1,6 @@
 """The bundled question set, truthfulness set and few-shot examples."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -7,6 +8,7 @@ from support import BUNDLED, HUB, PROJECT, needs_hub, rows
 
 from grath.pairs.prompts import load_demos
 from grath.pairs.questions import load_questions
+from grath.pairs.stats import negated
 
 TRUTHFULNESS = PROJECT / "data" / "truthfulness_mc.jsonl"
 
@@ -31,7 +33,7 @@ def test_truthfulness_set():
         assert len({*one["choices"], *many["choices"]}) <= 8
 
 
-@pytest.mark.parametrize("name", ["truthfulqa", "halueval"])
+@pytest.mark.parametrize("name", ["truthfulqa", "halueval", "misconceptions"])
 def test_few_shot_examples(name):
     demos = load_demos(name)
     assert len(demos) == 6
@@ -40,9 +42,24 @@ def test_few_shot_examples(name):
         assert all(len(demo["correct"].split()) < 4 < len(demo["incorrect"].split()) for demo in demos)
 
 
+def test_misconceptions_are_denied_as_often_as_not():
+    """A model that learns from them must not learn that a denial is what an incorrect answer does."""
+    demos = load_demos("misconceptions")
+    assert negated([demo["correct"] for demo in demos]) == 0.5
+    assert negated([demo["incorrect"] for demo in demos]) <= 0.5
+
+
 def _sequences(text, length):
-    words = text.lower().split()
+    words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def bundled_texts():
+    """Every question and answer of the bundled sets."""
+    for row in rows(BUNDLED):
+        yield from (row["question"], *row["choices"]["text"])
+    for row in rows(TRUTHFULNESS):
+        yield from (row["question"], *row["mc1_targets"]["choices"], *row["mc2_targets"]["choices"])
 
 
 @needs_hub
@@ -55,8 +72,12 @@ def test_nothing_comes_from_arc_or_truthfulqa():
     theirs += list(truthful["question"])
     known = set().union(*(_sequences(question, 8) for question in theirs))
     ours = [row["question"] for row in rows(BUNDLED) + rows(TRUTHFULNESS)]
-    ours += [demo["question"] for name in ("truthfulqa", "halueval") for demo in load_demos(name)]
+    ours += [demo["question"] for name in ("truthfulqa", "halueval", "misconceptions") for demo in load_demos(name)]
     assert not [question for question in ours if _sequences(question, 8) & known]
     assert not set(ours) & set(theirs)
     answers = {choice for row in truthful["mc2_targets"] for choice in row["choices"]}
+    # The misconceptions share no five words with TruthfulQA or with the bundled sets, in questions or in answers.
+    known = set().union(*(_sequences(text, 5) for text in [*truthful["question"], *answers, *bundled_texts()]))
+    texts = [text for demo in load_demos("misconceptions") for text in demo.values()]
+    assert not [text for text in texts if _sequences(text, 5) & known]
     assert not [c for row in rows(TRUTHFULNESS) for c in row["mc2_targets"]["choices"] if c in answers]

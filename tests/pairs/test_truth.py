@@ -1,0 +1,118 @@
+"""The truth signal of pairs: of known pairs, at the command line, and in the report."""
+
+import json
+import random
+
+import pytest
+from support import BUNDLED, call_here, pair, rows, write_rows
+
+from grath.pairs.questions import load_questions
+from grath.pairs.truth import content_words, nearest_choice, token_f1, truth_signal
+
+CHOICES = ["the wind", "the Sun", "a magnet", "moving water and wind"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("It is the SUN.", 1),
+        ("Magnets? No: a magnet!", 2),
+        ("A magnet near the Sun", None),  # a tie
+        ("Because of gravity", None),  # no common word
+        ("It is the", None),  # stop words only
+        ("wind", 0),
+        ("water that moves, moving with wind", 3),
+    ],
+)
+def test_the_nearest_choice(answer, expected):
+    assert nearest_choice(answer, CHOICES) == expected
+
+
+def test_f1_counts_words():
+    assert token_f1(content_words("hot hot air"), content_words("hot air rises")) == pytest.approx(2 * 2 / 6)
+    assert token_f1(content_words("the"), content_words("a")) == 0
+
+
+def made(correct_right, incorrect_right, count=200):
+    """Questions, and pairs whose sides mean the gold answer in so many of 100 cases."""
+    words = ["iron", "water", "wood", "glass"]
+    questions = [{"question": f"What is it? {i}", "choices": words, "answer": i % 4} for i in range(count)]
+
+    def side(i, right):
+        return words[i % 4 if i % 100 < right else (i + 1) % 4]
+
+    pairs = [pair(q["question"], side(i, correct_right), side(i, incorrect_right)) for i, q in enumerate(questions)]
+    return pairs, questions
+
+
+def test_the_signal_and_its_interval():
+    pairs, questions = made(60, 20)
+    pairs += [pair("What is it? 0", "stone", "iron or water"), pair("unknown", "iron", "wood")]
+    found = truth_signal(pairs, questions)
+    assert (found["correct"], found["incorrect"]) == (pytest.approx(0.6), pytest.approx(0.2))
+    assert found["decided"] == (200, 200) and found["undecided"] == (1, 1)
+    assert found["signal"] == pytest.approx(0.4)
+    low, high = found["interval"]
+    # Both sides are right in 20 of 100 pairs and one is in 40, so a pair's difference has the deviation 0.49.
+    width = 2 * 1.96 * 0.49 / 200**0.5
+    assert low < 0.4 < high and high - low == pytest.approx(width, rel=0.1)
+    assert truth_signal(pairs, questions) == found
+    shuffled = random.Random(1).sample(pairs, len(pairs))
+    assert truth_signal(shuffled, questions)["signal"] == pytest.approx(0.4)
+
+
+def test_pairs_without_truth_have_an_interval_around_zero():
+    found = truth_signal(*made(30, 30))
+    assert found["signal"] == pytest.approx(0) and found["interval"][0] <= 0 <= found["interval"][1]
+
+
+def test_no_decided_answer_gives_none():
+    pairs, questions = made(50, 50)
+    assert truth_signal([], questions) is None
+    assert truth_signal(pairs, []) is None
+    assert truth_signal([{**row, "incorrect": "stone"} for row in pairs], questions) is None
+
+
+def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
+    """The tiny model gives every question the same answers, one of which names a choice of some questions."""
+    data = [
+        {
+            "id": str(i), "question": f"What do plants need? {i}", "answerKey": "AB"[i % 2],
+            "choices": {"text": ["light to grow", "small stones"], "label": ["A", "B"]},
+        }
+        for i in range(6)
+    ]  # fmt: skip
+    done = call_here(
+        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir", tmp_path,
+        "--data_path", write_rows(tmp_path / "q.jsonl", data), "--precision", "fp32",
+    )  # fmt: skip
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["gold", "among", "6", "decided", "correct", "answers", "0.500"] in lines
+    assert ["gold", "among", "6", "decided", "incorrect", "answers", "0.500"] in lines
+    assert any(line[:2] == ["truth", "signal"] and line[-3] == "+0.000" for line in lines)
+
+
+def test_the_report_and_the_comparison_show_it(llama_run, tmp_path):
+    """Also in a run that was moved; where the questions are not on this machine, a dash."""
+    run, _, _ = llama_run
+    questions = load_questions(data_path=BUNDLED)[:6]
+    folder = tmp_path / "run_seed_0"
+    (folder / "data").mkdir(parents=True)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (path,) = run.glob("data/iter0_*_True.json")
+    right = [
+        pair(row["question"], row["choices"][row["answer"]], row["choices"][row["answer"] - 1]) for row in questions
+    ]
+    write_rows(folder / "data" / path.name, right)
+    for settings, shown in (({}, "+1.000 [+1.000, +1.000]"), ({"DATA_PATH": "gone.jsonl"}, "-")):
+        manifest["settings"] |= settings
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "stages": []}))
+        call_here("grath.report", folder)
+        (line,) = [line for line in (folder / "report.md").read_text().splitlines() if "M_0 -> M_1" in line]
+        assert [cell.strip() for cell in line.split("|")][6] == shown
+        call_here("grath.report", folder, run)
+        (line,) = [
+            line for line in (tmp_path / "comparison.md").read_text().splitlines() if "| run_seed_0 | M_0" in line
+        ]
+        assert [cell.strip() for cell in line.split("|")][7] == shown
+    assert len(rows(folder / "data" / path.name)) == 6
