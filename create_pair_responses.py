@@ -182,6 +182,7 @@ def print_counts(rows, questions, dropped, asked, seconds):
     if found := truth_signal(rows, questions):
         for side, count in zip(("correct", "incorrect"), found["decided"], strict=True):
             lines.append((f"gold among {count} decided {side} answers", f"{found[side]:.3f}"))
+        lines.append(("undecided correct, incorrect answers", "{}, {}".format(*found["undecided"])))
         lines.append(("truth signal [95 % interval]", format_signal(found)))
     lines += [("seconds", f"{seconds:.0f}"), ("questions/s", f"{asked / seconds:.2f}" if seconds else "-")]
     for name, value in lines:

@@ -38,7 +38,7 @@ def truth_signal(rows, questions, seed=0):
     """Measure the truth signal of pairs with a 95 % bootstrap interval over pairs.
 
     Args:
-        rows: list of pairs.
+        rows: list of pairs. Those with equal answers, which DPO drops, do not count.
         questions: list of dicts as in `grath.pairs.questions`; a pair belongs to the first one with its text.
         seed: seed of the bootstrap.
 
@@ -52,7 +52,7 @@ def truth_signal(rows, questions, seed=0):
     known = {}
     for question in questions:
         known.setdefault(question["question"], question)
-    rows = [row for row in rows if row["question"] in known]
+    rows = [row for row in rows if row["question"] in known and row["correct"] != row["incorrect"]]
 
     def is_gold(row, side):
         question = known[row["question"]]

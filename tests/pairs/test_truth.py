@@ -38,16 +38,20 @@ def made(correct_right, incorrect_right, count=200):
     words = ["iron", "water", "wood", "glass"]
     questions = [{"question": f"What is it? {i}", "choices": words, "answer": i % 4} for i in range(count)]
 
-    def side(i, right):
-        return words[i % 4 if i % 100 < right else (i + 1) % 4]
+    def side(article, i, right):
+        return f"{article} {words[i % 4 if i % 100 < right else (i + 1) % 4]}"
 
-    pairs = [pair(q["question"], side(i, correct_right), side(i, incorrect_right)) for i, q in enumerate(questions)]
+    pairs = [
+        pair(q["question"], side("the", i, correct_right), side("some", i, incorrect_right))
+        for i, q in enumerate(questions)
+    ]
     return pairs, questions
 
 
 def test_the_signal_and_its_interval():
     pairs, questions = made(60, 20)
     pairs += [pair("What is it? 0", "stone", "iron or water"), pair("unknown", "iron", "wood")]
+    pairs += [pair("What is it? 1", "water", "water")] * 50  # DPO drops it
     found = truth_signal(pairs, questions)
     assert (found["correct"], found["incorrect"]) == (pytest.approx(0.6), pytest.approx(0.2))
     assert found["decided"] == (200, 200) and found["undecided"] == (1, 1)
@@ -77,10 +81,10 @@ def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
     """The tiny model gives every question the same answers, one of which names a choice of some questions."""
     data = [
         {
-            "id": str(i), "question": f"What do plants need? {i}", "answerKey": "AB"[i % 2],
+            **row, "answerKey": "AB"[i % 2],
             "choices": {"text": ["light to grow", "small stones"], "label": ["A", "B"]},
         }
-        for i in range(6)
+        for i, row in enumerate(rows(BUNDLED)[:6])
     ]  # fmt: skip
     done = call_here(
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir", tmp_path,
@@ -90,6 +94,13 @@ def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
     assert ["gold", "among", "6", "decided", "correct", "answers", "0.500"] in lines
     assert ["gold", "among", "6", "decided", "incorrect", "answers", "0.500"] in lines
     assert any(line[:2] == ["truth", "signal"] and line[-3] == "+0.000" for line in lines)
+
+
+def cells(page, *first):
+    """The cells of the row of a table that begins with these."""
+    lines = [[cell.strip() for cell in line.split("|")] for line in page.read_text().splitlines()]
+    (found,) = [line for line in lines if line[1 : 1 + len(first)] == list(first)]
+    return found
 
 
 def test_the_report_and_the_comparison_show_it(llama_run, tmp_path):
@@ -108,11 +119,7 @@ def test_the_report_and_the_comparison_show_it(llama_run, tmp_path):
         manifest["settings"] |= settings
         (folder / "manifest.json").write_text(json.dumps({**manifest, "stages": []}))
         call_here("grath.report", folder)
-        (line,) = [line for line in (folder / "report.md").read_text().splitlines() if "M_0 -> M_1" in line]
-        assert [cell.strip() for cell in line.split("|")][6] == shown
+        assert cells(folder / "report.md", "M_0 -> M_1")[6] == shown
         call_here("grath.report", folder, run)
-        (line,) = [
-            line for line in (tmp_path / "comparison.md").read_text().splitlines() if "| run_seed_0 | M_0" in line
-        ]
-        assert [cell.strip() for cell in line.split("|")][7] == shown
+        assert cells(tmp_path / "comparison.md", "run_seed_0", "M_0")[7] == shown
     assert len(rows(folder / "data" / path.name)) == 6
