@@ -241,7 +241,7 @@ EVALUATION = [
     (["MODEL"], {"TASKS": "nonsense"}, "nonsense is not a task of lm-evaluation-harness: see `lm-eval ls tasks`"),
     (["FOLDER"], {"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not 'yes'"),
     (["FOLDER"], {"CHAT_TEMPLATE": "on"}, "CHAT_TEMPLATE must be 0 or 1, not 'on'"),
-    (["FOLDER"], {"BACKEND": "vllm"}, "BACKEND must be one of hf, hf-shared, not 'vllm'"),
+    (["FOLDER"], {"BACKEND": "vllm"}, "BACKEND must be one of hf, hf-shared, server, not 'vllm'"),
     (["FOLDER"], {"NUM_PROCESSES": "0"}, "NUM_PROCESSES must be a whole number of at least 1, not '0'"),
     (
         ["FOLDER"],

@@ -130,8 +130,8 @@ def test_comparison_of_two_runs(two_runs):
     assert ["a run: M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert ["another run: M_1", "38.00 ± 1.00 (+8.00)", "50.00 ± 1.00 (+5.00)"] in lines
     assert sum("M_0" in line[0] for line in lines) == 1  # the shared base appears once
-    assert ["another run", "M_0", "5", "3", "1", "1", "0.250", "0.875", "0.000 / 0.500", "1.5 / 1.5"] in lines
-    assert ["a run", "M_0", "5", "3", "1", "1", "-", "-", "0.000 / 0.500", "1.5 / 1.5"] in lines
+    assert ["another run", "M_0", "5", "3", "1", "1", "-", "0.250", "0.875", "0.000 / 0.500", "1.5 / 1.5"] in lines
+    assert ["a run", "M_0", "5", "3", "1", "1", "-", "-", "-", "0.000 / 0.500", "1.5 / 1.5"] in lines
     assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "Wrote comparison.md and comparison.png in" in done.stdout
     # With different bases, each has its own row and there are no differences.
