@@ -18,6 +18,7 @@ def server(tiny_llama):
         yield server
 
 
+@pytest.mark.slow
 def test_two_iterations(server, llama_run, tmp_path):
     """The run equals one without a server: its pairs byte for byte, its scores to rounding; then nothing is left."""
     run, settings, _ = llama_run
