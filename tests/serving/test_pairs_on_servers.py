@@ -132,15 +132,22 @@ def test_a_model_is_known_by_the_folder_that_it_was_loaded_from(serve, tiny_llam
 def test_another_model_is_refused(serve, tiny_llama, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model.lm_head.weight.data = model.lm_head.weight.data.flip(0)
-    model.save_pretrained(tmp_path / "changed")
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "changed")
-    other_weights, other_name = (serve(model=tmp_path / "changed", name=name) for name in (str(tiny_llama), "other"))
+    def changed(name, change):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        model.lm_head.weight.data = change(model.lm_head.weight.data)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    # The second one would generate the same tokens, with less confidence.
+    other, similar = changed("other", lambda weight: weight.flip(0)), changed("similar", lambda weight: 0.3 * weight)
+    other_weights, similar_weights = (serve(model=folder, name=str(tiny_llama)) for folder in (other, similar))
+    other_name = serve(model=other, name="other")
     other_tokens = serve()
     other_tokens._text = lambda token: other_tokens.tokenizer.decode([token + 1])
     for server, said in (
         (other_weights, "has other weights than"),
+        (similar_weights, "has other weights than"),
         (other_tokens, "has another vocabulary than"),
         (other_name, f"serves other, not {tiny_llama}"),
     ):
