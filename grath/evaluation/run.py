@@ -100,11 +100,15 @@ def score_model(
             print(f"{model}: {' '.join(group)}, {get_task(group[0]).shots}-shot, {precision}, {backend}", flush=True)
     if dry_run or not (missing or sampled):
         return
+    if backend == "hf":
+        batch_size = batch_size or 16
     with contextlib.ExitStack() as stack:
         if backend == SERVER:
+            from grath.evaluation.server import ServerLM
+
             served = stack.enter_context(serve(model, servers, server_timeout))
             complete = partial(complete_on_servers, served, model)
-            loaded = _harness_on_servers(served, model)
+            loaded = ServerLM(served, model)
             arguments = {"model": served.name, "servers": list(served.urls)}
         else:
             loaded, arguments = _load_harness(model, precision, batch_size, backend)
@@ -193,22 +197,14 @@ def _load_harness(model, precision, batch_size, backend):
         options["precision"] = precision
     else:
         options |= {"dtype": DTYPES[precision], "use_safetensors": True}
-        batch_size = batch_size or 16
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return get_model(backend).create_from_arg_obj(options, {"batch_size": batch_size, "device": device}), options
-
-
-def _harness_on_servers(served, model):
-    from grath.evaluation.server import ServerLM
-
-    return ServerLM(served, model)
 
 
 def _evaluate(loaded, backend, model_args, batch_size, manager, **arguments):
     """Return the results of the harness's `simple_evaluate`; None in all processes but the first."""
     from lm_eval import simple_evaluate
 
-    batch_size = batch_size or (16 if backend == "hf" else None)
     results = simple_evaluate(model=loaded, batch_size=batch_size, task_manager=manager, **arguments)
     if results:
         template = loaded.chat_template(True) if arguments["apply_chat_template"] else None
