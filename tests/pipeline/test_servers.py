@@ -71,6 +71,7 @@ def test_settings():
     assert served_stages(here) == set() and here["BACKEND"] == "hf-shared"
     there = read_settings(environment={**given, "SERVER_URL": "http://a:1 http://b:2"})
     assert served_stages(there) == {"pairs", "scores"} and there["BACKEND"] == "server"
+    assert (there["PAIRS_PRECISION"], there["EVAL_PRECISION"]) == ("auto", "auto")
     normalized = normalize_settings(there)
     assert (normalized["PAIRS_PRECISION"], normalized["EVAL_PRECISION"]) == ("server", "server")
     assert "SERVER_URL" not in normalized
