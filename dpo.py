@@ -26,7 +26,7 @@ from grath.modeling.chat import MODEL_TYPES, template_for
 from grath.modeling.loading import load_model, load_tokenizer, resolve_base_and_adapter
 from grath.modeling.memory import LORA_R
 from grath.pairs.files import read_pairs
-from grath.pairs.questions import LABELED_DATASETS, gold_pairs, load_hub_split
+from grath.pairs.questions import LABELED_DATASETS, gold_pairs, labeled_split, load_hub_split
 
 
 @dataclass
@@ -38,7 +38,8 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": f"instead of a file: {', '.join(LABELED_DATASETS)}, or a hub data set in TRL's preference format"
+            "help": f"instead of a file: {', '.join(LABELED_DATASETS)}, or rows of one, as in truthful_qa[:200]; or a "
+            "hub data set in TRL's preference format"
         },
     )
     reference: str = field(
@@ -85,7 +86,7 @@ def load_preferences(args, config, tokenizer, template):
     from grath.dpo.dataset import filter_pairs, tokenize_pairs
 
     limit = min(args.num_sample or 10**9, 1000 if args.sanity_check else 10**9)
-    if args.dataset_name and args.dataset_name not in LABELED_DATASETS:
+    if args.dataset_name and not labeled_split(args.dataset_name):
         dataset = load_hub_split(args.dataset_name, None, "train")
         if not {"chosen", "rejected"} <= set(dataset.column_names):
             raise UserError(f"{args.dataset_name} is not in TRL's preference format: no columns chosen and rejected")

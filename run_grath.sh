@@ -92,22 +92,25 @@ score 0 "$model"
 for ((i = 0; i < ITERATIONS; i++)); do
     next=$((i + 1))
     pairs="$RUN/data/iter${i}_$SUFFIX.json" first="$RUN/data/iter0_$SUFFIX.json" new_model="$RUN/models/iter_${next}_$SUFFIX"
-
-    stage pairs "$next" "iteration $next: M_$i writes pairs" --questions --input "$model" --output "$pairs" -- \
-        "${ask[@]}" "$HERE/create_pair_responses.py" --model_name_or_path "$model" --save_prefix "iter${i}_arcc" \
-        --save_dir "$RUN/data" "${pairs_args[@]}"
-
-    if ((i > 0)); then
-        combined="${pairs%.json}_combined.json"
-        stage combine "$next" "iteration $next: combine with the incorrect answers of iteration 1" \
-            --input "$pairs" "$first" --output "$combined" -- \
-            python "$HERE/combine_new_correct_ori_wrong.py" --new_data_path "$pairs" --ori_data_path "$first"
-        pairs=$combined
+    if [[ -n $GOLD_PAIRS ]]; then
+        train_on=(--dataset_name "$GOLD_PAIRS") train_input=(--questions)
+    else
+        stage pairs "$next" "iteration $next: M_$i writes pairs" --questions --input "$model" --output "$pairs" -- \
+            "${ask[@]}" "$HERE/create_pair_responses.py" --model_name_or_path "$model" --save_prefix "iter${i}_arcc" \
+            --save_dir "$RUN/data" "${pairs_args[@]}"
+        if ((i > 0)); then
+            combined="${pairs%.json}_combined.json"
+            stage combine "$next" "iteration $next: combine with the incorrect answers of iteration 1" \
+                --input "$pairs" "$first" --output "$combined" -- \
+                python "$HERE/combine_new_correct_ori_wrong.py" --new_data_path "$pairs" --ori_data_path "$first"
+            pairs=$combined
+        fi
+        train_on=(--dataset_path "$pairs") train_input=(--input "$pairs")
     fi
 
-    stage dpo "$next" "iteration $next: DPO trains M_$next" --input "$model" "$pairs" \
+    stage dpo "$next" "iteration $next: DPO trains M_$next" --input "$model" "${train_input[@]}" \
         --output "$new_model"/{adapter_model.safetensors,adapter_config.json,grath.json,training_log.jsonl,training.png} -- \
-        "${launch[@]}" "$HERE/dpo.py" --dataset_path "$pairs" --model_name_or_path "$model" --output_dir "$new_model" "${dpo_args[@]}"
+        "${launch[@]}" "$HERE/dpo.py" "${train_on[@]}" --model_name_or_path "$model" --output_dir "$new_model" "${dpo_args[@]}"
 
     model=$new_model
     score "$next" "$model"

@@ -1,5 +1,6 @@
 """Read scores from the result files of lm-evaluation-harness, and record the settings that they depend on."""
 
+import hashlib
 from pathlib import Path
 
 from grath.common.errors import UserError
@@ -7,6 +8,8 @@ from grath.common.files import atomic_write_text, check_writable, read_json
 from grath.common.local_data import content_hash
 from grath.common.paths import resolve_local
 from grath.evaluation.tasks import TASKS, get_task
+
+QUESTIONS = "questions"
 
 
 def local_dataset_hashes(tasks):
@@ -20,8 +23,9 @@ def read_scores(folder):
     """Read the scores from the result files in `folder`.
 
     Returns:
-        dict: task -> {"score", "stderr", "version", "harness", "chat"}. Score and standard error are in percent; the
-        standard error is None if the file has none. A member of a group (a subject of MMLU) is left out.
+        dict: task -> {"score", "stderr", "version", "harness", "chat", "questions"}. Score and standard error are in
+        percent; the standard error is None if the file has none. "questions" is what `question_scores` returned, or
+        None. A member of a group (a subject of MMLU) is left out.
 
     Raises:
         UserError: a file is not a result file.
@@ -48,8 +52,34 @@ def read_scores(folder):
                 "version": content.get("versions", {}).get(task),
                 "harness": content.get("lm_eval_version"),
                 "chat": bool(content.get("chat_template")),
+                QUESTIONS: content.get(QUESTIONS),
             }
     return scores
+
+
+def question_scores(samples, task, groups):
+    """Return the score of every question, for paired differences between models.
+
+    Args:
+        samples: the harness's samples: dict of task -> list of dicts.
+        task: the task, or group of tasks.
+        groups: dict of group -> its members.
+
+    Returns:
+        dict of "scores" (list of float, between 0 and 1) and "sha256" (of the questions, in the same order); None if
+        the harness gives no score of single questions.
+    """
+    metric = get_task(task).metric
+    rows = [
+        row
+        for name in _members(task, groups) or [task]
+        for row in sorted(samples.get(name, ()), key=lambda row: row["doc_id"])
+        if row["filter"] == "none" and metric in row
+    ]
+    if not rows:
+        return None
+    asked = hashlib.sha256("".join(row["doc_hash"] for row in rows).encode())
+    return {"sha256": asked.hexdigest(), "scores": [round(float(row[metric]), 6) for row in rows]}
 
 
 def tasks_of(rows):

@@ -15,7 +15,13 @@ from grath.common.files import atomic_write_text, hash_of, sha256
 from grath.common.local_data import load_dataset
 from grath.common.paths import ADAPTER, PROJECT
 from grath.evaluation.harness import MODEL_NAME, patch_fewshot_sampling, register_shared_context_model
-from grath.evaluation.results import local_dataset_hashes, record_settings, split_by_task
+from grath.evaluation.results import (
+    QUESTIONS,
+    local_dataset_hashes,
+    question_scores,
+    record_settings,
+    split_by_task,
+)
 from grath.evaluation.samples import SAMPLES, complete_here, complete_on_servers, write_samples
 from grath.evaluation.tasks import TASKS, get_task
 from grath.modeling.devices import check_devices
@@ -120,13 +126,13 @@ def score_model(
                 tasks=group,
                 num_fewshot=get_task(group[0]).shots,
                 limit=limit,
-                log_samples=log_samples,
+                log_samples=True,
                 apply_chat_template=chat_template,
                 fewshot_as_multiturn=chat_template,
             )
             if results:  # None in all processes but the first
                 results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
-                _write_results(output, group, results)
+                _write_results(output, group, results, log_samples)
         if sampled and main_process:
             tokenizer = load_tokenizer(model)
             write_samples(partial(complete, tokenizer), tokenizer, model_type, output / SAMPLES)
@@ -213,16 +219,17 @@ def _evaluate(loaded, backend, model_args, batch_size, manager, **arguments):
     return results
 
 
-def _write_results(output, tasks, results):
+def _write_results(output, tasks, results, log_samples):
     from lm_eval.utils import handle_non_serializable
 
     samples = results.pop("samples", {})
     by_task = split_by_task(results)
-    for task, rows in samples.items():
+    for task, rows in samples.items() if log_samples else ():
         lines = [json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows]
         atomic_write_text(output / f"samples_{task}.jsonl", "".join(lines))
     for task in tasks:
         if task not in by_task:
             raise UserError(f"{task} is not a task with a score of its own: name its members in TASKS")
+        by_task[task][QUESTIONS] = question_scores(samples, task, results.get("group_subtasks", {}))
         text = json.dumps(by_task[task], indent=2, default=handle_non_serializable, ensure_ascii=False)
         atomic_write_text(output / f"{task}.json", text + "\n")

@@ -4,6 +4,7 @@ A question is a dict: `question` (str), `choices` (list of str), `answer` (index
 """
 
 import random
+import re
 import sys
 
 from grath.common.errors import UserError, explain_system_error, first_line
@@ -16,6 +17,8 @@ LABELED_DATASETS = {
     "ai2_arc/ARC-Easy": ("allenai/ai2_arc", "ARC-Easy", "train"),
     "truthful_qa": ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
 }
+# One of these names, and which of its rows: `truthful_qa[:200]`, as in `datasets`.
+LABELED = re.compile(rf"({'|'.join(LABELED_DATASETS)})(\[\d*%?:\d*%?\])?")
 
 
 def load_questions(data_name=None, subdata_name=None, split="train", data_path=None):
@@ -76,21 +79,33 @@ def draw_candidates(question, seed):
     return question["choices"][question["answer"]], drawn
 
 
+def labeled_split(name):
+    """Return (hub name, configuration, split) of a name that matches `LABELED`; None for any other."""
+    found = LABELED.fullmatch(name)
+    if not found:
+        return None
+    hub_name, configuration, split = LABELED_DATASETS[found[1]]
+    return hub_name, configuration, split + (found[2] or "")
+
+
 def gold_pairs(name, seed):
-    """Make pairs from a set of `LABELED_DATASETS`: the gold answer is correct; `seed` draws the incorrect one."""
-    hub = LABELED_DATASETS[name]
-    if name == "truthful_qa":
-        print("warning: truthful_qa is the TruthfulQA test set, so scores on it will mean nothing", file=sys.stderr)
+    """Make pairs from a set that matches `LABELED`: the gold answer is correct; `seed` draws the incorrect one."""
+    split = labeled_split(name)
+    if name.startswith("truthful_qa"):
+        print(
+            "warning: truthful_qa is the TruthfulQA test set: scores on what was trained on mean nothing",
+            file=sys.stderr,
+        )
         questions = [
             {
                 "question": row["question"],
                 "choices": row["mc1_targets"]["choices"],
                 "answer": row["mc1_targets"]["labels"].index(1),
             }
-            for row in load_hub_split(*hub)
+            for row in load_hub_split(*split)
         ]
     else:
-        questions = load_questions(*hub)
+        questions = load_questions(*split)
     drawn = [draw_candidates(question, seed) for question in questions]
     return [
         {"question": question["question"], "correct": correct, "incorrect": incorrect}

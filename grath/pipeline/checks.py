@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from grath.pairs.questions import LABELED_DATASETS, labeled_split
 from grath.serving.client import server_urls
 
 
@@ -27,6 +28,13 @@ def positive(value):
 def file_or_empty(value):
     """A check: the value must be an existing file, or empty."""
     return None if not value or Path(value).is_file() else "an existing file, or empty"
+
+
+def gold_or_empty(value):
+    """A check: the value must name a data set with gold answers, or be empty."""
+    if not value or labeled_split(value):
+        return None
+    return f"empty, or one of {', '.join(LABELED_DATASETS)}, or rows of one, as in truthful_qa[:200]"
 
 
 def addresses(value):

@@ -11,6 +11,7 @@ from grath.common.paths import DATASETS_ROOT, PROJECT
 from grath.dpo.defaults import step_sizes
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
+from grath.pairs.questions import labeled_split
 from grath.pipeline.checks import (
     ANYTHING,
     BATCH,
@@ -23,6 +24,7 @@ from grath.pipeline.checks import (
     REQUIRED,
     addresses,
     file_or_empty,
+    gold_or_empty,
     one_of,
     positive,
 )
@@ -93,6 +95,9 @@ GROUPS = {
                 "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
     ],
     "DPO": [
+        Setting("GOLD_PAIRS", "", gold_or_empty, "dpo",
+                "train on gold answers instead of the model's own pairs, as a positive control: "
+                "`truthful_qa`, `ai2_arc/ARC-Challenge`, `ai2_arc/ARC-Easy`, or rows of one (`truthful_qa[:200]`)"),
         Setting("MAX_STEPS", "1000", COUNT, "dpo", "optimizer steps an iteration", "1000 (Zephyr rolling: 500)"),
         Setting("WARMUP_STEPS", "100", NATURAL, "dpo", "warm-up steps of the cosine schedule", "100"),
         Setting("LEARNING_RATE", "5e-4", positive, "dpo", "peak learning rate", "5e-4"),
@@ -226,6 +231,8 @@ def question_inputs(values):
     Raises:
         UserError: a file does not exist.
     """
+    if values["GOLD_PAIRS"]:
+        return [], [labeled_split(values["GOLD_PAIRS"])[0]]
     files, datasets = [], []
     if values["DATA_PATH"]:
         files.append(values["DATA_PATH"])
