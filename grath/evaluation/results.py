@@ -8,6 +8,7 @@ from grath.common.files import atomic_write_text, check_writable, read_json
 from grath.common.local_data import content_hash
 from grath.common.paths import resolve_local
 from grath.evaluation.tasks import TASKS, get_task
+from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
 
@@ -66,8 +67,9 @@ def question_scores(samples, task, groups):
         groups: dict of group -> its members.
 
     Returns:
-        dict of "scores" (list of float, between 0 and 1) and "sha256" (of the questions, in the same order); None if
-        the harness gives no score of single questions.
+        dict of "sha256" (of the questions, in order) and "scores" (list of float, between 0 and 1); for TruthfulQA's
+        format also "negated" (list of 0 or 1: whether the gold answer contains a negation). None if the harness gives
+        no score of single questions.
     """
     metric = get_task(task).metric
     rows = [
@@ -79,7 +81,11 @@ def question_scores(samples, task, groups):
     if not rows:
         return None
     asked = hashlib.sha256("".join(row["doc_hash"] for row in rows).encode())
-    return {"sha256": asked.hexdigest(), "scores": [round(float(row[metric]), 6) for row in rows]}
+    found = {"sha256": asked.hexdigest(), "scores": [round(float(row[metric]), 6) for row in rows]}
+    targets = [row["doc"].get("mc1_targets") for row in rows]
+    if all(targets):
+        found["negated"] = [int(negated([target["choices"][target["labels"].index(1)]])) for target in targets]
+    return found
 
 
 def tasks_of(rows):
