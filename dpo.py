@@ -38,8 +38,7 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": f"instead of a file: {', '.join(LABELED_DATASETS)}, or rows of one, as in truthful_qa[:200]; or a "
-            "hub data set in TRL's preference format"
+            "help": f"instead of a file: {', '.join(LABELED_DATASETS)}, or rows of one ([:200]), or hub preferences"
         },
     )
     reference: str = field(

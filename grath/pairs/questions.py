@@ -18,7 +18,7 @@ LABELED_DATASETS = {
     "truthful_qa": ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
 }
 # One of these names, and which of its rows: `truthful_qa[:200]`, as in `datasets`.
-LABELED = re.compile(rf"({'|'.join(LABELED_DATASETS)})(\[\d*%?:\d*%?\])?")
+LABELED = re.compile(rf"({'|'.join(LABELED_DATASETS)})(\[(\d*):(\d*)\])?")
 
 
 def load_questions(data_name=None, subdata_name=None, split="train", data_path=None):
@@ -86,6 +86,12 @@ def labeled_split(name):
         return None
     hub_name, configuration, split = LABELED_DATASETS[found[1]]
     return hub_name, configuration, split + (found[2] or "")
+
+
+def labeled_rows(name):
+    """Return which rows of the split a name that matches `LABELED` means: slice."""
+    found = LABELED.fullmatch(name)
+    return slice(*(int(bound) if bound else None for bound in found.groups()[2:]))
 
 
 def gold_pairs(name, seed):

@@ -35,9 +35,10 @@ def pair_stats(path, questions=()):
         questions: the questions with their gold answers, if they are known.
 
     Returns:
-        dict with the keys `PAIR_STATS`. For the file itself: the number of questions "asked" (from its name, or
-        None), of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is
-        "echoed" (it only repeats the question), and the truth "signal" with its interval, as a string or None.
+        dict with the keys `PAIR_STATS` and "truth". For the file itself: the number of questions "asked" (from its
+        name, or None), of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is
+        "echoed" (it only repeats the question), "truth" (what `truth_signal` returned), and the truth "signal" with
+        its interval, as a string or None.
         For the pairs that DPO trains on (combined, with different answers): the shares of correct and incorrect
         answers that are "negated" and their mean number of "words", as strings, or None if there are no such
         pairs. From `grath.distance`: "distance" and "probe", or None if it has not run.
@@ -49,13 +50,15 @@ def pair_stats(path, questions=()):
     different = [row for row in read_pairs(trained_on) if row["correct"] != row["incorrect"]]
     sides = [[row[side] for row in different] for side in ("correct", "incorrect")]
     distance_file = trained_on.with_suffix(".distance.json")
+    truth = truth_signal(rows, questions)
     measured = read_json(distance_file, "record of grath.distance") if distance_file.is_file() else {}
     return {
         "asked": int(asked[1]) if asked else None,
         "parsed": len(rows),
         "identical": count_identical(rows),
         "echoed": sum(_echoes(row["question"], row["correct"]) for row in rows),
-        "signal": format_signal(truth_signal(rows, questions)),
+        "truth": truth,
+        "signal": format_signal(truth),
         "distance": measured.get("distance"),
         "probe": measured.get("probe"),
         "negated": " / ".join(f"{negated(side):.3f}" for side in sides) if different else None,

@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 
+from grath.common.bootstrap import bootstrap_means, interval
+
 STOP_WORDS = frozenset(
     """
     a about above after all also an and any are as at be because been before being below between both but by can
@@ -12,7 +14,6 @@ STOP_WORDS = frozenset(
     who whom why will with would you your
     """.split()  # noqa: SIM905
 )
-RESAMPLES = 2000
 
 
 def content_words(text):
@@ -64,18 +65,15 @@ def truth_signal(rows, questions, seed=0):
     decided = ~numpy.isnan(gold)
     if not decided.any(axis=0).all():
         return None
-    drawn = numpy.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
-    with numpy.errstate(invalid="ignore"):  # a sample may have no decided answer
-        samples = numpy.nan_to_num(gold)[drawn].sum(1) / decided[drawn].sum(1)
+    means = bootstrap_means(gold, seed)
     correct, incorrect = numpy.nanmean(gold, axis=0).tolist()
-    low, high = numpy.nanquantile(samples[:, 0] - samples[:, 1], (0.025, 0.975)).tolist()
     return {
         "correct": correct,
         "incorrect": incorrect,
         "decided": tuple(decided.sum(axis=0).tolist()),
         "undecided": tuple((~decided).sum(axis=0).tolist()),
         "signal": correct - incorrect,
-        "interval": (low, high),
+        "interval": interval(means[:, 0] - means[:, 1]),
     }
 
 

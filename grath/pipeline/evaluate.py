@@ -9,7 +9,8 @@ from grath.evaluation.run import score_model
 from grath.pipeline.loop import lock
 from grath.pipeline.process import share_cpu_products
 from grath.pipeline.settings import EVALUATION, SERVER, read_settings
-from grath.report.run import manifest_of, unscored, write_report
+from grath.report.run import write_report
+from grath.report.runs import manifest_of, unscored
 from grath.report.tables import model_scores
 
 

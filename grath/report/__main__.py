@@ -12,7 +12,8 @@ from pathlib import Path
 from grath.common.arguments import Parser
 from grath.common.errors import run_main
 from grath.report.compare import compare
-from grath.report.run import is_run, write_report
+from grath.report.run import write_report
+from grath.report.runs import is_run
 from grath.report.tables import model_scores
 
 

@@ -2,6 +2,7 @@
 
 from grath.evaluation.results import tasks_of
 from grath.evaluation.tasks import get_task
+from grath.report.groups import gains
 
 
 def plot_iterations(rows, *paths):
@@ -35,31 +36,111 @@ def plot_iterations(rows, *paths):
         save_figure(figure, path)
 
 
-def plot_comparison(curves, path):
-    """Plot the scores of several runs by iteration, one panel per task.
+def plot_comparison(groups, tasks, path):
+    """Plot the scores of groups of runs by iteration, one panel per task, with the legend below.
 
     Args:
-        curves: dict: run -> (name, scores) rows.
+        groups: what `group_runs` returned.
     """
     from matplotlib.figure import Figure
 
-    tasks = tasks_of([row for rows in curves.values() for row in rows])
-    figure = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
-        for run, rows in curves.items():
-            points = [(at, scores[task]) for at, (_, scores) in enumerate(rows) if task in scores]
-            axes.errorbar(
-                [at for at, _ in points],
-                [score["score"] for _, score in points],
-                yerr=[score["stderr"] or 0 for _, score in points],
-                marker="o",
-                capsize=3,
-                label=run,
-            )
+    figure = Figure(figsize=(4 * len(tasks), 3.6 + 0.12 * len(groups)), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False).flat
+    lines = {}
+    for axes, task in zip(panels, tasks, strict=True):
+        for at, group in enumerate(groups):
+            points = [
+                (number, model["scores"][task]["score"])
+                for number, model in group["models"].items()
+                if task in model["scores"]
+            ]
+            where, heights = zip(*points, strict=True) if points else ((), ())
+            lines[group["name"]] = axes.plot(where, heights, marker="o", color=f"C{at}")[0]
         axes.set(title=get_task(task).title, xlabel="iteration", ylabel="percent")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    save_figure(figure, path)
+
+
+def plot_summary(groups, tasks, path):
+    """Plot the pairs of the first iteration (left) and the change of every score in the last one (right).
+
+    Args:
+        groups: what `group_runs` returned; those that train on gold answers are drawn on top.
+    """
+    from matplotlib.figure import Figure
+
+    groups = sorted(groups, key=lambda group: not group["gold"])
+    changes = [(group, gains(group, max(group["models"]), tasks)) for group in groups]
+    changes = [(group, found) for group, found in changes if found]
+    tasks = [task for task in tasks if any(task in found for _, found in changes)]
+    funnels = {}
+    for group in groups:
+        for stats in group["models"].get(0, {"pairs": ()})["pairs"]:
+            funnels.setdefault(tuple(map(str, stats.items())), (group["name"], stats))
+    height = 1.2 + 0.45 * max(len(changes), len(funnels), 2)
+    figure = Figure(figsize=(5 + 2.6 * len(tasks), height), layout="constrained")
+    left, *right = figure.subplots(1, 1 + len(tasks), squeeze=False, width_ratios=[1.6, *[1] * len(tasks)])[0]
+    for at, (_, stats) in enumerate(funnels.values()):
+        bars = {
+            "asked": stats["asked"] or stats["parsed"],
+            "parsed": stats["parsed"],
+            "different": stats["parsed"] - stats["identical"],
+        }
+        for shade, (what, count) in zip(("#d9d9d9", "#9ecae1", "#3182bd"), bars.items(), strict=True):
+            left.barh(at, count, color=shade, label=what if at == 0 else None, height=0.7)
+        signal = stats["signal"] or "not known"
+        left.text(0, at, f" {bars['different']} of {bars['asked']}; truth signal {signal}", va="center", fontsize=8)
+    left.set_yticks(range(len(funnels)), [name for name, _ in funnels.values()])
+    left.invert_yaxis()
+    left.set(title="pairs of the first iteration", xlabel="questions")
+    if funnels:
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8)
+    for axes, task in zip(right, tasks, strict=True):
+        for at, (group, found) in enumerate(changes):
+            if task in found:
+                difference, low, high = found[task]
+                error = [[difference - low], [high - difference]]
+                color = "#31a354" if group["gold"] else "#3182bd"
+                axes.errorbar(difference, at, xerr=error, marker="o", capsize=3, color=color)
+        axes.axvline(0, color="gray", linewidth=1)
+        axes.set_yticks(range(len(changes)), [f"{group['name']}: M_{max(group['models'])}" for group, _ in changes])
+        axes.tick_params(labelleft=axes is right[0])
+        axes.set(title=f"change of {get_task(task).title}", xlabel="points", ylim=(len(changes) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_signal(points, tasks, path):
+    """Plot the change of the scores of M_1 against the truth signal of the pairs that it was trained on.
+
+    Args:
+        points: what `signal_points` returned.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in tasks if any(task in point["gains"] for point in points)]
+    figure = Figure(figsize=(4.2 * len(tasks), 4 + 0.12 * len(points)), layout="constrained")
+    marks = {}
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
+        for at, point in enumerate(points):
+            if task not in point["gains"]:
+                continue
+            (x, left, right), (y, low, high) = point["signal"], point["gains"][task]
+            marks[point["name"]] = axes.errorbar(
+                x,
+                y,
+                xerr=[[x - left], [right - x]],
+                yerr=[[y - low], [high - y]],
+                marker="s" if point["gold"] else "o",
+                color=f"C{at}",
+                capsize=2,
+            )
+        axes.axhline(0, color="gray", linewidth=1)
+        axes.set(xlabel="truth signal of the pairs", ylabel="points", title=f"change of {get_task(task).title} in M_1")
+        axes.grid(alpha=0.3)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 

@@ -1,8 +1,9 @@
 """Tables of scores, and the sentences below them."""
 
 from grath.common.errors import UserError
-from grath.evaluation.results import read_scores, tasks_of
+from grath.evaluation.results import QUESTIONS, read_scores, tasks_of
 from grath.evaluation.tasks import get_task
+from grath.report.paired import paired_difference, restrict
 
 
 def model_scores(folder):
@@ -18,16 +19,24 @@ def model_scores(folder):
     return f"{score_table(rows)}\n{score_footer(rows)}"
 
 
-def score_table(rows, style="simple", differences=True):
+def score_table(rows, style="simple", bases=None):
     """Format (name, scores) rows as a table with one column per task.
 
-    A cell shows the score in percent, its standard error, and the difference from the first row if `differences`.
+    A cell shows the score in percent and its difference from the base's, with the interval of `paired_difference`.
+    Where there are no scores of single questions, it shows the standard error instead of an interval.
+
+    Args:
+        bases: the base's scores for each row; by default the first row is the base of all.
     """
     from tabulate import tabulate
 
     tasks = tasks_of(rows)
-    base = rows[0][1] if differences and len(rows) > 1 else {}
-    body = [[name, *(_cell(scores.get(task), base.get(task)) for task in tasks)] for name, scores in rows]
+    if bases is None:
+        bases = [rows[0][1]] * len(rows) if len(rows) > 1 else [{}]
+    body = [
+        [name, *(_cell(scores.get(task), base.get(task)) for task in tasks)]
+        for (name, scores), base in zip(rows, bases, strict=True)
+    ]
     header = ["model", *(get_task(task).title for task in tasks)]
     return tabulate(body, header, tablefmt=style, disable_numparse=True)
 
@@ -35,8 +44,49 @@ def score_table(rows, style="simple", differences=True):
 def _cell(score, base):
     if score is None:
         return "-"
-    text = f"{score['score']:.2f}" + (f" ± {score['stderr']:.2f}" if score["stderr"] is not None else "")
-    return text if base is None or base is score else f"{text} ({score['score'] - base['score']:+.2f})"
+    text = f"{score['score']:.2f}"
+    if base and base is not score and (found := paired_difference(base, score)):
+        return f"{text} ({format_difference(*found)})"
+    if score["stderr"] is not None and (not base or not score[QUESTIONS]):
+        text += f" ± {score['stderr']:.2f}"
+    return text if not base or base is score else f"{text} ({score['score'] - base['score']:+.2f})"
+
+
+def format_difference(difference, low, high):
+    """Format a difference and its interval as "+1.25 [-0.50, +3.00]"."""
+    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def negation_table(rows, bases, style="github"):
+    """Format the scores of (name, scores) rows for the questions whose gold answer contains a negation, and the others.
+
+    Args:
+        bases: the base's scores for each row.
+
+    Returns:
+        str; empty if no task has such questions.
+    """
+    from tabulate import tabulate
+
+    tasks = [task for task in tasks_of(rows) if any(_has_negated(scores.get(task)) for _, scores in rows)]
+    columns = [(task, negated) for task in tasks for negated in (1, 0)]
+
+    def part(scores, task, negated):
+        score = scores.get(task)
+        if not _has_negated(score):
+            return None
+        return restrict(score, [value == negated for value in score[QUESTIONS]["negated"]])
+
+    body = []
+    for (name, scores), base in zip(rows, bases, strict=True):
+        parts = [(part(scores, *column), scores is not base and part(base, *column)) for column in columns]
+        body.append([name, *(_cell(of_model, of_base or of_model) for of_model, of_base in parts)])
+    header = ["model", *(f"{get_task(task).title}, {'negated' if negated else 'others'}" for task, negated in columns)]
+    return tabulate(body, header, tablefmt=style, disable_numparse=True) if tasks else ""
+
+
+def _has_negated(score):
+    return bool(score and score[QUESTIONS] and "negated" in score[QUESTIONS])
 
 
 def score_footer(rows):
@@ -47,7 +97,11 @@ def score_footer(rows):
     harness = sorted({f"lm-evaluation-harness {score['harness']}" for _, score in scores if score["harness"]})
     versions = sorted({f"{task} {score['version']}" for task, score in scores})
     chat = ["chat template ON" if any(score["chat"] for _, score in scores) else "chat template off"]
-    return f"({'; '.join(harness + versions + chat)}; percent ± standard error)"
+    paired = any(score[QUESTIONS] for _, score in scores) and len(rows) > 1
+    error = (
+        "percent, in brackets the change from the base on the same questions" if paired else "percent ± standard error"
+    )
+    return f"({'; '.join(harness + versions + chat)}; {error})"
 
 
 def best_iteration(rows):

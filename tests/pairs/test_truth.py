@@ -116,10 +116,10 @@ def test_the_report_and_the_comparison_show_it(llama_run, tmp_path):
     ]
     write_rows(folder / "data" / path.name, right)
     for settings, shown in (({}, "+1.000 [+1.000, +1.000]"), ({"DATA_PATH": "gone.jsonl"}, "-")):
-        manifest["settings"] |= settings
+        manifest["settings"] |= {"MAX_STEPS": "9", **settings}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "stages": []}))
         call_here("grath.report", folder)
         assert cells(folder / "report.md", "M_0 -> M_1")[6] == shown
         call_here("grath.report", folder, run)
-        assert cells(tmp_path / "comparison.md", "run_seed_0", "M_0")[7] == shown
+        assert cells(tmp_path / "comparison.md", "run", "M_0")[7] == shown
     assert len(rows(folder / "data" / path.name)) == 6

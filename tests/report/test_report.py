@@ -121,10 +121,14 @@ def two_runs(made_run):
     return made_run, other
 
 
+def cells_of(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
 def test_comparison_of_two_runs(two_runs):
     done = call_here("grath.report", *two_runs)
     text = (two_runs[0].parent / "comparison.md").read_text()
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    lines = cells_of(text)
     assert ["run", "DEMOS"] in lines  # not SEED, which is the same in both
     assert ["a run", "truthfulqa"] in lines and ["another run", "halueval"] in lines
     assert ["a run: M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in lines
@@ -132,16 +136,111 @@ def test_comparison_of_two_runs(two_runs):
     assert sum("M_0" in line[0] for line in lines) == 1  # the shared base appears once
     assert ["another run", "M_0", "5", "3", "1", "1", "-", "0.250", "0.875", "0.000 / 0.500", "1.5 / 1.5"] in lines
     assert ["a run", "M_0", "5", "3", "1", "1", "-", "-", "-", "0.000 / 0.500", "1.5 / 1.5"] in lines
-    assert (two_runs[0].parent / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert "Wrote comparison.md and comparison.png in" in done.stdout
-    # With different bases, each has its own row and there are no differences.
+    for name in ("comparison.png", "summary.png"):
+        assert (two_runs[0].parent / name).read_bytes().startswith(b"\x89PNG")
+    assert "Wrote comparison.md, comparison.png, summary.png in" in done.stdout
+    # With different bases, each has its own row, and the differences are from a run's own base.
     base = two_runs[1] / "results" / "iter_0" / "truthfulqa_mc1.json"
     base.write_text(json.dumps(result("truthfulqa_mc1", 0.25)))
     done = call_here("grath.report", *two_runs)
     assert sum(": M_0" in line for line in done.stdout.splitlines()) == 2
-    assert "(+" not in done.stdout and "another run: M_1" in done.stdout
+    assert "40.00 ± 1.00 (+10.00)" in done.stdout and "38.00 ± 1.00 (+13.00)" in done.stdout
     done = call_here("grath.report", *two_runs, two_runs[0].parent, status=2)
     assert "is not a run folder: it contains no manifest.json" in done.stderr
+
+
+def make_scored_run(run, settings, scores):
+    """Make a run folder whose M_i has these MC1 scores of single questions (i -> list)."""
+    for number, of_questions in scores.items():
+        folder = run / "results" / f"iter_{number}"
+        folder.mkdir(parents=True)
+        made = result("truthfulqa_mc1", sum(of_questions) / len(of_questions))
+        negated = [i % 2 for i in range(len(of_questions))]
+        made["questions"] = {"sha256": "0", "scores": of_questions, "negated": negated}
+        (folder / "truthfulqa_mc1.json").write_text(json.dumps(made))
+        if number:
+            model = run / "models" / f"iter_{number}_arcc"
+            model.mkdir(parents=True)
+            (model / "adapter_model.safetensors").write_bytes(b"")
+            (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    manifest = {"format": 2, "settings": settings, "inputs": {}, "hash_cache": {}, "stages": []}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+def test_seeds_are_pooled_question_by_question(tmp_path):
+    """Both seeds gain the same question, and one seed each another: 0.25 + 0.125 of the eight questions."""
+    base = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    after = ([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    runs = [
+        make_scored_run(tmp_path / f"both_seed_{seed}", {"SEED": str(seed)}, {0: base, 1: after[seed]})
+        for seed in (0, 1)
+    ]
+    call_here("grath.report", *runs)
+    lines = cells_of((tmp_path / "comparison.md").read_text())
+    assert ["both: M_0 (base)", "12.50"] in lines  # no standard error beside a paired interval
+    (row,) = [line for line in lines if line[0] == "both: M_1" and len(line) == 2]
+    gain, low, high = (float(number) for number in re.findall(r"[-+][\d.]+", row[1]))
+    assert row[1].startswith("37.50 (+25.00 [") and gain == 25
+    # By hand: eight draws of 100, 50, 50 and five 0; their mean's standard deviation is 12.5.
+    assert -1 < low < 12.5 and 37.5 < high < 56.25
+    # The questions with odd numbers have a negated gold answer: of these, one is gained by both, one by one seed.
+    (row,) = [line for line in lines if line[0] == "both: M_1" and len(line) == 3]
+    assert row[1].startswith("37.50 (+37.50 [") and row[2].startswith("37.50 (+12.50 [")
+    # Another set of questions cannot be paired.
+    file = runs[0] / "results" / "iter_1" / "truthfulqa_mc1.json"
+    changed = json.loads(file.read_text())
+    changed["questions"]["sha256"] = "1"
+    file.write_text(json.dumps(changed))
+    done = call_here("grath.report", runs[0])
+    assert "37.50 (+25.00)" in done.stdout and "[" not in done.stdout.split("Wrote")[0].replace("in brackets", "")
+
+
+def test_a_control_is_scored_on_what_it_has_not_trained_on(tmp_path):
+    """Each fold gains all questions that it trained on and one of the others; only these others count."""
+    base = [0.0] * 8
+    folds = {"[:4]": [1.0] * 4 + [1.0, 0.0, 0.0, 0.0], "[4:]": [1.0, 0.0, 0.0, 0.0] + [1.0] * 4}
+    runs = [
+        make_scored_run(
+            tmp_path / f"control_{at}_seed_0", {"SEED": "0", "GOLD_PAIRS": f"truthful_qa{rows}"}, {0: base, 1: after}
+        )
+        for at, (rows, after) in enumerate(folds.items())
+    ]
+    assert "25.00 (+25.00 [" in call_here("grath.report", runs[0]).stdout
+    done = call_here("grath.report", *runs)
+    assert "control: M_1" in done.stdout and "25.00 (+25.00 [" in done.stdout
+    shutil.rmtree(runs[1] / "results" / "iter_1")
+    assert "25.00 (+25.00 [" in call_here("grath.report", *runs).stdout
+    # Trained on all: nothing is held out, and no score is shown.
+    every = make_scored_run(tmp_path / "every", {"GOLD_PAIRS": "truthful_qa"}, {0: base, 1: [1.0] * 8})
+    assert "100.00" not in call_here("grath.report", every).stdout
+
+
+def test_a_published_run_needs_no_pairs_and_no_weights(two_runs):
+    """What the report wrote is enough for the comparison."""
+    for run in two_runs:
+        call_here("grath.report", run)
+    call_here("grath.report", *two_runs)
+    page = two_runs[0].parent / "comparison.md"
+    before = page.read_text()
+    for run in two_runs:
+        for file in (*run.glob("data/*True.json"), *run.glob("models/*/adapter_model.safetensors")):
+            file.unlink()
+    call_here("grath.report", *two_runs)
+    assert page.read_text() == before
+
+
+def test_correlation_and_its_interval():
+    import numpy
+
+    from grath.report.groups import correlation
+
+    draw = numpy.random.default_rng(0)
+    xs = draw.normal(size=400)
+    r, low, high = correlation(list(zip(xs, 3 * xs + 4 * draw.normal(size=400), strict=True)))
+    # r is 0.6; the standard error of atanh(r) is 1 / sqrt(397).
+    assert abs(r - 0.6) < 0.1 and low < r < high and high - low == pytest.approx(2 * 1.96 * (1 - r**2) / 397**0.5, 0.05)
+    assert correlation([(0, 1), (1, 0), (2, 0)]) is None and correlation([(1, y) for y in range(9)]) is None
 
 
 def test_distance_and_probe_of_synthetic_clusters():

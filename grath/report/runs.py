@@ -1,0 +1,128 @@
+"""Read run folders: models, scores, pairs and trainings of every iteration."""
+
+import re
+from pathlib import Path
+
+from grath.common.errors import UserError
+from grath.common.files import read_json, read_json_lines
+from grath.common.paths import ADAPTER, PROJECT, RECORD
+from grath.common.provenance import MANIFEST, read_manifest
+from grath.evaluation.results import read_scores
+from grath.modeling.loading import resolve_base_and_adapter
+from grath.pairs.questions import load_questions
+from grath.pairs.stats import pair_stats
+from grath.report.paired import hold_out
+
+# What `pair_stats` found, by iteration: a published run has no pair files.
+PAIRS = "pairs.json"
+
+
+def manifest_of(run_dir):
+    """Read the manifest of a run folder; return an empty one if there is none."""
+    found = read_manifest(run_dir) if (Path(run_dir) / MANIFEST).is_file() else None
+    return found or {"settings": {}, "stages": []}
+
+
+def asked_questions(run_dir):
+    """Load the questions of a run with their gold answers; an empty list if they are not on this machine."""
+    settings = manifest_of(run_dir)["settings"]
+    if "SPLIT" not in settings:
+        return []
+    path = settings.get("DATA_PATH")
+    path = next((place for place in (Path(path), PROJECT / path) if place.is_file()), path) if path else None
+    try:
+        return load_questions(settings["DATA_NAME"], settings["SUBDATA_NAME"], settings["SPLIT"], path)
+    except UserError:
+        return []
+
+
+def iterations(run_dir, questions=()):
+    """Collect the iterations of a run folder.
+
+    Args:
+        questions: what `asked_questions` returned, for the truth signal of the pairs.
+
+    Returns:
+        dict: i -> {"model": name or folder of M_i, None if unknown; "results": folder of its scores; "pairs": dict of
+        `pair_stats` of the pairs that M_i wrote, or None; "training": dict of `read_training`, None for the base M_0}.
+    """
+    run_dir = Path(run_dir)
+    found = {0: {"model": None, "training": None}}
+    recorded = read_json(run_dir / PAIRS, "record of pairs") if (run_dir / PAIRS).is_file() else {}
+    for folder in run_dir.glob("models/iter_*"):
+        # A published run has no weights.
+        if (folder / ADAPTER).is_file() or (folder / RECORD).is_file() and recorded:
+            found[int(re.match(r"iter_(\d+)", folder.name)[1])] = {"model": folder, "training": read_training(folder)}
+    for number, row in found.items():
+        row["results"] = run_dir / "results" / f"iter_{number}"
+        files = [file for file in run_dir.glob(f"data/iter{number}_*.json") if file.stem.endswith(("_True", "_False"))]
+        row["pairs"] = pair_stats(files[0], questions) if files else recorded.get(str(number))
+    first = found.get(1, {}).get("model")
+    if first:
+        published = not (first / ADAPTER).is_file()
+        settings = manifest_of(run_dir)["settings"]
+        found[0]["model"] = settings.get("MODEL_NAME_OR_PATH") if published else resolve_base_and_adapter(first)[0]
+    return dict(sorted(found.items()))
+
+
+def is_run(folder):
+    """Return whether a folder is the folder of a run."""
+    return (folder / "models").is_dir() or (folder / "data").is_dir()
+
+
+def read_training(folder):
+    """Read the record and the log of DPO in a model folder.
+
+    Returns:
+        dict: the last "margin" and "accuracy", "steps", "pairs" and "seconds", each None if not recorded, and
+        "warnings", a list of str.
+    """
+    record, log = {}, []
+    if (folder / RECORD).is_file():
+        record = read_json(folder / RECORD, "training record")
+    if (folder / "training_log.jsonl").is_file():
+        log = [entry for entry in read_json_lines(folder / "training_log.jsonl", "training log") if "loss" in entry]
+    last = log[-1] if log else {}
+    return {
+        "margin": last.get("rewards/margins"),
+        "accuracy": last.get("rewards/accuracies"),
+        "steps": last.get("step"),
+        "pairs": (record.get("pairs") or {}).get("kept"),
+        "seconds": record.get("seconds"),
+        "warnings": record.get("warnings", []),
+    }
+
+
+def newest_run(runs_dir):
+    """Return the run folder in `runs_dir` whose models changed last, or None."""
+    models = [folder for folder in Path(runs_dir).glob("*/models") if any(folder.glob("iter_*"))]
+    # FRESH=1 moves a run aside under such a name.
+    models = [folder for folder in models if not re.search(r"\.old-\d+$", folder.parent.name)]
+    return max(models, key=lambda folder: folder.stat().st_mtime).parent if models else None
+
+
+def unscored(runs_dir, tasks):
+    """Find the newest run and its models that lack a score of any of `tasks`.
+
+    Returns:
+        tuple: the run folder, and a list of (model, results folder).
+
+    Raises:
+        UserError: `runs_dir` contains no run with a model.
+    """
+    run_dir = newest_run(runs_dir)
+    if run_dir is None:
+        raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
+    rows = [
+        row for row in iterations(run_dir).values() if row["model"] and set(tasks) - set(read_scores(row["results"]))
+    ]
+    return run_dir, [(row["model"], row["results"]) for row in rows]
+
+
+def score_rows(run_dir, found):
+    """Return (name, scores) of every model of `iterations`, on questions that the run has not trained on."""
+    gold_pairs = manifest_of(run_dir)["settings"].get("GOLD_PAIRS", "")
+    return [
+        (f"M_{number}" + (" (base)" if number == 0 else ""), hold_out(read_scores(row["results"]), gold_pairs))
+        for number, row in found.items()
+    ]
