@@ -19,19 +19,33 @@ def test_identical_and_long_pairs_are_dropped_and_counted(tiny_llama, tmp_path):
 
 
 @needs_hub
-@pytest.mark.parametrize("name", ["ai2_arc/ARC-Challenge", "truthful_qa"])
+@pytest.mark.parametrize("name", ["ai2_arc/ARC-Challenge", "truthful_qa", "truthful_qa[1:4]"])
 def test_labeled_datasets(tiny_llama, tmp_path, name):
     flags = [
         "--dataset_name", name, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m", "--seed", "0",
         *SMALL, "--num_sample", "5", "--max_steps", "1",
     ]  # fmt: skip
-    if name == "truthful_qa":
+    if name.startswith("truthful_qa"):
         done = call_here("dpo.py", *flags, cwd=HUB)
     else:
         done = call(*LAUNCH, PROJECT / "dpo.py", *flags, cwd=HUB)
     record = json.loads((tmp_path / "m" / "grath.json").read_text())
-    assert record["pairs"]["kept"] == 5
-    assert ("is the TruthfulQA test set" in done.stderr) == (name == "truthful_qa")
+    assert record["pairs"]["kept"] == (3 if "[" in name else 5)
+    assert ("is the TruthfulQA test set" in done.stderr) == name.startswith("truthful_qa")
+
+
+@needs_hub
+def test_rows_of_a_labeled_dataset():
+    from grath.pairs.questions import gold_pairs, labeled_rows
+
+    name = str(HUB / "truthfulqa" / "truthful_qa")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "grath.pairs.questions.LABELED_DATASETS", {"truthful_qa": (name, "multiple_choice", "validation")}
+        )
+        every = gold_pairs("truthful_qa", 0)
+        for rows in ("[:3]", "[5:]", "[2:4]", "[:]"):
+            assert gold_pairs(f"truthful_qa{rows}", 0) == every[labeled_rows(f"truthful_qa{rows}")]
 
 
 def test_dataset_in_trls_preference_format(tiny_llama, tmp_path):

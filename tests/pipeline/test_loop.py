@@ -52,6 +52,39 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
         assert all("--learning_rate 5e-4" in line and "--warmup_steps 100 " in line for line in trainings)
 
 
+def test_a_control_on_gold_answers_asks_no_model_for_pairs(hub, tiny_llama, tmp_path):
+    settings = {
+        "MODEL_NAME_OR_PATH": str(tiny_llama),
+        "GOLD_PAIRS": "truthful_qa[1:3]",
+        "ITERATIONS": "1",
+        "MAX_STEPS": "1",
+        "WARMUP_STEPS": "0",
+        "NUM_QUERY": "6",
+        "DATASETS_ROOT": str(hub),
+        "TASKS": "truthfulqa_mc1",
+        "SAMPLES": "0",
+        "DPO_PRECISION": "fp32",
+        "RUNS_DIR": str(tmp_path),
+    }
+    done = call("run_llama2.sh", env=settings)
+    run = tmp_path / "llama2_seed_0"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert [entry["stage"] for entry in manifest["stages"]] == ["scores", "dpo", "scores"]
+    assert "multiple_choice/validation-0.parquet" in manifest["stages"][1]["inputs"]
+    (record,) = run.glob("models/*/grath.json")
+    assert json.loads(record.read_text())["pairs"]["read"] == 2
+    # Of the four questions, the report scores the two that were not trained on.
+    scores = json.loads((run / "results" / "iter_1" / "truthfulqa_mc1.json").read_text())["questions"]["scores"]
+    shown = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("M_1 "))
+    assert len(scores) == 4 and float(shown) == 50 * (scores[0] + scores[3])
+    done = call("run_llama2.sh", env=settings)
+    assert done.stdout.count("is up to date") == 4  # three stages and the scores' file
+    done = call("run_llama2.sh", env={**settings, "GOLD_PAIRS": "truthful_qa[:1]"}, status=2)
+    assert "contains a run with GOLD_PAIRS=truthful_qa[1:3], not truthful_qa[:1]" in done.stderr
+    done = call("run_llama2.sh", env={**settings, "GOLD_PAIRS": "my_own"}, status=2)
+    assert "GOLD_PAIRS must be empty, or one of" in done.stderr
+
+
 def test_a_training_can_be_watched_elsewhere():
     done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb"})
     assert done.stdout.count("--report_to wandb ") == 2
