@@ -148,8 +148,9 @@ def main():
         difference = max(abs(a - b) for a, b in zip(found["losses"], first["losses"], strict=True))
         print(
             f"{way:14}{found['before']:8.1f}{found['seconds'] / args.steps:8.2f}"
-            f"{found['tokens'] / found['seconds']:10.0f}{found['peak'] / 1e6:9.0f}{first['seconds'] / found['seconds']:7.2f}"
-            f"{iteration(first) / iteration(found):11.2f}{found['peak'] / first['peak']:8.2f}"
+            f"{found['tokens'] / found['seconds']:10.0f}{found['peak'] / 1e6:9.0f}"
+            f"{first['seconds'] / found['seconds']:7.2f}{iteration(first) / iteration(found):11.2f}"
+            f"{found['peak'] / first['peak']:8.2f}"
             f"{difference:25.6f}",
             flush=True,
         )

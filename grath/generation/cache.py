@@ -1,6 +1,8 @@
 """The KV cache of the shared-prefix engine: one prefix for all rows, and each row's own tokens after it."""
 
 from itertools import accumulate
+from math import prod
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from operator import add
 
 import torch
@@ -160,7 +162,7 @@ class SharedPrefixCache:
         """Append keys and values (N, K, D) to the rows' caches; return those of the active rows, (n, K, T, D) each."""
         if layer not in self.kv:
             shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
-            self.kv[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+            self.kv[layer] = (_zeros(shape, key), _zeros(shape, value))
         rows, positions = self.new
         for cache, new in zip(self.kv[layer], (key, value), strict=True):
             cache[rows, :, positions] = new
@@ -171,6 +173,14 @@ class SharedPrefixCache:
         for keys, values in self.kv.values():
             keys[target] = keys[source]
             values[target] = values[source]
+
+
+def _zeros(shape, like):
+    """Return zeros with the dtype and device of a tensor. On a CPU, they take no memory until they are written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    pages = mmap(-1, prod(shape) * like.element_size(), flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 def padding(counts):

@@ -85,6 +85,16 @@ def test_a_control_on_gold_answers_asks_no_model_for_pairs(hub, tiny_llama, tmp_
     assert "GOLD_PAIRS must be empty, or one of" in done.stderr
 
 
+def test_the_same_command_elsewhere_gives_the_same_bytes(llama_run, tmp_path):
+    """Pairs and adapter of iteration 1, in another folder, from other processes."""
+    run, settings, _ = llama_run
+    call("run_llama2.sh", env={**settings, "RUNS_DIR": str(tmp_path), "ITERATIONS": "1", "TASKS": ""})
+    again = tmp_path / run.name
+    made = [*again.glob("data/*.json"), *again.glob("models/*/adapter_model.safetensors")]
+    assert len(made) == 2
+    assert [file.name for file in made if file.read_bytes() != (run / file.relative_to(again)).read_bytes()] == []
+
+
 def test_a_training_can_be_watched_elsewhere():
     done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb"})
     assert done.stdout.count("--report_to wandb ") == 2

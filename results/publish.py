@@ -1,0 +1,63 @@
+"""Copy what runs show to results/: no weights, no pair files (they quote ARC), and no places of this machine.
+
+    python results/publish.py RUN_DIR [RUN_DIR ...] [--place PATH=TEXT ...]
+
+Write the report of each run first (`python -m grath.report RUN_DIR`). In every text, the folder of the runs becomes
+`runs`, the project `.`, and DATASETS_ROOT `$folder`; --place replaces other paths.
+"""
+
+import shutil
+from pathlib import Path
+
+from grath.common.arguments import Parser
+from grath.common.errors import UserError, run_main
+from grath.common.paths import DATASETS_ROOT, PROJECT
+from grath.report.runs import PAIRS
+
+SHOWN = (
+    "manifest.json",
+    "report.md",
+    PAIRS,
+    "iterations.png",
+    "data/*.distance.json",
+    "models/*/grath.json",
+    "models/*/training_log.jsonl",
+    "models/*/training.png",
+    "results/*/*.json",
+    "results/*/samples.jsonl",
+    "results/*/settings.txt",
+)
+
+
+def publish(run_dir, places):
+    """Copy a run's shown files to results/, with `places` (path -> text) replaced; return the new folder."""
+    target = PROJECT / "results" / run_dir.name
+    for pattern in SHOWN:
+        for file in sorted(run_dir.glob(pattern)):
+            copy = target / file.relative_to(run_dir)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".png":
+                shutil.copyfile(file, copy)
+                continue
+            text = file.read_text(encoding="utf-8")
+            for path, replacement in places.items():
+                text = text.replace(path, replacement)
+            copy.write_text(text, encoding="utf-8")
+    return target
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders with a report")
+    parser.add_argument("--place", nargs="+", default=[], help="PATH=TEXT: replace a path in every text")
+    args = parser.parse_args()
+    given = dict(place.split("=", 1) for place in args.place)
+    for run_dir in map(Path.resolve, args.runs):
+        if not (run_dir / PAIRS).is_file():
+            raise UserError(f"{run_dir} has no {PAIRS}: run `python -m grath.report {run_dir}` first")
+        own = {str(run_dir.parent): "runs", str(PROJECT): "."} | ({DATASETS_ROOT: "$folder"} if DATASETS_ROOT else {})
+        print(f"Wrote {publish(run_dir, given | own)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
