@@ -32,6 +32,7 @@ SHOWN = (
 def publish(run_dir, places):
     """Copy a run's shown files to results/, with `places` (path -> text) replaced; return the new folder."""
     target = PROJECT / "results" / run_dir.name
+    shutil.rmtree(target, ignore_errors=True)
     for pattern in SHOWN:
         for file in sorted(run_dir.glob(pattern)):
             copy = target / file.relative_to(run_dir)

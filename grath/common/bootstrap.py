@@ -27,7 +27,7 @@ def bootstrap_means(values, seed=0):
 
 
 def interval(values):
-    """Return the 2.5 % and the 97.5 % quantile of values (array; NaNs are left out): two floats."""
+    """Return the 2.5 % and the 97.5 % quantile of values (array; NaNs are left out): list of two floats."""
     import numpy
 
-    return tuple(numpy.nanquantile(values, (0.025, 0.975)).tolist())
+    return numpy.nanquantile(values, (0.025, 0.975)).tolist()

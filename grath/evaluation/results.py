@@ -58,32 +58,34 @@ def read_scores(folder):
     return scores
 
 
-def question_scores(samples, task, groups):
+def question_scores(samples, task, results):
     """Return the score of every question, for paired differences between models.
 
     Args:
         samples: the harness's samples: dict of task -> list of dicts.
         task: the task, or group of tasks.
-        groups: dict of group -> its members.
+        results: the results of this task alone, as from `split_by_task`.
 
     Returns:
         dict of "sha256" (of the questions, in order) and "scores" (list of float, between 0 and 1); for TruthfulQA's
         format also "negated" (list of 0 or 1: whether the gold answer contains a negation). None if the harness gives
-        no score of single questions.
+        no score of single questions, or if the score of the task is not their mean.
     """
     metric = get_task(task).metric
     rows = [
         row
-        for name in _members(task, groups) or [task]
+        for name in _members(task, results.get("group_subtasks", {})) or [task]
         for row in sorted(samples.get(name, ()), key=lambda row: row["doc_id"])
         if row["filter"] == "none" and metric in row
     ]
-    if not rows:
+    reported = results["results"][task].get(f"{metric},none")
+    mean = sum(float(row[metric]) for row in rows) / max(1, len(rows))
+    if not rows or reported is None or abs(mean - reported) > 1e-5:
         return None
     asked = hashlib.sha256("".join(row["doc_hash"] for row in rows).encode())
     found = {"sha256": asked.hexdigest(), "scores": [round(float(row[metric]), 6) for row in rows]}
-    targets = [row["doc"].get("mc1_targets") for row in rows]
-    if all(targets):
+    if task in TASKS and task.endswith(("_mc1", "_mc2")):
+        targets = [row["doc"]["mc1_targets"] for row in rows]
         found["negated"] = [int(negated([target["choices"][target["labels"].index(1)]])) for target in targets]
     return found
 

@@ -230,6 +230,6 @@ def _write_results(output, tasks, results, log_samples):
     for task in tasks:
         if task not in by_task:
             raise UserError(f"{task} is not a task with a score of its own: name its members in TASKS")
-        by_task[task][QUESTIONS] = question_scores(samples, task, results.get("group_subtasks", {}))
+        by_task[task][QUESTIONS] = question_scores(samples, task, by_task[task])
         text = json.dumps(by_task[task], indent=2, default=handle_non_serializable, ensure_ascii=False)
         atomic_write_text(output / f"{task}.json", text + "\n")

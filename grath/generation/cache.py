@@ -170,9 +170,9 @@ class SharedPrefixCache:
 
     def copy_row(self, source, target):
         """Copy the keys and values of row `source` to row `target`."""
-        for keys, values in self.kv.values():
-            keys[target] = keys[source]
-            values[target] = values[source]
+        for both in self.kv.values():
+            for cache in both:
+                cache[target, :, : self.kv_length] = cache[source, :, : self.kv_length]
 
 
 def _zeros(shape, like):

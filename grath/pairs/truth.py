@@ -70,8 +70,8 @@ def truth_signal(rows, questions, seed=0):
     return {
         "correct": correct,
         "incorrect": incorrect,
-        "decided": tuple(decided.sum(axis=0).tolist()),
-        "undecided": tuple((~decided).sum(axis=0).tolist()),
+        "decided": decided.sum(axis=0).tolist(),
+        "undecided": (~decided).sum(axis=0).tolist(),
         "signal": correct - incorrect,
         "interval": interval(means[:, 0] - means[:, 1]),
     }

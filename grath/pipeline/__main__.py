@@ -38,7 +38,9 @@ def parse_args():
     stage.add_argument("--title", required=True, help="what is printed")
     stage.add_argument("--input", nargs="+", default=[], help="files, model folders or hub names that it reads")
     stage.add_argument("--output", nargs="+", required=True, help="files that it writes")
-    stage.add_argument("--questions", action="store_true", help="it also reads the questions and few-shot examples")
+    stage.add_argument(
+        "--questions", action="store_true", help="it also reads the questions and few-shot examples, or GOLD_PAIRS"
+    )
     return parser.parse_with_rest()
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from grath.pairs.questions import LABELED_DATASETS, labeled_split
+from grath.pairs.questions import LABELED_DATASETS, labeled_rows, labeled_split
 from grath.serving.client import server_urls
 
 
@@ -32,7 +32,7 @@ def file_or_empty(value):
 
 def gold_or_empty(value):
     """A check: the value must name a data set with gold answers, or be empty."""
-    if not value or labeled_split(value):
+    if not value or (labeled_split(value) and range(10**9)[labeled_rows(value)]):
         return None
     return f"empty, or one of {', '.join(LABELED_DATASETS)}, or rows of one, as in truthful_qa[:200]"
 

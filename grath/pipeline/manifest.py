@@ -49,7 +49,7 @@ def start_manifest(run, settings, inputs, data=()):
     before = manifest["inputs"]
     present = hashes(run, inputs, manifest["hash_cache"], data)
     names = before.keys() & present.keys()
-    if before and "pairs" in reached:  # before that, the questions may still change
+    if before and reached & {"pairs", "dpo"}:  # before that, the questions may still change
         names = before.keys() | present.keys()
     changed = changed_input(*({name: files.get(name) for name in names} for files in (before, present)))
     if changed:

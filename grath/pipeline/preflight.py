@@ -12,7 +12,7 @@ from grath.evaluation.tasks import get_task
 from grath.modeling.loading import check_weights, resolve_base_and_adapter
 from grath.modeling.memory import LORA_R, read_shape
 from grath.modeling.precision import resolve_precision
-from grath.pairs.questions import load_hub_split, load_questions
+from grath.pairs.questions import labeled_split, load_hub_split, load_questions
 from grath.pipeline.machine import (
     PLANS,
     check_device,
@@ -64,11 +64,15 @@ def _parameters(folder):
 
 def check_data(values):
     """Check that the questions and the data sets of the tasks exist."""
-    if values["DATA_PATH"]:
+    if values["GOLD_PAIRS"]:
+        found = len(load_hub_split(*labeled_split(values["GOLD_PAIRS"])))
+        if not found:
+            raise UserError(f"GOLD_PAIRS={values['GOLD_PAIRS']} has no row")
+    elif values["DATA_PATH"]:
         found = len(load_questions(data_path=values["DATA_PATH"]))
     else:
         found = len(load_hub_split(values["DATA_NAME"], values["SUBDATA_NAME"], values["SPLIT"]))
-    if found < int(values["NUM_QUERY"]):
+    if not values["GOLD_PAIRS"] and found < int(values["NUM_QUERY"]):
         raise UserError(f"NUM_QUERY={values['NUM_QUERY']}, but there are only {found} questions")
     for name in sorted({get_task(task).dataset for task in values["TASKS"].split()} - {None}):
         _check_dataset(name)
@@ -144,8 +148,13 @@ def check_stages(check, model, values, precisions):
         check("memory", check_memory, model[2], precisions, int(values["NUM_PROCESSES"]))
         return
     for stage in PLANS:
-        if stage not in served_stages(values) and (stage != "scores" or values["TASKS"]):
+        if stage not in _stages_elsewhere(values) and (stage != "scores" or values["TASKS"]):
             check(f"memory, {stage}", lambda stage=stage: check_gpu_memory(stage, read_shape(*model[1:]), values))
+
+
+def _stages_elsewhere(values):
+    """Return the stages that need nothing of this machine: set of str."""
+    return served_stages(values) | ({"pairs"} if values["GOLD_PAIRS"] else set())
 
 
 def check_run(values, stages):
@@ -174,7 +183,7 @@ def check_run(values, stages):
         return found
 
     processes = int(values["NUM_PROCESSES"])
-    here = {name: stage for name, stage in STAGE_OF_PRECISION.items() if stage not in served_stages(values)}
+    here = {name: stage for name, stage in STAGE_OF_PRECISION.items() if stage not in _stages_elsewhere(values)}
     precisions = [resolve_precision(values[name], stage) for name, stage in here.items()]
     check("packages", check_packages, precisions)
     check("device", check_device, processes)

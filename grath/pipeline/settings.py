@@ -95,7 +95,7 @@ GROUPS = {
                 "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
     ],
     "DPO": [
-        Setting("GOLD_PAIRS", "", gold_or_empty, "dpo",
+        Setting("GOLD_PAIRS", "", gold_or_empty, EVERY_STAGE,
                 "train on gold answers instead of the model's own pairs, as a positive control: "
                 "`truthful_qa`, `ai2_arc/ARC-Challenge`, `ai2_arc/ARC-Easy`, or rows of one (`truthful_qa[:200]`)"),
         Setting("MAX_STEPS", "1000", COUNT, "dpo", "optimizer steps an iteration", "1000 (Zephyr rolling: 500)"),
@@ -226,7 +226,7 @@ def normalize_settings(values):
 
 
 def question_inputs(values):
-    """Return (files, data sets) that the pairs are made from: two lists of str.
+    """Return (files, data sets) that the pairs, or the gold pairs, are made from: two lists of str.
 
     Raises:
         UserError: a file does not exist.

@@ -13,9 +13,10 @@ def shell_lines(values):
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP also accepts a list
     processors = int(threads[0]) if threads else allowed
+    asked = f"arcc_num_{values['NUM_QUERY']}_useGT_{flags['USE_GT']}_useFS_{flags['USE_FS']}"
     derived = {
         "RUN": str(run_folder(values)),
-        "SUFFIX": f"arcc_num_{values['NUM_QUERY']}_useGT_{flags['USE_GT']}_useFS_{flags['USE_FS']}",
+        "SUFFIX": "gold" if values["GOLD_PAIRS"] else asked,
         "THREADS": str(max(1, processors // int(values["NUM_PROCESSES"]))),
     }
     return "".join(f"export {name}={quote(value)}\n" for name, value in (values | derived).items())

@@ -1,7 +1,7 @@
 """Report on runs: scores of every iteration against the base, pairs, training, sample answers, and a plot.
 
-    python -m grath.report RUN_DIR              write report.md, iterations.png and iterations.svg in the run folder
-    python -m grath.report RUN_DIR RUN_DIR ...  compare runs: write comparison.md and comparison.png next to the first
+    python -m grath.report RUN_DIR              write report.md, pairs.json, iterations.png and .svg in the run folder
+    python -m grath.report RUN_DIR RUN_DIR ...  compare runs: write comparison.md and its plots next to the first
     python -m grath.report RESULTS_DIR          print the scores of one model
 
 Scores are read from all JSON files that lm-evaluation-harness wrote, whatever their names.

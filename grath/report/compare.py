@@ -27,7 +27,7 @@ def compare(run_dirs):
     groups = group_runs(run_dirs)
     rows, bases = _score_rows(groups)
     parts = ["# Runs compared", _settings_table(groups)]
-    parts += [score_table(rows, "github", bases), score_footer(rows), *negation_section(rows, bases)]
+    parts += [score_table(rows, "github", bases), score_footer(rows, bases), *negation_section(rows, bases)]
     parts.append(_pairs_table(groups))
     files = ["comparison.md"]
     tasks = tasks_of(rows)
@@ -44,7 +44,7 @@ def compare(run_dirs):
         files.append("signal.png")
     atomic_write_text(folder / "comparison.md", "\n\n".join(part for part in parts if part) + "\n")
     wrote = f"Wrote {', '.join(files)} in {folder}"
-    return "\n".join([score_table(rows, bases=bases), score_footer(rows), wrote])
+    return "\n".join([score_table(rows, bases=bases), score_footer(rows, bases), wrote])
 
 
 def _score_rows(groups):

@@ -5,37 +5,65 @@ import os
 import re
 from pathlib import Path
 
+from grath.pairs.questions import labeled_rows
 from grath.report.paired import paired_difference, pool
 from grath.report.runs import asked_questions, iterations, manifest_of, score_rows
 
+# More than any data set of `GOLD_PAIRS` has.
+MOST_ROWS = 10**5
+
 
 def group_runs(run_dirs):
-    """Read runs and group those whose settings differ only in SEED and in the rows of GOLD_PAIRS.
+    """Read runs and group those whose settings differ only in SEED, or in disjoint rows of GOLD_PAIRS (folds).
 
     Returns:
         list of dict: "name", that of the run folders without the seed; "settings", a dict of the values of every
         setting in the group, as a string; "gold", whether it trains on gold answers; "models", a dict: i -> {"scores"
         and "base": what `pool` returned for the runs that have M_i; "pairs": list of different dicts of `pair_stats`}.
     """
-    grouped = {}
+    grouped = []
     for run_dir in map(Path, run_dirs):
         settings = manifest_of(run_dir)["settings"]
-        same = {name: value for name, value in settings.items() if name != "SEED" and value}
-        same["GOLD_PAIRS"] = settings.get("GOLD_PAIRS", "").partition("[")[0]
-        grouped.setdefault(tuple(sorted(same.items())), []).append((run_dir, settings))
+        group = next((members for members in grouped if _belongs(settings, members)), None)
+        if group is None:
+            grouped.append(group := [])
+        group.append((run_dir, settings))
     groups = []
-    for members in grouped.values():
-        names = {name: None for _, settings in members for name in settings}
+    for members in grouped:
+        settings_names = {name: None for _, settings in members for name in settings}
         runs = [_read_run(run_dir) for run_dir, _ in members]
+        names = [run_dir.resolve().name for run_dir, _ in members]
+        name = _group_name(names)
         groups.append(
             {
-                "name": _group_name([run_dir.resolve().name for run_dir, _ in members]),
-                "settings": {name: _joined(settings.get(name) for _, settings in members) for name in names},
+                "name": names[0] if name in [group["name"] for group in groups] else name,
+                "settings": {name: _joined(settings.get(name) for _, settings in members) for name in settings_names},
                 "gold": bool(members[0][1].get("GOLD_PAIRS")),
                 "models": {number: _pooled_model(number, runs) for number in sorted(set().union(*runs))},
             }
         )
     return groups
+
+
+def _belongs(settings, members):
+    """Whether a run belongs to a group: another seed, or rows of GOLD_PAIRS that no run of its seed has."""
+
+    def rest(of_run):
+        kept = {name: value for name, value in of_run.items() if name not in ("SEED", "GOLD_PAIRS") and value}
+        return kept | {"GOLD_PAIRS": of_run.get("GOLD_PAIRS", "").partition("[")[0]}
+
+    def rows(of_run):
+        return set(range(MOST_ROWS)[labeled_rows(of_run["GOLD_PAIRS"])])
+
+    for _, other in members:
+        if rest(settings) != rest(other):
+            return False
+        overlap = not settings.get("GOLD_PAIRS") or rows(settings) & rows(other)
+        if overlap and settings.get("SEED") == other.get("SEED"):
+            return False
+        if overlap and settings.get("GOLD_PAIRS") != other.get("GOLD_PAIRS"):
+            return False
+    return True
 
 
 def _read_run(run_dir):
@@ -81,15 +109,20 @@ def signal_points(groups, tasks):
     """Collect for each group the truth signal of the pairs that M_1 was trained on, and the gains of M_1.
 
     Returns:
-        list of dict: "name", "gold", "signal" (value, low, high; a control's is 1 by definition), "gains" (as in
-        `gains`). Groups without either are left out.
+        list of dict: "name", "gold", "signal" (value, low, high, averaged over the group's different pairs; a control's
+        is 1 by definition), "gains" (as in `gains`). Groups without either, or with those of another, are left out.
     """
     points = []
     for group in groups:
         found = gains(group, 1, tasks) if 1 in group["models"] else {}
-        truth = next((stats["truth"] for stats in group["models"].get(0, {"pairs": ()})["pairs"]), None)
-        signal = (1.0, 1.0, 1.0) if group["gold"] else truth and (truth["signal"], *truth["interval"])
-        if found and signal:
+        of_runs = [stats["truth"] for stats in group["models"].get(0, {"pairs": ()})["pairs"] if stats["truth"]]
+        of_runs = [(truth["signal"], *truth["interval"]) for truth in of_runs]
+        signal = (
+            (1.0, 1.0, 1.0) if group["gold"] else tuple(sum(part) / len(part) for part in zip(*of_runs, strict=True))
+        )
+        # M_1 is the same with either reference.
+        same = any((signal, found) == (point["signal"], point["gains"]) for point in points)
+        if found and signal and not same:
             points.append({"name": group["name"], "gold": group["gold"], "signal": signal, "gains": found})
     return points
 

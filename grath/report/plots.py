@@ -1,12 +1,14 @@
 """Plots of scores by iteration and of DPO by step."""
 
-from grath.evaluation.results import tasks_of
+from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
 from grath.report.groups import gains
 
 
 def plot_iterations(rows, *paths):
-    """Plot the scores of (name, scores) rows by iteration, with error bars; a dashed line marks the base.
+    """Plot the scores of (name, scores) rows by iteration; a dashed line marks the base.
+
+    Error bars are standard errors, where there are no scores of single questions for paired differences.
 
     Args:
         paths: the files to write; their suffixes choose the format.
@@ -21,7 +23,7 @@ def plot_iterations(rows, *paths):
         line = axes.errorbar(
             where,
             heights,
-            yerr=[score["stderr"] or 0 for _, score in points],
+            yerr=[0 if score[QUESTIONS] else score["stderr"] or 0 for _, score in points],
             marker="o",
             capsize=3,
             label=get_task(task).title,
@@ -72,9 +74,12 @@ def plot_summary(groups, tasks, path):
     from matplotlib.figure import Figure
 
     groups = sorted(groups, key=lambda group: not group["gold"])
-    changes = [(group, gains(group, max(group["models"]), tasks)) for group in groups]
-    changes = [(group, found) for group, found in changes if found]
-    tasks = [task for task in tasks if any(task in found for _, found in changes)]
+    changes = []
+    for group in groups:
+        of_models = {number: gains(group, number, tasks) for number in group["models"] if number}
+        if last := max((number for number, found in of_models.items() if found), default=None):
+            changes.append((group, f"{group['name']}: M_{last}", of_models[last]))
+    tasks = [task for task in tasks if any(task in found for *_, found in changes)]
     funnels = {}
     for group in groups:
         for stats in group["models"].get(0, {"pairs": ()})["pairs"]:
@@ -98,14 +103,14 @@ def plot_summary(groups, tasks, path):
     if funnels:
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8)
     for axes, task in zip(right, tasks, strict=True):
-        for at, (group, found) in enumerate(changes):
+        for at, (group, _, found) in enumerate(changes):
             if task in found:
                 difference, low, high = found[task]
                 error = [[difference - low], [high - difference]]
                 color = "#31a354" if group["gold"] else "#3182bd"
                 axes.errorbar(difference, at, xerr=error, marker="o", capsize=3, color=color)
         axes.axvline(0, color="gray", linewidth=1)
-        axes.set_yticks(range(len(changes)), [f"{group['name']}: M_{max(group['models'])}" for group, _ in changes])
+        axes.set_yticks(range(len(changes)), [name for _, name, _ in changes])
         axes.tick_params(labelleft=axes is right[0])
         axes.set(title=f"change of {get_task(task).title}", xlabel="points", ylim=(len(changes) - 0.5, -0.5))
         axes.grid(axis="x", alpha=0.3)

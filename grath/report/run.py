@@ -5,6 +5,7 @@ from pathlib import Path
 
 from grath.common.files import atomic_write_text, read_json_lines
 from grath.evaluation.results import tasks_of
+from grath.report.paired import TRUTHFULQA, values
 from grath.report.plots import plot_iterations
 from grath.report.runs import PAIRS, asked_questions, iterations, manifest_of, score_rows
 from grath.report.tables import best_iteration, negation_table, score_footer, score_table
@@ -21,6 +22,8 @@ def write_report(run_dir):
     run_dir = Path(run_dir)
     found = iterations(run_dir, asked_questions(run_dir))
     rows = score_rows(run_dir, found)
+    held_out = held_out_sentence(run_dir, rows)
+    best = best_iteration(rows) if tasks_of(rows) or not held_out else []
     base = str(found[0]["model"] or "not known yet")
     pairs = {number: row["pairs"] for number, row in found.items() if row["pairs"]}
     atomic_write_text(run_dir / PAIRS, json.dumps(pairs, indent=2) + "\n")
@@ -30,7 +33,8 @@ def write_report(run_dir):
         f"Base model: {base}",
         score_table(rows, "github"),
         score_footer(rows),
-        *best_iteration(rows),
+        held_out,
+        *best,
         *negation_section(rows, [rows[0][1]] * len(rows)),
     ]
     if tasks_of(rows):
@@ -60,9 +64,21 @@ def write_report(run_dir):
     parts += ["```text\n" + text.strip() + "\n```" for text in sorted(score_settings)]
     parts.append(made_with(manifest["stages"]))
     atomic_write_text(run_dir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
-    return "\n".join(
-        [score_table(rows), score_footer(rows), *best_iteration(rows), f"Wrote {', '.join(files)} in {run_dir}"]
-    )
+    lines = [score_table(rows), score_footer(rows), held_out, *best]
+    return "\n".join([*filter(None, lines), f"Wrote {', '.join(files)} in {run_dir}"])
+
+
+def held_out_sentence(run_dir, rows):
+    """Say how many questions of TruthfulQA a run on its gold answers is scored on; empty for any other run."""
+    if not manifest_of(run_dir)["settings"].get("GOLD_PAIRS", "").startswith(TRUTHFULQA):
+        return ""
+    scores = [score for _, scores in rows for task, score in scores.items() if task.startswith("truthfulqa_")]
+    if not scores:
+        return (
+            "TruthfulQA is left out: the run has trained on all of its questions, or they have no scores of their own."
+        )
+    held_out = int((values(scores[0]) >= 0).sum())
+    return f"TruthfulQA: the {held_out} questions that the run has not trained on."
 
 
 def negation_section(rows, bases):

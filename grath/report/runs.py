@@ -50,19 +50,27 @@ def iterations(run_dir, questions=()):
     found = {0: {"model": None, "training": None}}
     recorded = read_json(run_dir / PAIRS, "record of pairs") if (run_dir / PAIRS).is_file() else {}
     for folder in run_dir.glob("models/iter_*"):
-        # A published run has no weights.
-        if (folder / ADAPTER).is_file() or (folder / RECORD).is_file() and recorded:
+        if (folder / ADAPTER).is_file() or _is_published(folder):
             found[int(re.match(r"iter_(\d+)", folder.name)[1])] = {"model": folder, "training": read_training(folder)}
     for number, row in found.items():
         row["results"] = run_dir / "results" / f"iter_{number}"
         files = [file for file in run_dir.glob(f"data/iter{number}_*.json") if file.stem.endswith(("_True", "_False"))]
-        row["pairs"] = pair_stats(files[0], questions) if files else recorded.get(str(number))
+        row["pairs"] = earlier = recorded.get(str(number))
+        if files:
+            row["pairs"] = pair_stats(files[0], questions)
+            if earlier and not questions:
+                row["pairs"] |= {name: earlier[name] for name in ("truth", "signal")}
     first = found.get(1, {}).get("model")
-    if first:
-        published = not (first / ADAPTER).is_file()
-        settings = manifest_of(run_dir)["settings"]
-        found[0]["model"] = settings.get("MODEL_NAME_OR_PATH") if published else resolve_base_and_adapter(first)[0]
+    if first and (first / ADAPTER).is_file():
+        found[0]["model"] = resolve_base_and_adapter(first)[0]
+    elif first:
+        found[0]["model"] = manifest_of(run_dir)["settings"].get("MODEL_NAME_OR_PATH")
     return dict(sorted(found.items()))
+
+
+def _is_published(folder):
+    """Whether the training of a model is finished, by its record, and its weights are not here."""
+    return (folder / RECORD).is_file() and bool(read_json(folder / RECORD, "training record").get("adapter_sha256"))
 
 
 def is_run(folder):
@@ -114,7 +122,10 @@ def unscored(runs_dir, tasks):
     if run_dir is None:
         raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
     rows = [
-        row for row in iterations(run_dir).values() if row["model"] and set(tasks) - set(read_scores(row["results"]))
+        row
+        for number, row in iterations(run_dir).items()
+        if row["model"] and (number == 0 or (row["model"] / ADAPTER).is_file())
+        if set(tasks) - set(read_scores(row["results"]))
     ]
     return run_dir, [(row["model"], row["results"]) for row in rows]
 

@@ -89,15 +89,15 @@ def _has_negated(score):
     return bool(score and score[QUESTIONS] and "negated" in score[QUESTIONS])
 
 
-def score_footer(rows):
-    """Name the harness and task versions of (name, scores) rows, and whether the chat template was on."""
+def score_footer(rows, bases=None):
+    """Name the harness and task versions of the rows of `score_table`, and whether the chat template was on."""
     scores = [(task, score) for _, scores in rows for task, score in scores.items()]
     if not scores:
         return ""
     harness = sorted({f"lm-evaluation-harness {score['harness']}" for _, score in scores if score["harness"]})
     versions = sorted({f"{task} {score['version']}" for task, score in scores})
     chat = ["chat template ON" if any(score["chat"] for _, score in scores) else "chat template off"]
-    paired = any(score[QUESTIONS] for _, score in scores) and len(rows) > 1
+    paired = "[" in score_table(rows, bases=bases)
     error = (
         "percent, in brackets the change from the base on the same questions" if paired else "percent ± standard error"
     )

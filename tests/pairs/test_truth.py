@@ -54,7 +54,7 @@ def test_the_signal_and_its_interval():
     pairs += [pair("What is it? 1", "water", "water")] * 50  # DPO drops it
     found = truth_signal(pairs, questions)
     assert (found["correct"], found["incorrect"]) == (pytest.approx(0.6), pytest.approx(0.2))
-    assert found["decided"] == (200, 200) and found["undecided"] == (1, 1)
+    assert found["decided"] == [200, 200] and found["undecided"] == [1, 1]
     assert found["signal"] == pytest.approx(0.4)
     low, high = found["interval"]
     # Both sides are right in 20 of 100 pairs and one is in 40, so a pair's difference has the deviation 0.49.
@@ -118,7 +118,14 @@ def test_the_report_and_the_comparison_show_it(llama_run, tmp_path):
     for settings, shown in (({}, "+1.000 [+1.000, +1.000]"), ({"DATA_PATH": "gone.jsonl"}, "-")):
         manifest["settings"] |= {"MAX_STEPS": "9", **settings}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "stages": []}))
-        call_here("grath.report", folder)
+        if shown != "-":
+            call_here("grath.report", folder)
+            kept = shown
+        else:  # what an earlier report found is kept
+            call_here("grath.report", folder)
+            assert cells(folder / "report.md", "M_0 -> M_1")[6] == kept
+            (folder / "pairs.json").unlink()
+            call_here("grath.report", folder)
         assert cells(folder / "report.md", "M_0 -> M_1")[6] == shown
         call_here("grath.report", folder, run)
         assert cells(tmp_path / "comparison.md", "run", "M_0")[7] == shown

@@ -79,6 +79,9 @@ def test_a_control_on_gold_answers_asks_no_model_for_pairs(hub, tiny_llama, tmp_
     assert len(scores) == 4 and float(shown) == 50 * (scores[0] + scores[3])
     done = call("run_llama2.sh", env=settings)
     assert done.stdout.count("is up to date") == 3
+    assert (
+        "ok    data: 2 questions" in call("run_llama2.sh", env={**settings, "CHECK": "1", "NUM_QUERY": "9999"}).stdout
+    )
     done = call("run_llama2.sh", env={**settings, "GOLD_PAIRS": "truthful_qa[:1]"}, status=2)
     assert "contains a run with GOLD_PAIRS=truthful_qa[1:3], not truthful_qa[:1]" in done.stderr
     done = call("run_llama2.sh", env={**settings, "GOLD_PAIRS": "my_own"}, status=2)

@@ -37,7 +37,8 @@ def made_run(tmp_path):
             (model / "adapter_model.safetensors").write_bytes(b"")
             (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/Llama-2-7b-chat-hf"}))
             write_rows(model / "training_log.jsonl", [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}])
-            (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}, "warnings": ["too many steps"]}))
+            record = {"pairs": {"kept": 2}, "warnings": ["too many steps"], "adapter_sha256": "0"}
+            (model / "grath.json").write_text(json.dumps(record))
     (run / "data").mkdir()
     pairs = [("Is it q?", "a", "a"), ("r", "a", "b"), ("Why s?", "Why s.", "not b")]
     write_rows(
@@ -163,6 +164,7 @@ def make_scored_run(run, settings, scores):
             model.mkdir(parents=True)
             (model / "adapter_model.safetensors").write_bytes(b"")
             (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+            (model / "grath.json").write_text(json.dumps({"adapter_sha256": "0"}))
     manifest = {"format": 2, "settings": settings, "inputs": {}, "hash_cache": {}, "stages": []}
     (run / "manifest.json").write_text(json.dumps(manifest))
     return run
@@ -209,11 +211,43 @@ def test_a_control_is_scored_on_what_it_has_not_trained_on(tmp_path):
     assert "25.00 (+25.00 [" in call_here("grath.report", runs[0]).stdout
     done = call_here("grath.report", *runs)
     assert "control: M_1" in done.stdout and "25.00 (+25.00 [" in done.stdout
+    assert "TruthfulQA: the 4 questions that the run has not trained on." in (runs[0] / "report.md").read_text()
+    for run in runs:  # as it is published
+        call_here("grath.report", run)
+        (run / "models" / "iter_1_arcc" / "adapter_model.safetensors").unlink()
+    assert "25.00 (+25.00 [" in call_here("grath.report", *runs).stdout
     shutil.rmtree(runs[1] / "results" / "iter_1")
     assert "25.00 (+25.00 [" in call_here("grath.report", *runs).stdout
     # Trained on all: nothing is held out, and no score is shown.
     every = make_scored_run(tmp_path / "every", {"GOLD_PAIRS": "truthful_qa"}, {0: base, 1: [1.0] * 8})
-    assert "100.00" not in call_here("grath.report", every).stdout
+    done = call_here("grath.report", every)
+    assert "100.00" not in done.stdout and "TruthfulQA is left out" in done.stdout and "No score" not in done.stdout
+
+
+def test_only_seeds_and_disjoint_folds_are_pooled(tmp_path):
+    def names(*settings):
+        from grath.report.groups import group_runs
+
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        scores = {0: [0.0] * 8, 1: [1.0] * 8}
+        made = [make_scored_run(tmp_path / "runs" / name, values, scores) for name, values in settings]
+        return [group["name"] for group in group_runs(made)]
+
+    assert names(("x_seed_0", {"SEED": "0"}), ("x_seed_1", {"SEED": "1"})) == ["x"]
+    # The same run twice, another setting, and overlapping rows are not.
+    assert names(("x_seed_0", {"SEED": "0"}), ("y_seed_0", {"SEED": "0"})) == ["x", "y"]
+    assert names(("x_seed_0", {"SEED": "0"}), ("x_seed_1", {"SEED": "1", "BETA": "9"})) == ["x", "x_seed_1"]
+    folds = [(f"c_{n}_seed_0", {"SEED": "0", "GOLD_PAIRS": f"truthful_qa[{n}]"}) for n in (":4", "4:", ":6")]
+    assert names(*folds) == ["c", "c_:6"]
+
+
+def test_an_unfinished_training_is_no_iteration(made_run):
+    """DPO writes the record first and the adapter last."""
+    call_here("grath.report", made_run)
+    model = made_run / "models" / "iter_3_arcc"
+    (model / "adapter_model.safetensors").unlink()
+    (model / "grath.json").write_text(json.dumps({"pairs": {"kept": 2}}))
+    assert "M_3" not in call_here("grath.report", made_run).stdout
 
 
 def test_a_published_run_needs_no_pairs_and_no_weights(two_runs):
