@@ -105,7 +105,7 @@ for ((i = 0; i < ITERATIONS; i++)); do
                 python "$HERE/combine_new_correct_ori_wrong.py" --new_data_path "$pairs" --ori_data_path "$first"
             pairs=$combined
         fi
-        train_on=(--dataset_path "$pairs") train_input=(--input "$pairs")
+        train_on=(--dataset_path "$pairs") train_input=("$pairs")
     fi
 
     stage dpo "$next" "iteration $next: DPO trains M_$next" --input "$model" "${train_input[@]}" \
