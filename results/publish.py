@@ -29,9 +29,9 @@ SHOWN = (
 )
 
 
-def publish(run_dir, places):
-    """Copy a run's shown files to results/, with `places` (path -> text) replaced; return the new folder."""
-    target = PROJECT / "results" / run_dir.name
+def publish(run_dir, places, folder):
+    """Copy a run's shown files into a folder, with `places` (path -> text) replaced; return the new folder."""
+    target = folder / run_dir.name
     shutil.rmtree(target, ignore_errors=True)
     for pattern in SHOWN:
         for file in sorted(run_dir.glob(pattern)):
@@ -51,13 +51,14 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders with a report")
     parser.add_argument("--place", nargs="+", default=[], help="PATH=TEXT: replace a path in every text")
+    parser.add_argument("--folder", type=Path, default=PROJECT / "results", help="where the copies go")
     args = parser.parse_args()
     given = dict(place.split("=", 1) for place in args.place)
     for run_dir in map(Path.resolve, args.runs):
         if not (run_dir / PAIRS).is_file():
             raise UserError(f"{run_dir} has no {PAIRS}: run `python -m grath.report {run_dir}` first")
         own = {str(run_dir.parent): "runs", str(PROJECT): "."} | ({DATASETS_ROOT: "$folder"} if DATASETS_ROOT else {})
-        print(f"Wrote {publish(run_dir, given | own)}")
+        print(f"Wrote {publish(run_dir, given | own, args.folder)}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def _pairs_table(groups):
         for number, model in group["models"].items()
         for stats in model["pairs"]
     ]
-    return tabulate(body, ["run", "pairs by", *PAIR_STATS], tablefmt="github", missingval="-", floatfmt=".3f")
+    header = ["run", "pairs by", *PAIR_STATS]
+    return tabulate(body, header, tablefmt="github", missingval="-", floatfmt=".3f") if body else ""
 
 
 def _correlation_lines(points, tasks):

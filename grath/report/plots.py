@@ -84,25 +84,13 @@ def plot_summary(groups, tasks, path):
     for group in groups:
         for stats in group["models"].get(0, {"pairs": ()})["pairs"]:
             funnels.setdefault(tuple(map(str, stats.items())), (group["name"], stats))
-    height = 1.2 + 0.45 * max(len(changes), len(funnels), 2)
-    figure = Figure(figsize=(5 + 2.6 * len(tasks), height), layout="constrained")
-    left, *right = figure.subplots(1, 1 + len(tasks), squeeze=False, width_ratios=[1.6, *[1] * len(tasks)])[0]
-    for at, (_, stats) in enumerate(funnels.values()):
-        bars = {
-            "asked": stats["asked"] or stats["parsed"],
-            "parsed": stats["parsed"],
-            "different": stats["parsed"] - stats["identical"],
-        }
-        for shade, (what, count) in zip(("#d9d9d9", "#9ecae1", "#3182bd"), bars.items(), strict=True):
-            left.barh(at, count, color=shade, label=what if at == 0 else None, height=0.7)
-        signal = stats["signal"] or "not known"
-        left.text(0, at, f" {bars['different']} of {bars['asked']}; truth signal {signal}", va="center", fontsize=8)
-    left.set_yticks(range(len(funnels)), [name for name, _ in funnels.values()])
-    left.invert_yaxis()
-    left.set(title="pairs of the first iteration", xlabel="questions")
+    height = 1.6 + 0.4 * max(len(changes), len(funnels))
+    widths = [*([1.6] if funnels else []), *[1] * len(tasks)]
+    figure = Figure(figsize=(2.9 * sum(widths) + 1, height), layout="constrained")
+    panels = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]) if widths else []
     if funnels:
-        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8)
-    for axes, task in zip(right, tasks, strict=True):
+        _plot_funnels(funnels.values(), panels.pop(0))
+    for axes, task in zip(panels, tasks, strict=True):
         for at, (group, _, found) in enumerate(changes):
             if task in found:
                 difference, low, high = found[task]
@@ -111,10 +99,28 @@ def plot_summary(groups, tasks, path):
                 axes.errorbar(difference, at, xerr=error, marker="o", capsize=3, color=color)
         axes.axvline(0, color="gray", linewidth=1)
         axes.set_yticks(range(len(changes)), [name for _, name, _ in changes])
-        axes.tick_params(labelleft=axes is right[0])
+        axes.tick_params(labelleft=axes is panels[0])
         axes.set(title=f"change of {get_task(task).title}", xlabel="points", ylim=(len(changes) - 0.5, -0.5))
         axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)
+
+
+def _plot_funnels(funnels, axes):
+    """Draw for each (name, pair statistics) how many questions were asked, parsed, and have different answers."""
+    names = []
+    for at, (name, stats) in enumerate(funnels):
+        different = stats["parsed"] - stats["identical"]
+        asked = stats["asked"] or stats["parsed"]
+        bars = {"asked": asked, "parsed": stats["parsed"], "different": different}
+        for color, (what, count) in zip(("#d9d9d9", "#9ecae1", "#6baed6"), bars.items(), strict=True):
+            axes.barh(at, count, color=color, label=what if at == 0 else None, height=0.7)
+        text = f" {different} of {asked}; truth signal {stats['signal'] or 'not known'}"
+        axes.text(0, at, text, va="center", fontsize=8)
+        names.append(name)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(title="pairs of the first iteration", xlabel="questions")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.3), ncols=3, fontsize=8, frameon=False)
 
 
 def plot_signal(points, tasks, path):

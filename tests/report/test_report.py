@@ -264,6 +264,25 @@ def test_a_published_run_needs_no_pairs_and_no_weights(two_runs):
     assert page.read_text() == before
 
 
+def test_a_published_copy_has_no_weights_no_pairs_and_no_places(made_run, tmp_path):
+    call_here("grath.report", made_run)
+    settings = {"DATA_PATH": f"{made_run}/x", "DEMOS": "/a/clone/demos.json"}
+    manifest = {"format": 2, "settings": settings, "inputs": {}, "hash_cache": {}, "stages": []}
+    (made_run / "manifest.json").write_text(json.dumps(manifest))
+    out = tmp_path / "out"
+    (out / made_run.name / "old").mkdir(parents=True)
+    call("results/publish.py", made_run, "--folder", out, "--place", "/a/clone=.")
+    names = {path.name for path in out.rglob("*") if path.is_file()}
+    assert {"report.md", "pairs.json", "grath.json", "truthfulqa_mc1.json", "iterations.png"} <= names
+    assert not any(name.endswith((".safetensors", "_True.json")) for name in names)
+    assert not (out / made_run.name / "old").exists()
+    copy = json.loads((out / made_run.name / "manifest.json").read_text())
+    assert copy["settings"] == {"DATA_PATH": f"runs/{made_run.name}/x", "DEMOS": "./demos.json"}
+    shutil.rmtree(out)
+    (made_run / "pairs.json").unlink()
+    assert "has no pairs.json" in call("results/publish.py", made_run, "--folder", out, status=2).stderr
+
+
 def test_correlation_and_its_interval():
     import numpy
 
