@@ -101,6 +101,11 @@ def pair(question, correct, incorrect):
     return {"question": question, "correct": correct, "incorrect": incorrect}
 
 
+def cells_of(text):
+    """The cells of every row of the tables in a page."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
 def needs_hub(test):
     return pytest.mark.skipif(not HUB.is_dir(), reason=f"the real data is not at {HUB}")(test)
 

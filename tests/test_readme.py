@@ -4,10 +4,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-from support import HUB, PROJECT
+from support import HUB, PROJECT, call_here, cells_of
 
 from grath.evaluation.results import read_scores
 
@@ -113,12 +114,31 @@ def test_every_quoted_command_was_run(request):
     assert missing == []
 
 
-def test_results_table_equals_the_published_scores():
-    """The README shows some rows of the table in results/README.md, whose rows are all checked."""
-    pages = [(PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "results/README.md")]
-    shown, table = (page.split("| run | model |")[1].split("\n\n")[0] for page in pages)
-    assert len(shown.splitlines()) > 5
-    assert [line for line in shown.splitlines() if line not in table.splitlines()] == []
+def test_the_published_comparison_is_made_from_the_published_runs(tmp_path):
+    page = PROJECT / "results" / "comparison.md"
+    report = re.search(r"^python -m grath\.report (.*_seed_0)$", (PROJECT / "README.md").read_text(), re.MULTILINE)[1]
+    names = [Path(run).name for run in report.split()]
+    for name in names:
+        shutil.copytree(PROJECT / "results" / name, tmp_path / name)
+    call_here("grath.report", *(tmp_path / name for name in names))
+    assert (tmp_path / "comparison.md").read_text() == page.read_text(encoding="utf-8")
+
+
+def test_results_in_the_readme_are_those_of_the_comparison():
+    compared = cells_of((PROJECT / "results" / "comparison.md").read_text(encoding="utf-8"))
+    table = (PROJECT / "README.md").read_text(encoding="utf-8").split("| run | pairs | truth signal |")[1]
+    shown = cells_of(table.split("\n\n")[0])[1:]
+    assert 2 < len(shown) <= 8
+    for name, _, signal, *scores in shown:
+        assert [name, *scores] in compared
+        if signal != "1":
+            assert any(row[0] == name.split(":")[0] and signal in row for row in compared)
+
+
+def test_the_table_of_the_earlier_runs_equals_the_published_scores():
+    table = (
+        (PROJECT / "results" / "earlier.md").read_text(encoding="utf-8").split("| run | model |")[1].split("\n\n")[0]
+    )
     found = re.findall(r"^\| (\w+) \| M_(\d)[^|]*\| (.*) \|$", table, re.MULTILINE)
     assert len(found) == 11
     for run, number, cells in found:
@@ -172,6 +192,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "results/README.md",
+    "results/earlier.md",
     *(f"docs/{path.name}" for path in PROJECT.glob("docs/*.md")),
 ]
 

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from support import HUB, PROJECT, call, call_here, needs_hub, pair, write_rows
+from support import HUB, PROJECT, call, call_here, cells_of, needs_hub, pair, write_rows
 
 from grath.pairs.questions import load_questions
 
@@ -120,10 +120,6 @@ def two_runs(made_run):
     found = {"distance": 0.25, "probe": 0.875, "pairs": 2, "model": "m"}
     (other / "data" / "iter0_arcc_num_5_useGT_False_useFS_True.distance.json").write_text(json.dumps(found))
     return made_run, other
-
-
-def cells_of(text):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
 def test_comparison_of_two_runs(two_runs):
