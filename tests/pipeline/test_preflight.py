@@ -194,11 +194,12 @@ def test_check_prints_a_line_for_each_stage_on_a_gpu(gpu):
 
     gpu(80e9)
     config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-    for tasks, url, backend, names in (
-        ("grath_mc1", "", "hf-shared", ["pairs", "dpo", "scores"]),
-        ("", "", "hf-shared", ["pairs", "dpo"]),
-        ("grath_mc1", "http://a:1", "server", ["dpo"]),
-        ("grath_mc1", "http://a:1", "hf-shared", ["dpo", "scores"]),
+    for tasks, url, backend, gold, names in (
+        ("grath_mc1", "", "hf-shared", "", ["pairs", "dpo", "scores"]),
+        ("grath_mc1", "", "hf-shared", "truthful_qa", ["dpo", "scores"]),
+        ("", "", "hf-shared", "", ["pairs", "dpo"]),
+        ("grath_mc1", "http://a:1", "server", "", ["dpo"]),
+        ("grath_mc1", "http://a:1", "hf-shared", "", ["dpo", "scores"]),
     ):
         values = {"PAIRS_PRECISION": "fp16", "DPO_PRECISION": "bf16", "EVAL_PRECISION": "fp16", "NUM_PROCESSES": "1"}
         values |= {"PAIRS_BATCH_SIZE": "8", "DPO_BATCH_SIZE": "", "GRADIENT_ACCUMULATION_STEPS": "", "NUM_QUERY": "9"}
@@ -208,6 +209,7 @@ def test_check_prints_a_line_for_each_stage_on_a_gpu(gpu):
             "MAX_NEW_TOKENS": "100",
             "BACKEND": backend,
             "SERVER_URL": url,
+            "GOLD_PAIRS": gold,
         }
         printed = []
         model = ("a model", {**config, "vocab_size": 100}, 10**6)
