@@ -11,11 +11,12 @@ from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import read_json_lines
 from grath.common.paths import resolve_local
 
+TRUTHFULQA = "truthful_qa"
 # Data sets with gold answers: name on the command line -> (hub name, configuration, split).
 LABELED_DATASETS = {
     "ai2_arc/ARC-Challenge": ("allenai/ai2_arc", "ARC-Challenge", "train"),
     "ai2_arc/ARC-Easy": ("allenai/ai2_arc", "ARC-Easy", "train"),
-    "truthful_qa": ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
+    TRUTHFULQA: ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
 }
 # One of these names, and which of its rows: `truthful_qa[:200]`, as in `datasets`.
 LABELED = re.compile(rf"({'|'.join(LABELED_DATASETS)})(\[(\d*):(\d*)\])?")
@@ -97,7 +98,7 @@ def labeled_rows(name):
 def gold_pairs(name, seed):
     """Make pairs from a set that matches `LABELED`: the gold answer is correct; `seed` draws the incorrect one."""
     split = labeled_split(name)
-    if name.startswith("truthful_qa"):
+    if name.startswith(TRUTHFULQA):
         print(
             "warning: truthful_qa is the TruthfulQA test set: scores on what was trained on mean nothing",
             file=sys.stderr,

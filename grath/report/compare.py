@@ -10,8 +10,7 @@ from grath.evaluation.tasks import get_task
 from grath.pairs.stats import PAIR_STATS
 from grath.report.groups import correlation, group_runs, signal_points
 from grath.report.plots import plot_comparison, plot_signal, plot_summary
-from grath.report.run import negation_section
-from grath.report.tables import score_footer, score_table
+from grath.report.tables import negation_section, score_footer, score_tables
 
 
 def compare(run_dirs):
@@ -26,8 +25,9 @@ def compare(run_dirs):
     folder = Path(run_dirs[0]).resolve().parent
     groups = group_runs(run_dirs)
     rows, bases = _score_rows(groups)
+    page, terminal = score_tables(rows, bases)
     parts = ["# Runs compared", _settings_table(groups)]
-    parts += [score_table(rows, "github", bases), score_footer(rows, bases), *negation_section(rows, bases)]
+    parts += [page, score_footer(rows, bases), *negation_section(rows, bases)]
     parts.append(_pairs_table(groups))
     files = ["comparison.md"]
     tasks = tasks_of(rows)
@@ -44,7 +44,7 @@ def compare(run_dirs):
         files.append("signal.png")
     atomic_write_text(folder / "comparison.md", "\n\n".join(part for part in parts if part) + "\n")
     wrote = f"Wrote {', '.join(files)} in {folder}"
-    return "\n".join([score_table(rows, bases=bases), score_footer(rows, bases), wrote])
+    return "\n".join([terminal, score_footer(rows, bases), wrote])
 
 
 def _score_rows(groups):

@@ -2,9 +2,7 @@
 
 from grath.common.bootstrap import bootstrap_means, interval
 from grath.evaluation.results import QUESTIONS
-from grath.pairs.questions import labeled_rows
-
-TRUTHFULQA = "truthful_qa"
+from grath.pairs.questions import TRUTHFULQA, labeled_rows
 
 
 def values(score):
@@ -88,6 +86,21 @@ def pool(runs):
     return pooled
 
 
+def paired_scores(base, score):
+    """Return the differences between two entries of `read_scores` on the questions that both have.
+
+    Returns:
+        float array, in points; None if scores of single questions are missing, or the questions are not the same.
+    """
+    import numpy
+
+    if not (base[QUESTIONS] and score[QUESTIONS]) or base[QUESTIONS]["sha256"] != score[QUESTIONS]["sha256"]:
+        return None
+    differences = values(score) - values(base)
+    differences = differences[~numpy.isnan(differences)]
+    return differences if len(differences) else None
+
+
 def paired_difference(base, score):
     """Compare two models on the same questions.
 
@@ -96,14 +109,9 @@ def paired_difference(base, score):
 
     Returns:
         tuple of three floats, in points: the mean difference from the base, and its 95 % bootstrap interval over
-        questions. None if scores of single questions are missing or the questions are not the same.
+        questions. None where `paired_scores` is.
     """
-    import numpy
-
-    if not (base[QUESTIONS] and score[QUESTIONS]) or base[QUESTIONS]["sha256"] != score[QUESTIONS]["sha256"]:
-        return None
-    differences = values(score) - values(base)
-    differences = differences[~numpy.isnan(differences)]
-    if not len(differences):
+    differences = paired_scores(base, score)
+    if differences is None:
         return None
     return float(differences.mean()), *interval(bootstrap_means(differences[:, None]))

@@ -76,9 +76,11 @@ def plot_summary(groups, tasks, path):
     groups = sorted(groups, key=lambda group: not group["gold"])
     changes = []
     for group in groups:
-        of_models = {number: gains(group, number, tasks) for number in group["models"] if number}
-        if last := max((number for number, found in of_models.items() if found), default=None):
-            changes.append((group, f"{group['name']}: M_{last}", of_models[last]))
+        of_models = (
+            (number, gains(group, number, tasks)) for number in sorted(group["models"], reverse=True) if number
+        )
+        if last := next(((number, found) for number, found in of_models if found), None):
+            changes.append((group, f"{group['name']}: M_{last[0]}", last[1]))
     tasks = [task for task in tasks if any(task in found for *_, found in changes)]
     funnels = {}
     for group in groups:

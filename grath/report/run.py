@@ -5,10 +5,11 @@ from pathlib import Path
 
 from grath.common.files import atomic_write_text, read_json_lines
 from grath.evaluation.results import tasks_of
-from grath.report.paired import TRUTHFULQA, values
+from grath.pairs.questions import TRUTHFULQA
+from grath.report.paired import values
 from grath.report.plots import plot_iterations
 from grath.report.runs import PAIRS, asked_questions, iterations, manifest_of, score_rows
-from grath.report.tables import best_iteration, negation_table, score_footer, score_table
+from grath.report.tables import bases_of, best_iteration, negation_section, score_footer, score_tables
 
 # The paper's main results: the scores of the base and of the last iteration, or the gain where it gives only that.
 PAPER = {
@@ -23,6 +24,8 @@ def write_report(run_dir):
     found = iterations(run_dir, asked_questions(run_dir))
     rows = score_rows(run_dir, found)
     held_out = held_out_sentence(run_dir, rows)
+    bases = bases_of(rows)
+    page, terminal = score_tables(rows, bases)
     best = best_iteration(rows) if tasks_of(rows) or not held_out else []
     base = str(found[0]["model"] or "not known yet")
     pairs = {number: row["pairs"] for number, row in found.items() if row["pairs"]}
@@ -31,11 +34,11 @@ def write_report(run_dir):
     parts = [
         f"# {run_dir.resolve().name}",
         f"Base model: {base}",
-        score_table(rows, "github"),
-        score_footer(rows),
+        page,
+        score_footer(rows, bases),
         held_out,
         *best,
-        *negation_section(rows, [rows[0][1]] * len(rows)),
+        *negation_section(rows, bases),
     ]
     if tasks_of(rows):
         plot_iterations(rows, run_dir / "iterations.png", run_dir / "iterations.svg")
@@ -64,7 +67,7 @@ def write_report(run_dir):
     parts += ["```text\n" + text.strip() + "\n```" for text in sorted(score_settings)]
     parts.append(made_with(manifest["stages"]))
     atomic_write_text(run_dir / "report.md", "\n\n".join(part for part in parts if part) + "\n")
-    lines = [score_table(rows), score_footer(rows), held_out, *best]
+    lines = [terminal, score_footer(rows, bases), held_out, *best]
     return "\n".join([*filter(None, lines), f"Wrote {', '.join(files)} in {run_dir}"])
 
 
@@ -79,18 +82,6 @@ def held_out_sentence(run_dir, rows):
         )
     held_out = int((values(scores[0]) >= 0).sum())
     return f"TruthfulQA: the {held_out} questions that the run has not trained on."
-
-
-def negation_section(rows, bases):
-    """Return the paragraphs about questions with a negated gold answer: list of str, empty if there are none."""
-    table = negation_table(rows, bases)
-    if not table:
-        return []
-    return [
-        "## Questions whose gold answer contains a negation, and the others",
-        table,
-        "A model that takes a negated choice wherever there is one gains in the first group, whatever it knows.",
-    ]
 
 
 def made_with(stages):

@@ -3,7 +3,7 @@
 from grath.common.errors import UserError
 from grath.evaluation.results import QUESTIONS, read_scores, tasks_of
 from grath.evaluation.tasks import get_task
-from grath.report.paired import paired_difference, restrict
+from grath.report.paired import paired_difference, paired_scores, restrict
 
 
 def model_scores(folder):
@@ -16,29 +16,35 @@ def model_scores(folder):
     if not scores:
         raise UserError(f"{folder} contains neither a run nor results of lm-evaluation-harness")
     rows = [(folder.name, scores)]
-    return f"{score_table(rows)}\n{score_footer(rows)}"
+    return f"{score_tables(rows, [{}])[1]}\n{score_footer(rows, [{}])}"
 
 
-def score_table(rows, style="simple", bases=None):
-    """Format (name, scores) rows as a table with one column per task.
+def bases_of(rows):
+    """Return the base's scores for each of the (name, scores) rows of a run: those of the first row."""
+    return [rows[0][1]] * len(rows) if len(rows) > 1 else [{}]
+
+
+def score_tables(rows, bases):
+    """Format (name, scores) rows as a table with one column per task: one for a page, and one for the terminal.
 
     A cell shows the score in percent and its difference from the base's, with the interval of `paired_difference`.
     Where there are no scores of single questions, it shows the standard error instead of an interval.
 
     Args:
-        bases: the base's scores for each row; by default the first row is the base of all.
+        bases: the base's scores for each row.
+
+    Returns:
+        two str.
     """
     from tabulate import tabulate
 
     tasks = tasks_of(rows)
-    if bases is None:
-        bases = [rows[0][1]] * len(rows) if len(rows) > 1 else [{}]
     body = [
         [name, *(_cell(scores.get(task), base.get(task)) for task in tasks)]
         for (name, scores), base in zip(rows, bases, strict=True)
     ]
     header = ["model", *(get_task(task).title for task in tasks)]
-    return tabulate(body, header, tablefmt=style, disable_numparse=True)
+    return [tabulate(body, header, tablefmt=style, disable_numparse=True) for style in ("github", "simple")]
 
 
 def _cell(score, base):
@@ -57,18 +63,20 @@ def format_difference(difference, low, high):
     return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def negation_table(rows, bases, style="github"):
+def negation_section(rows, bases):
     """Format the scores of (name, scores) rows for the questions whose gold answer contains a negation, and the others.
 
     Args:
         bases: the base's scores for each row.
 
     Returns:
-        str; empty if no task has such questions.
+        list of str, the paragraphs of a page; empty if no task has such questions.
     """
     from tabulate import tabulate
 
     tasks = [task for task in tasks_of(rows) if any(_has_negated(scores.get(task)) for _, scores in rows)]
+    if not tasks:
+        return []
     columns = [(task, negated) for task in tasks for negated in (1, 0)]
 
     def part(scores, task, negated):
@@ -82,22 +90,30 @@ def negation_table(rows, bases, style="github"):
         parts = [(part(scores, *column), scores is not base and part(base, *column)) for column in columns]
         body.append([name, *(_cell(of_model, of_base or of_model) for of_model, of_base in parts)])
     header = ["model", *(f"{get_task(task).title}, {'negated' if negated else 'others'}" for task, negated in columns)]
-    return tabulate(body, header, tablefmt=style, disable_numparse=True) if tasks else ""
+    return [
+        "## Questions whose gold answer contains a negation, and the others",
+        tabulate(body, header, tablefmt="github", disable_numparse=True),
+        "A model that takes a negated choice wherever there is one gains in the first group, whatever it knows.",
+    ]
 
 
 def _has_negated(score):
     return bool(score and score[QUESTIONS] and "negated" in score[QUESTIONS])
 
 
-def score_footer(rows, bases=None):
-    """Name the harness and task versions of the rows of `score_table`, and whether the chat template was on."""
+def score_footer(rows, bases):
+    """Name the harness and task versions of the rows of `score_tables`, and whether the chat template was on."""
     scores = [(task, score) for _, scores in rows for task, score in scores.items()]
     if not scores:
         return ""
     harness = sorted({f"lm-evaluation-harness {score['harness']}" for _, score in scores if score["harness"]})
     versions = sorted({f"{task} {score['version']}" for task, score in scores})
     chat = ["chat template ON" if any(score["chat"] for _, score in scores) else "chat template off"]
-    paired = "[" in score_table(rows, bases=bases)
+    paired = any(
+        task in base and score is not base[task] and paired_scores(base[task], score) is not None
+        for (_, of_model), base in zip(rows, bases, strict=True)
+        for task, score in of_model.items()
+    )
     error = (
         "percent, in brackets the change from the base on the same questions" if paired else "percent ± standard error"
     )

@@ -61,6 +61,5 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     trained = json.loads(next((runs / f"{names[0]}_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
     assert trained["pairs"]["read"] == 200
     facts = (runs / "comparison.md").read_text()
-    facts = (runs / "comparison.md").read_text()
     for name in names:
         assert f"| {name}" in facts
