@@ -100,7 +100,8 @@ class _ActiveBatch:
 
     def _greedy_tokens(self, hidden):
         """Return the most likely next tokens after last hidden states (N, d): list of N ids."""
-        return lm_head_logits(self.model, hidden).argmax(-1).tolist()
+        # The first of equal maxima, as `argmax`, which takes 4 times as long for 16-bit numbers on a CPU.
+        return lm_head_logits(self.model, hidden).max(-1).indices.tolist()
 
     def _append_tokens(self, first, generated):
         """Append a list of tokens to every row from `first` on, and remove the rows that are done."""
