@@ -44,19 +44,20 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     settings, changed = re.subn(r'TASKS="truthfulqa_mc1 truthfulqa_mc2"', "TASKS=", settings)
     assert changed == 1
     names = [re.match(r"RUN_NAME=(\S+) ", line)[1] for line in (first, *others)]
-    assert report == " ".join(["python -m grath.report", *(f"runs/{name}_seed_0" for name in names)])
+    compared = re.findall(r"runs/(\S+)", report)
+    assert [run for run in compared if run.endswith("_seed_0")] == [f"{name}_seed_0" for name in names]
     runs = tmp_path / "runs"
     script = f"set -e\n{settings}\n{first}\n" + "".join(f"DRY_RUN=1 {line}\n" for line in others)
-    for name in names[1:]:
-        script += f"cp -r {runs}/{names[0]}_seed_0 {runs}/{name}_seed_0\n"
+    for run in compared[1:]:
+        script += f"cp -r {runs}/{compared[0]} {runs}/{run}\n"
     env = {"folder": str(HUB), "MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(runs)}
     done = call("bash", "-c", script + report.replace("runs/", f"{runs}/"), env=env)
     lines = [line for line in done.stdout.splitlines() if re.match(r"accelerate launch .*dpo\.py", line)]
-    models = [re.search(r"--model_name_or_path (\S+)", line)[1] for line in lines[-2:]]
-    assert models == ["models/qwen2.5-coder-0.5b", "models/qwen2.5-coder-1.5b"]
-    assert ["--dataset_name truthful_qa" in line for line in lines] == [True, False, False, False]
+    models = [re.search(r"--model_name_or_path (\S+)", line)[1] for line in lines[-3:]]
+    assert models == ["models/qwen2.5-coder-0.5b", "models/qwen2.5-coder-1.5b", "models/qwen2.5-coder-1.5b"]
+    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 3 + [False] * 4
     asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert len(asks) == 3
+    assert ["--demos misconceptions" in line for line in asks] == [False] * 3 + [True]
     assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
     trained = json.loads(next((runs / f"{names[0]}_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
     assert trained["pairs"]["read"] == 200
