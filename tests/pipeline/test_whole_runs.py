@@ -45,7 +45,9 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     assert changed == 1
     names = [re.match(r"RUN_NAME=(\S+) ", line)[1] for line in (first, *others)]
     compared = re.findall(r"runs/(\S+)", report)
+    assert report == " ".join(["python -m grath.report", *(f"runs/{run}" for run in compared)])
     assert [run for run in compared if run.endswith("_seed_0")] == [f"{name}_seed_0" for name in names]
+    assert {re.sub(r"_seed_\d$", "", run) for run in compared} == set(names)
     runs = tmp_path / "runs"
     script = f"set -e\n{settings}\n{first}\n" + "".join(f"DRY_RUN=1 {line}\n" for line in others)
     for run in compared[1:]:
