@@ -6,6 +6,7 @@ model's weights.
 """
 
 from functools import partial
+from math import nan
 
 import torch
 from accelerate.utils import tqdm
@@ -137,10 +138,14 @@ class GrathDPOTrainer(DPOTrainer):
             # In evaluation mode on a CPU, bitsandbytes packs 4-bit weights into a form without gradients.
             if type(layer).__name__ == "Linear4bit":
                 layer.training = True
+        order = list(range(len(dataset)))
+        if self.args.train_sampling_strategy == "group_by_length" and self.args.max_steps > 0:
+            sampler = self._get_train_sampler(dataset)
+            order = sorted(list(sampler)[: self.args.max_steps * sampler.batch])  # the others are not trained on
         # Batch pairs of similar length, to keep padding small.
-        order = sorted(range(len(dataset)), key=pair_lengths(dataset).__getitem__)
+        order.sort(key=pair_lengths(dataset).__getitem__)
         loader = DataLoader(dataset.select(order), batch_size, collate_fn=self.data_collator)
-        chosen, rejected = [0.0] * len(dataset), [0.0] * len(dataset)
+        chosen, rejected = [nan] * len(dataset), [nan] * len(dataset)
         done = 0
         for batch in tqdm(self.accelerator.prepare(loader), desc=f"Reference log-probabilities ({name})"):
             sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch))

@@ -111,6 +111,26 @@ def test_other_losses_use_trls_code(tiny_llama, pair_file, tmp_path):
     assert record["log"][0]["loss"] == pytest.approx(25, abs=1e-3)  # (0 - 1 / (2 beta))^2
 
 
+def test_the_reference_is_evaluated_on_the_pairs_of_the_steps_only(tiny_llama, pair_file, tmp_path, monkeypatch):
+    from grath.dpo.trainer import GrathDPOTrainer
+
+    original, evaluated = GrathDPOTrainer.compute_ref_log_probs, []
+
+    def compute_ref_log_probs(self, model, inputs):
+        evaluated.append(len(inputs["input_ids"]) // 2)
+        return original(self, model, inputs)
+
+    monkeypatch.setattr(GrathDPOTrainer, "compute_ref_log_probs", compute_ref_log_probs)
+    logs = {}
+    for precompute in ("true", "false"):
+        flags = ("--max_steps", "2", "--precompute_ref_log_probs", precompute)
+        _, record = train(tiny_llama, tmp_path / precompute, *flags, source=("--dataset_path", pair_file))
+        logs[precompute] = [(line["loss"], line["rewards/margins"]) for line in record["log"][:2]]
+        if precompute == "true":
+            assert sum(evaluated) == 8  # of 12
+    assert logs["true"] == [pytest.approx(line, abs=1e-4) for line in logs["false"]]
+
+
 def test_the_sampler_gets_every_epoch(trainer, monkeypatch):
     from trl import DPOTrainer
 
