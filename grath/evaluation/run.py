@@ -26,10 +26,8 @@ from grath.evaluation.samples import SAMPLES, complete_here, complete_on_servers
 from grath.evaluation.tasks import TASKS, get_task
 from grath.modeling.devices import check_devices
 from grath.modeling.loading import check_model, load_tokenizer, resolve_base_and_adapter, weight_files
-from grath.modeling.precision import DTYPES, resolve_precision
+from grath.modeling.precision import DTYPES, SERVER, resolve_precision
 from grath.serving.served import serve
-
-SERVER = "server"
 
 
 def score_model(

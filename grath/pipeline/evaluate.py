@@ -6,9 +6,10 @@ from pathlib import Path
 
 from grath.common.errors import UserError
 from grath.evaluation.run import score_model
+from grath.modeling.precision import SERVER
 from grath.pipeline.loop import lock
 from grath.pipeline.process import share_cpu_products
-from grath.pipeline.settings import EVALUATION, SERVER, read_settings
+from grath.pipeline.settings import EVALUATION, read_settings
 from grath.report.run import write_report
 from grath.report.runs import manifest_of, unscored
 from grath.report.tables import model_scores

@@ -10,7 +10,7 @@ from grath.common.errors import UserError
 from grath.common.paths import DATASETS_ROOT, PROJECT
 from grath.dpo.defaults import step_sizes
 from grath.modeling.chat import MODEL_TYPES
-from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
+from grath.modeling.precision import DTYPES, PRECISIONS, SERVER, resolve_precision
 from grath.pairs.questions import labeled_split
 from grath.pipeline.checks import (
     ANYTHING,
@@ -30,9 +30,6 @@ from grath.pipeline.checks import (
 )
 
 EVERY_STAGE = "every stage"
-SERVER = "server"
-
-
 TASKS = "arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2"
 
 
