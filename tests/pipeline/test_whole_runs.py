@@ -55,11 +55,12 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     env = {"folder": str(HUB), "MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(runs)}
     done = call("bash", "-c", script + report.replace("runs/", f"{runs}/"), env=env)
     lines = [line for line in done.stdout.splitlines() if re.match(r"accelerate launch .*dpo\.py", line)]
-    models = [re.search(r"--model_name_or_path (\S+)", line)[1] for line in lines[-3:]]
-    assert models == ["models/qwen2.5-coder-0.5b", "models/qwen2.5-coder-1.5b", "models/qwen2.5-coder-1.5b"]
-    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 3 + [False] * 4
+    models = [re.search(r"--model_name_or_path (\S+)", line)[1] for line in lines[-4:]]
+    assert models[:2] == ["models/qwen2.5-coder-0.5b", "models/qwen2.5-coder-1.5b"]
+    assert "rolling_1.5b_seed_0/models/iter_1" in models[2] and models[3] == "models/qwen2.5-coder-1.5b"
+    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 3 + [False] * 5
     asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--demos misconceptions" in line for line in asks] == [False] * 3 + [True]
+    assert ["--demos misconceptions" in line for line in asks] == [False] * 4 + [True]
     assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
     trained = json.loads(next((runs / f"{names[0]}_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
     assert trained["pairs"]["read"] == 200
