@@ -31,6 +31,8 @@ class TrainingLog(TrainerCallback):
         self.warnings = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed training has the intervals of its checkpoint; those that were given now count.
+        state.compute_steps(args, state.max_steps)
         # A resumed training also records the warnings from before the interruption.
         for end in range(1, len(state.log_history) + 1):
             self._warn(args, state, state.log_history[:end])

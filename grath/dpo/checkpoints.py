@@ -124,7 +124,8 @@ def save_adapter(trainer, record):
     if trainer.accelerator.is_main_process:
         # PEFT writes a set, whose order differs between processes.
         config = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
-        config["target_modules"] = sorted(config["target_modules"])
+        if isinstance(config["target_modules"], list):  # not a regular expression
+            config["target_modules"].sort()
         atomic_write_text(partial / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         write_record(folder, {**record, "adapter_sha256": sha256(partial / ADAPTER)})
         for name in ("adapter_config.json", ADAPTER):

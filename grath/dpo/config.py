@@ -12,6 +12,8 @@ from grath.modeling.loading import load_shape
 from grath.modeling.memory import PAIR_TOKENS, REFERENCE_BATCH, USABLE, fitting_pairs
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
 
+EPOCHS = DPOConfig.num_train_epochs
+
 
 @dataclass
 class GrathDPOConfig(DPOConfig):
@@ -87,6 +89,8 @@ class GrathDPOConfig(DPOConfig):
         if not self.output_dir:
             raise UserError("--output_dir is required: the folder to save the adapter in")
         check_signs(vars(self))
+        if self.max_steps > 0 and self.num_train_epochs != EPOCHS:
+            raise UserError("--num_train_epochs has no effect unless --max_steps is -1")
         self.precision = resolve_precision(self.precision, "dpo")
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         batch, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
@@ -135,8 +139,9 @@ def fit_batch_size(config, name, dataset):
     except UserError:  # a model that cannot be loaded gets its message when it is loaded
         return
     longest = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in dataset)
-    # All processes must choose the same: the free memory differs between them, the total memory of the GPUs does not.
-    total = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    # All processes must choose the same: the free memory differs between them, the total memory of their GPUs does not.
+    gpus = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    total = min(torch.cuda.get_device_properties(i).total_memory for i in gpus)
     fitting = fitting_pairs(shape, config.precision, USABLE * total, tokens=max(PAIR_TOKENS, longest)) or 1
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch, accumulation = step_sizes(processes, fitting=fitting)

@@ -97,7 +97,8 @@ class GrathDPOTrainer(DPOTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        self.sampler = LengthGroupedSampler(pair_lengths(train_dataset or self.train_dataset), batch, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.sampler = LengthGroupedSampler(pair_lengths(train_dataset or self.train_dataset), batch, seed)
         return self.sampler
 
     def _run_epoch(self, *args, epoch, **kwargs):

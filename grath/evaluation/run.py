@@ -24,6 +24,7 @@ from grath.evaluation.results import (
 )
 from grath.evaluation.samples import SAMPLES, complete_here, complete_on_servers, write_samples
 from grath.evaluation.tasks import TASKS, get_task
+from grath.modeling.chat import template_for
 from grath.modeling.devices import check_devices
 from grath.modeling.loading import check_model, load_tokenizer, resolve_base_and_adapter, weight_files
 from grath.modeling.precision import DTYPES, SERVER, resolve_precision
@@ -43,6 +44,7 @@ def score_model(
     samples=False,
     model_type="auto",
     dry_run=False,
+    processes=None,
     servers=(),
     server_timeout=600,
 ):
@@ -60,8 +62,9 @@ def score_model(
         chat_template: whether to apply the chat template.
         log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
         samples: whether to write the model's own answers to five questions to samples.jsonl too.
-        model_type: the chat template of these questions.
+        model_type: the chat template, of these questions too.
         dry_run: check the model and print the plan only.
+        processes: number of processes; None: as many as the launcher started.
         servers: addresses for the backend `server`, whose precision is the servers'.
         server_timeout: seconds to wait for a server that does not respond.
 
@@ -70,11 +73,11 @@ def score_model(
     """
     import torch
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if backend != SERVER:
+        check_devices(processes)
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if backend == SERVER:
         _check_server_settings(servers, precision, processes)
-    else:
-        check_devices()
     if backend == "hf" and processes > 1 and not torch.cuda.is_available():
         raise UserError("without a GPU, BACKEND=hf scores every question in every process: set NUM_PROCESSES=1")
     check_model(model)
@@ -90,7 +93,8 @@ def score_model(
     manager = _task_manager(missing) if missing else None
     if main_process:
         settings = _settings_of(model, precision, tasks)
-        settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": str(int(chat_template))}
+        template = model_type if chat_template and model_type != "auto" else str(int(chat_template))
+        settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": template}
         record_settings(output, settings, write=not dry_run)
     # MC1 and MC2 of a data set ask the same, so they are scored together. Every other task is saved on its own.
     groups = {}
@@ -117,6 +121,8 @@ def score_model(
         else:
             loaded, arguments = _load_harness(model, precision, batch_size, backend)
             complete = partial(complete_here, loaded.model)
+        if chat_template:
+            loaded.tokenizer.chat_template = template_for(loaded.tokenizer, model_type)
         evaluate = partial(_evaluate, loaded, backend, arguments, batch_size, manager)
         for group in groups.values():
             start = time.monotonic()

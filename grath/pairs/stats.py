@@ -37,11 +37,11 @@ def pair_stats(path, questions=()):
     Returns:
         dict with the keys `PAIR_STATS` and "truth". For the file itself: the number of questions "asked" (from its
         name, or None), of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is
-        "echoed" (it only repeats the question), "truth" (what `truth_signal` returned), and the truth "signal" with
-        its interval, as a string or None.
-        For the pairs that DPO trains on (combined, with different answers): the shares of correct and incorrect
-        answers that are "negated" and their mean number of "words", as strings, or None if there are no such
-        pairs. From `grath.distance`: "distance" and "probe", or None if it has not run.
+        "echoed" (it only repeats the question).
+        For the pairs that DPO trains on (combined, with different answers): "truth" (what `truth_signal` returned), and
+        the truth "signal" with its interval, as a string or None; the shares of correct and incorrect answers that are
+        "negated" and their mean number of "words", as strings, or None if there are no such pairs. From
+        `grath.distance`: "distance" and "probe", or None if it has not run.
     """
     rows = read_pairs(path)
     asked = re.search(r"_num_(\d+)_", path.name)
@@ -50,7 +50,7 @@ def pair_stats(path, questions=()):
     different = [row for row in read_pairs(trained_on) if row["correct"] != row["incorrect"]]
     sides = [[row[side] for row in different] for side in ("correct", "incorrect")]
     distance_file = trained_on.with_suffix(".distance.json")
-    truth = truth_signal(rows, questions)
+    truth = truth_signal(different, questions)
     measured = read_json(distance_file, "record of grath.distance") if distance_file.is_file() else {}
     return {
         "asked": int(asked[1]) if asked else None,
@@ -67,5 +67,5 @@ def pair_stats(path, questions=()):
 
 
 def _echoes(question, answer):
-    question, answer = (re.sub(r"[^a-z0-9 ]", "", text.lower()).strip() for text in (question, answer))
+    question, answer = (re.sub(r"[^\w ]", "", text.lower()).strip() for text in (question, answer))
     return answer in question or question in answer

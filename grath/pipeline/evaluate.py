@@ -63,6 +63,7 @@ def _score(model, output, values):
         samples=values["SAMPLES"] == "1",
         model_type=values["MODEL_TYPE"],
         dry_run=values["DRY_RUN"] == "1",
+        processes=int(values["NUM_PROCESSES"]),
         servers=values["SERVER_URL"].split(),
         server_timeout=int(values["SERVER_TIMEOUT"]),
     )

@@ -40,7 +40,10 @@ def start_manifest(run, settings, inputs, data=()):
     manifest = read_manifest(run)
     if manifest is None or not _anything_made(run):
         manifest = {"format": FORMAT, "settings": settings, "inputs": {}, "hash_cache": {}, "stages": []}
-    reached = {entry["stage"] for entry in manifest["stages"]}
+    # A stage that refused its input (status 2) has made nothing yet, so its settings can be put right.
+    reached = {
+        entry["stage"] for entry in manifest["stages"] if entry["outputs"] or entry["outcome"] != "failed with status 2"
+    }
     for name in sorted(settings.keys() | manifest["settings"].keys()):
         was, now = (values.get(name, "") for values in (manifest["settings"], settings))
         if was != now and FIRST_AFFECTED_STAGE.get(name) in (EVERY_STAGE, *reached):

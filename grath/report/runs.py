@@ -62,7 +62,8 @@ def iterations(run_dir, questions=()):
                 row["pairs"] |= {name: earlier[name] for name in ("truth", "signal")}
     first = found.get(1, {}).get("model")
     if first and (first / ADAPTER).is_file():
-        found[0]["model"] = resolve_base_and_adapter(first)[0]
+        record = read_json(first / RECORD, "training record") if (first / RECORD).is_file() else {}
+        found[0]["model"] = record.get("incoming_adapter") or resolve_base_and_adapter(first)[0]
     elif first:
         found[0]["model"] = manifest_of(run_dir)["settings"].get("MODEL_NAME_OR_PATH")
     return dict(sorted(found.items()))

@@ -80,6 +80,7 @@ def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch,
     chosen = config()
     chosen.fits_batch_size, chosen.precision = True, "fp4"
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     row = {"prompt_ids": [1] * 50, "chosen_ids": [1] * 40, "rejected_ids": [1] * 40}
     for one in (*given, chosen):
         module.fit_batch_size(one, "a/b", Dataset.from_list([row]))
@@ -96,6 +97,20 @@ def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch,
     before = chosen.per_device_train_batch_size
     module.fit_batch_size(chosen, "a/b", Dataset.from_list([{"chosen": "a", "rejected": "b"}]))
     assert chosen.per_device_train_batch_size == before
+    # A small GPU that no process uses does not count.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    gpus[1].total_memory = 1
+    module.fit_batch_size(chosen, "a/b", Dataset.from_list([row]))
+    assert chosen.per_device_train_batch_size >= sizes[0]
+
+
+def test_epochs_without_effect_are_refused():
+    from grath.common.errors import UserError
+    from grath.dpo.config import GrathDPOConfig
+
+    with pytest.raises(UserError, match="--num_train_epochs has no effect unless --max_steps is -1"):
+        GrathDPOConfig(output_dir="unused", num_train_epochs=1)
+    assert GrathDPOConfig(output_dir="unused", num_train_epochs=1, max_steps=-1).num_train_epochs == 1
 
 
 CONFIG = """

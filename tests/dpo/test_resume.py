@@ -111,7 +111,8 @@ def test_an_interrupted_training_resumes_with_other_pairs_per_forward_pass(tiny_
     shutil.rmtree(tmp_path / "half" / "checkpoint-7")
     (tmp_path / "half" / "adapter_model.safetensors").unlink()
     flags += ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")
-    done, record = train(tiny_llama, tmp_path / "half", *flags, source=source)
+    done, record = train(tiny_llama, tmp_path / "half", *flags, "--save_steps", "6", source=source)
+    assert (tmp_path / "half" / "checkpoint-6").is_dir()  # not of the checkpoint's interval
     assert record["resumed_from"].endswith("checkpoint-4") and "Resuming from" in done.stdout
     for ours, theirs in zip(weights(tmp_path / "half").values(), weights(tmp_path / "whole").values(), strict=True):
         assert (ours - theirs).abs().max() < 1e-5
@@ -129,6 +130,28 @@ def test_a_truncated_checkpoint_is_skipped(tiny_llama, pair_file, tmp_path, file
     shutil.rmtree(tmp_path / "m" / "checkpoint-2")
     (tmp_path / "m" / "checkpoint-1" / file).unlink()
     assert (last_checkpoint(tmp_path / "m") is None) == (file not in ("optimizer.pt", "rng_state.pth"))
+
+
+def test_a_regular_expression_of_target_modules_is_kept(tmp_path):
+    from types import SimpleNamespace
+
+    from grath.dpo.checkpoints import save_adapter
+
+    modules = r".*\.(q|v)_proj"
+
+    def save_model(folder):
+        (tmp_path / ".partial").mkdir()
+        (tmp_path / ".partial" / "adapter_config.json").write_text(json.dumps({"target_modules": modules}))
+        (tmp_path / ".partial" / "adapter_model.safetensors").write_bytes(b"")
+
+    save_adapter(
+        SimpleNamespace(
+            args=SimpleNamespace(output_dir=tmp_path), drop_ref_adapter=lambda: None, save_model=save_model,
+            accelerator=SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None),
+        ),
+        {},
+    )  # fmt: skip
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == modules
 
 
 def test_another_rank_than_the_incoming_adapter_is_refused(first_iteration, pair_file, tmp_path):

@@ -139,6 +139,13 @@ def test_the_sampler_gets_every_epoch(trainer, monkeypatch):
     assert trainer._run_epoch(epoch=3) == sampler.epoch == 3
 
 
+def test_the_order_of_the_pairs_depends_on_the_data_seed(trainer, monkeypatch):
+    orders = [list(trainer._get_train_sampler())]
+    monkeypatch.setattr(trainer.args, "data_seed", 5)
+    orders.append(list(trainer._get_train_sampler()))
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
 def test_the_loss_curve_does_not_depend_on_the_pairs_per_forward_pass(tiny_llama, tmp_path):
     """In fp32, also in the last step of an epoch, which has fewer pairs. Other pairs in a step give another curve."""
     pairs = [

@@ -314,11 +314,24 @@ def test_a_task_without_a_score_of_its_own_loses_no_other(tiny_llama, tmp_path):
 
 
 def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
-    env = {"TASKS": "grath_mc1", "LIMIT": "2", "CHAT_TEMPLATE": "1"}
+    """It is that of MODEL_TYPE, as in pairs and DPO."""
+    from grath.modeling.chat import TEMPLATES
+
+    env = {"TASKS": "grath_mc1", "LIMIT": "2", "CHAT_TEMPLATE": "1", "MODEL_TYPE": "zephyr"}
     done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
     assert "chat template ON" in done.stdout
-    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, "CHAT_TEMPLATE": "0"}, status=2)
-    assert "chat_template=1, not 0: choose another folder" in done.stderr
+    assert json.loads((tmp_path / "s" / "grath_mc1.json").read_text())["chat_template"] == TEMPLATES["zephyr"]
+    for changed, shown in (({"CHAT_TEMPLATE": "0"}, "zephyr, not 0"), ({"MODEL_TYPE": "auto"}, "zephyr, not 1")):
+        done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, **changed}, status=2)
+        assert f"chat_template={shown}: choose another folder" in done.stderr
+
+
+def test_bad_input_is_refused_before_processes_are_launched(tiny_llama, tmp_path):
+    env = {"TASKS": "grath_mc1", "NUM_PROCESSES": "2", "BACKEND": "hf", "DEVICE": "cpu"}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env, status=2)
+    assert len(done.stderr.splitlines()) == 1 and "set NUM_PROCESSES=1" in done.stderr
+    done = call_here("grath.evaluation", tiny_llama, tmp_path / "s", "--tasks", "grath_mc1", "--limit", "0", status=2)
+    assert "--limit" in done.stderr and not (tmp_path / "s").exists()
 
 
 def test_prefetch_names_what_it_fetches(tmp_path):

@@ -96,6 +96,26 @@ def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
     assert any(line[:2] == ["truth", "signal"] and line[-3] == "+0.000" for line in lines)
 
 
+def test_it_is_of_the_pairs_that_dpo_trains_on(tmp_path):
+    from grath.pairs.stats import pair_stats
+
+    questions = load_questions(data_path=BUNDLED)[:6]
+    texts = [(row["question"], row["choices"][row["answer"]], row["choices"][row["answer"] - 1]) for row in questions]
+    write_rows(tmp_path / "x_True.json", [pair(question, wrong, wrong) for question, _, wrong in texts])
+    assert pair_stats(tmp_path / "x_True.json", questions)["signal"] is None
+    write_rows(tmp_path / "x_True_combined.json", [pair(*row) for row in texts])
+    stats = pair_stats(tmp_path / "x_True.json", questions)
+    assert stats["signal"] == "+1.000 [+1.000, +1.000]" and stats["identical"] == 6
+    assert not stats["echoed"]
+
+
+def test_answers_in_another_script_do_not_repeat_the_question(tmp_path):
+    from grath.pairs.stats import pair_stats
+
+    write_rows(tmp_path / "x_True.json", [pair("Почему небо синее?", "Из-за рассеяния света.", "Не знаю.")])
+    assert pair_stats(tmp_path / "x_True.json")["echoed"] == 0
+
+
 def cells(page, *first):
     """The cells of the row of a table that begins with these."""
     lines = [[cell.strip() for cell in line.split("|")] for line in page.read_text().splitlines()]

@@ -213,6 +213,25 @@ def test_a_wrong_first_setting_can_be_put_right(copied):
     assert "--num_query 501: there are only 160 questions" in done.stderr
 
 
+@pytest.mark.parametrize(("outcome", "accepted"), [("failed with status 2", True), ("failed with status 1", False)])
+def test_a_setting_that_a_later_stage_refused_can_be_put_right(outcome, accepted, tmp_path):
+    from grath.common.errors import UserError
+    from grath.pipeline.manifest import start_manifest, write_manifest
+
+    (tmp_path / "scores.json").write_text("{}")
+    stages = [
+        {"stage": "scores", "outputs": {"scores.json": "0"}, "outcome": "done"},
+        {"stage": "pairs", "outputs": {}, "outcome": outcome},
+    ]
+    settings = {"NUM_QUERY": "5000"}
+    write_manifest(tmp_path, {"format": 2, "settings": settings, "inputs": {}, "hash_cache": {}, "stages": stages})
+    if accepted:
+        assert start_manifest(tmp_path, {"NUM_QUERY": "160"}, [])["settings"] == {"NUM_QUERY": "160"}
+        return
+    with pytest.raises(UserError, match="NUM_QUERY=5000, not 160"):
+        start_manifest(tmp_path, {"NUM_QUERY": "160"}, [])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_users_own_accelerate_configuration_changes_nothing(processes, tiny_llama, tmp_path, monkeypatch):
     from accelerate.commands import launch

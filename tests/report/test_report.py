@@ -166,6 +166,15 @@ def make_scored_run(run, settings, scores):
     return run
 
 
+def test_a_run_that_starts_from_an_adapter_has_it_as_its_base(tmp_path):
+    from grath.report.runs import iterations
+
+    run = make_scored_run(tmp_path / "run", {}, {0: [1.0, 0.0], 1: [1.0, 1.0]})
+    assert iterations(run)[0]["model"] == "base"
+    (run / "models" / "iter_1_arcc" / "grath.json").write_text(json.dumps({"incoming_adapter": "first"}))
+    assert iterations(run)[0]["model"] == "first"
+
+
 def test_seeds_are_pooled_question_by_question(tmp_path):
     """Both seeds gain the same question, and one seed each another: 0.25 + 0.125 of the eight questions."""
     base = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
