@@ -46,13 +46,13 @@ def test_no_margin_depends_on_the_precision(precision, warned, tmp_path):
 
 
 def test_the_training_log_passes_its_precision_to_the_warnings(monkeypatch, tmp_path):
-    from types import SimpleNamespace
+    from transformers import TrainerState
 
     from grath.dpo import callbacks
     from grath.dpo.config import GrathDPOConfig
 
     given = []
     monkeypatch.setattr(callbacks, "training_warnings", lambda *args: given.append(args) or {})
-    state = SimpleNamespace(max_steps=10, log_history=[entry(1, 0, 0)], is_world_process_zero=True)
+    state = TrainerState(max_steps=10, log_history=[entry(1, 0, 0)])
     callbacks.TrainingLog().on_train_begin(GrathDPOConfig(output_dir=str(tmp_path), precision="bf16"), state, None)
     assert given[0][1:] == (0.1, 100, 2**-7)
