@@ -28,7 +28,7 @@ from grath.common.files import check_writable
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.modeling.devices import init_distributed
 from grath.modeling.loading import load_tokenizer
-from grath.modeling.precision import PRECISIONS, resolve_precision
+from grath.modeling.precision import PRECISIONS, SERVER, resolve_precision
 from grath.pairs.files import pair_file_name, write_pairs
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
@@ -64,7 +64,7 @@ def parse_args():
     add("--batch_size", type=positive_int, help="questions in a batch, in each process (64), or at each server (512)")
     add(
         "--engine",
-        choices=("shared_prefix", "generate", "server"),
+        choices=("shared_prefix", "generate", SERVER),
         default="shared_prefix",
         help="shared_prefix: compute the common prefix once; generate: transformers' generate; server: --server_url",
     )
@@ -86,11 +86,11 @@ def main():
     questions = questions[: args.num_query]
     path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
 
-    if args.server_url and args.engine != "server":
+    if args.server_url and args.engine != SERVER:
         raise UserError("--server_url needs --engine server")
-    if args.engine == "server" and args.precision != "auto":
+    if args.engine == SERVER and args.precision != "auto":
         raise UserError("--precision: with --engine server, the server decides it")
-    precision = "server" if args.engine == "server" else resolve_precision(args.precision, "pairs")
+    precision = SERVER if args.engine == SERVER else resolve_precision(args.precision, "pairs")
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
     prompts = [

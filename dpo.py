@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stage 3 of GRATH: direct preference optimisation (DPO) with LoRA.
+"""Stage 3 of GRATH: direct preference optimization (DPO) with LoRA.
 
     accelerate launch dpo.py --dataset_path PAIRS --model_name_or_path MODEL --output_dir DIR --seed 0
     accelerate launch dpo.py --dataset_name ai2_arc/ARC-Challenge --model_name_or_path MODEL --output_dir DIR --seed 0
@@ -79,8 +79,8 @@ def load_preferences(args, config, tokenizer, template):
     """Load the training set.
 
     Returns:
-        (dataset, counts): tokenised pairs and the counts of `filter_pairs`; or, for a hub data set in TRL's preference
-        format, its untokenised rows and None, because TRL tokenises them.
+        (dataset, counts): tokenized pairs and the counts of `filter_pairs`; or, for a hub data set in TRL's preference
+        format, its untokenized rows and None, because TRL tokenizes them.
     """
     from grath.dpo.dataset import filter_pairs, tokenize_pairs
 
@@ -146,7 +146,7 @@ def main():
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
     dataset, counts = load_preferences(args, config, tokenizer, template)
-    fit_batch_size(config, args.model_name_or_path, dataset)
+    record["settings"] |= fit_batch_size(config, args.model_name_or_path, dataset)
     model = load_model(args.model_name_or_path, config.precision, trainable=True)
 
     batch = record["effective_batch"]

@@ -178,7 +178,7 @@ def dpo(tokenizer, questions, steps, batch):
         weights = sum(weight.requires_grad for weight in trainer.model.parameters())
 
         class PagedAdamW(TrainerCallback):
-            """The optimiser of the GPU has a kernel for each matrix of the adapter, and waits after each of them."""
+            """The optimizer of the GPU has a kernel for each matrix of the adapter, and waits after each of them."""
 
             def on_pre_optimizer_step(self, *_, **__):
                 operators.counting = False
@@ -203,7 +203,7 @@ def dpo(tokenizer, questions, steps, batch):
 
 
 def products_of_a_pass(gpu, tokens):
-    """Return the seconds of the real sizes' products with frozen weights that are dequantised; twice in training."""
+    """Return the seconds of the real sizes' products with frozen weights that are dequantized; twice in training."""
     import torch
 
     half, _, bandwidth = GPUS[gpu]

@@ -1,4 +1,4 @@
-"""Compare DPO with plain TRL and with this project's trainer, on the same tokenised pairs, steps and seed.
+"""Compare DPO with plain TRL and with this project's trainer, on the same tokenized pairs, steps and seed.
 
     python benchmarks/training.py --dataset_path PAIRS --dtype bf16 --steps 16
     python benchmarks/training.py --dataset_path PAIRS --dtype fp32 --steps 4 --same_order
@@ -55,8 +55,8 @@ def train(way, args, folder):
 
     tokenizer = load_tokenizer(args.model)
     rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, 0)
-    tokenised = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
-    dataset = Dataset.from_list(filter_pairs(tokenised, 1024)[0].to_list())
+    tokenized = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
+    dataset = Dataset.from_list(filter_pairs(tokenized, 1024)[0].to_list())
     settings = {
         "output_dir": folder, "max_steps": args.steps, "warmup_steps": 0, "learning_rate": 5e-4, "logging_steps": 1,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "seed": 0, "report_to": "none",
@@ -114,7 +114,7 @@ def main():
         help="data set of gold pairs, if there is no --dataset_path",
     )
     add("--pairs", type=positive_int, default=256, help="maximum number of pairs")
-    add("--steps", type=positive_int, default=16, help="optimiser steps of 16 pairs")
+    add("--steps", type=positive_int, default=16, help="optimizer steps of 16 pairs")
     add("--same_order", action="store_true", help="take the pairs in TRL's order in every way")
     add(
         "--gradient_checkpointing",

@@ -3,7 +3,7 @@
     python -m grath.export ADAPTER OUT
 
 transformers, vLLM and the evaluation harness load OUT like any other model. The base is loaded in 16 or 32 bits even if
-the adapter was trained on a quantised base. The merged model's logits are checked against those of base and adapter
+the adapter was trained on a quantized base. The merged model's logits are checked against those of base and adapter
 before OUT appears.
 """
 

@@ -16,7 +16,7 @@ def load(**_):
 
 
 def process_results_mc2(doc, results):
-    """Compute MC2: the probability of the correct answers, normalised over all answers."""
+    """Compute MC2: the probability of the correct answers, normalized over all answers."""
     log_likelihoods = np.array([log_likelihood for log_likelihood, _ in results])
     shares = np.exp(log_likelihoods - log_likelihoods.max())
     correct = np.array(doc["mc2_targets"]["labels"]) == 1

@@ -89,7 +89,7 @@ def train_llama(folder, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     questions = load_questions(data_path=BUNDLED)
     kinds = [(demos, use_gt) for demos in (load_demos("truthfulqa"), []) for use_gt in (True, False)]
 
@@ -104,8 +104,8 @@ def train_llama(folder, tokenizer):
     for step in range(1000):
         (-likelihoods(questions[step % 60], *kinds[step % 4]).log().mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         if step % 40 == 39:
             with torch.no_grad():
                 if min(likelihoods(questions[i], *kind).min() for i in (0, 70, 80) for kind in kinds) > 0.8:

@@ -4,10 +4,10 @@
 layout, or an edited one, would get the rows of the first. Here the cache folder is named by a hash of the content.
 """
 
-import hashlib
 from functools import cache
 from pathlib import Path
 
+from grath.common.files import hash_of, sha256
 from grath.common.paths import resolve_local
 
 
@@ -40,11 +40,10 @@ def content_hash(folder):
         stat = file.stat()
         digest = _file_hash(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         lines.append(f"{file.relative_to(folder).as_posix()} {digest}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hash_of(lines)
 
 
 @cache
 def _file_hash(path, size, modified, changed):
     """Hash a file once per process as long as its size and times stay the same: MMLU has 57 subjects."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)

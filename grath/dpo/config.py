@@ -10,7 +10,7 @@ from grath.dpo.defaults import check_signs, step_sizes
 from grath.modeling.devices import print_once
 from grath.modeling.loading import load_shape
 from grath.modeling.memory import PAIR_TOKENS, REFERENCE_BATCH, USABLE, fitting_pairs
-from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
+from grath.modeling.precision import DTYPES, PRECISIONS, compute_dtype, resolve_precision
 
 EPOCHS = DPOConfig.num_train_epochs
 
@@ -43,7 +43,7 @@ class GrathDPOConfig(DPOConfig):
     warmup_steps: float = field(default=100, metadata={"help": "warm-up steps; below 1: a fraction of all steps"})
     optim: str = field(
         default="auto",
-        metadata={"help": "optimiser; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP"},
+        metadata={"help": "optimizer; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP"},
     )
     per_device_train_batch_size: int | None = field(
         default=None,
@@ -55,10 +55,10 @@ class GrathDPOConfig(DPOConfig):
     gradient_accumulation_steps: int | None = field(
         default=None,
         metadata={
-            "help": "forward passes per optimiser step; by default so many that all devices together use 16 pairs"
+            "help": "forward passes per optimizer step; by default so many that all devices together use 16 pairs"
         },
     )
-    max_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     max_length: int | None = field(default=1024, metadata={"help": "drop pairs with more tokens"})
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -104,13 +104,9 @@ class GrathDPOConfig(DPOConfig):
             self.optim = "paged_adamw_32bit" if paged else "adamw_torch"
         # Train bf16 and fp32 weights without autocast; by default TRL turns bf16 autocast on.
         if self.bf16 is None:
-            quantised = self.precision not in DTYPES
-            self.bf16 = (
-                quantised
-                and not self.fp16
-                and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
-            )
-            self.fp16 = self.fp16 or self.precision == "fp16" or (quantised and not self.bf16)
+            quantized = self.precision not in DTYPES
+            self.bf16 = quantized and not self.fp16 and compute_dtype() == torch.bfloat16
+            self.fp16 = self.fp16 or self.precision == "fp16" or (quantized and not self.bf16)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every step uses all weights of the adapter
         super().__post_init__()
@@ -128,16 +124,19 @@ def fit_batch_size(config, name, dataset):
     Args:
         config: `GrathDPOConfig`.
         name: hub name, model folder or adapter folder.
-        dataset: the pairs; if they are not tokenised, their lengths are not known.
+        dataset: the pairs; if they are not tokenized, their lengths are not known.
+
+    Returns:
+        dict of the settings that it changed.
     """
     import torch
 
     if not config.fits_batch_size or "prompt_ids" not in dataset.column_names:
-        return
+        return {}
     try:
         shape = load_shape(name)
     except UserError:  # a model that cannot be loaded gets its message when it is loaded
-        return
+        return {}
     longest = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in dataset)
     # All processes must choose the same: the free memory differs between them, the total memory of their GPUs does not.
     gpus = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -149,3 +148,4 @@ def fit_batch_size(config, name, dataset):
     print_once(
         f"{batch} pairs per forward pass, chosen for a GPU of {total / 1e9:.0f} GB, and {accumulation} passes per step"
     )
+    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}

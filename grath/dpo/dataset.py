@@ -8,7 +8,7 @@ from grath.modeling.devices import print_once
 
 
 def tokenize_pairs(rows, tokenizer, template):
-    """Tokenise pairs as TRL's preference rows: the bare question in the chat template, then either answer.
+    """Tokenize pairs as TRL's preference rows: the bare question in the chat template, then either answer.
 
     Args:
         rows: list of dicts with `question`, `correct`, `incorrect`.
@@ -16,14 +16,14 @@ def tokenize_pairs(rows, tokenizer, template):
     Returns:
         `Dataset` with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int).
     """
-    tokenised = []
+    tokenized = []
     for row in rows:
         turn = [{"role": "user", "content": row["question"]}]
         sides = [answer_ids(tokenizer, turn, row[side], template) for side in ("correct", "incorrect")]
         prompt = min((prompt for prompt, _ in sides), key=len)
         chosen, rejected = ([*own, *ids][len(prompt) :] for own, ids in sides)
-        tokenised.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
-    return Dataset.from_list(tokenised)
+        tokenized.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return Dataset.from_list(tokenized)
 
 
 def filter_pairs(dataset, max_length):

@@ -6,14 +6,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class LengthGroupedSampler(Sampler):
-    """Put pairs of similar length into each optimiser step, and the steps in random order.
+    """Put pairs of similar length into each optimizer step, and the steps in random order.
 
     The order depends only on the seed and the epoch, so a training that resumes in the middle of an epoch gets the
     same one. The sampler of transformers draws from the global random state instead.
 
     Args:
         lengths: tokens of each pair.
-        batch: pairs per optimiser step, over all processes.
+        batch: pairs per optimizer step, over all processes.
         seed: int.
     """
 

@@ -36,12 +36,12 @@ LOGIT_SETTINGS = (
 
 
 class GrathDPOTrainer(DPOTrainer):
-    """`DPOTrainer` that accepts tokenised pairs and an explicit choice of the reference model.
+    """`DPOTrainer` that accepts tokenized pairs and an explicit choice of the reference model.
 
     TRL adds a frozen copy `ref` of the adapter to an incoming `PeftModel`. With `precompute_ref_log_probs` it evaluates
     the reference inside the constructor, after hashing all weights for a cache on disk. A fixed reference requires that
     `ref` is deleted first, so this class evaluates the reference after TRL's constructor, without a cache. On a
-    quantised base TRL rounds the policy's adapter to bf16, but not `ref`, and loads checkpoints in float32; this class
+    quantized base TRL rounds the policy's adapter to bf16, but not `ref`, and loads checkpoints in float32; this class
     keeps the adapter in float32.
 
     Args:
@@ -129,9 +129,9 @@ class GrathDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if "prompt_ids" in dataset.column_names:
             return dataset
-        tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        tokenised, self.counts = filter_pairs(tokenised, args.max_length)
-        return tokenised
+        tokenized = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        tokenized, self.counts = filter_pairs(tokenized, args.max_length)
+        return tokenized
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         self.model.eval()

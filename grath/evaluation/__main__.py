@@ -12,7 +12,7 @@ from grath.common.errors import run_main
 from grath.evaluation.harness import MODEL_NAME
 from grath.evaluation.run import score_model
 from grath.modeling.chat import MODEL_TYPES
-from grath.modeling.precision import PRECISIONS
+from grath.modeling.precision import PRECISIONS, SERVER
 
 
 def main():
@@ -24,7 +24,7 @@ def main():
     add("--precision", choices=PRECISIONS, default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
     add("--batch_size", type=positive_int, help="contexts at once; if left out, as many as make a batch of tokens")
     add("--limit", type=positive_int, help="questions of each task; all if not set")
-    add("--backend", choices=("hf", MODEL_NAME, "server"), default=MODEL_NAME, help="model class, or --server_url")
+    add("--backend", choices=("hf", MODEL_NAME, SERVER), default=MODEL_NAME, help="model class, or --server_url")
     add("--server_url", nargs="+", dest="servers", default=(), help="servers of --backend server")
     add("--server_timeout", type=positive_int, default=600, help="seconds to wait for a server that does not respond")
     add("--chat_template", action="store_true", help="apply the chat template")

@@ -5,13 +5,14 @@ import gc
 import json
 import os
 import re
+import sys
 import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.files import atomic_write_text, hash_of, sha256
+from grath.common.files import atomic_write_text, sha256
 from grath.common.local_data import load_dataset
 from grath.common.paths import ADAPTER, PROJECT
 from grath.evaluation.harness import MODEL_NAME, patch_fewshot_sampling, register_shared_context_model
@@ -22,11 +23,11 @@ from grath.evaluation.results import (
     record_settings,
     split_by_task,
 )
-from grath.evaluation.samples import SAMPLES, complete_here, complete_on_servers, write_samples
+from grath.evaluation.samples import SAMPLES, write_samples
 from grath.evaluation.tasks import TASKS, get_task
 from grath.modeling.chat import template_for
 from grath.modeling.devices import check_devices
-from grath.modeling.loading import check_model, load_tokenizer, resolve_base_and_adapter, weight_files
+from grath.modeling.loading import check_model, load_tokenizer, resolve_base_and_adapter, weights_identity
 from grath.modeling.precision import DTYPES, SERVER, resolve_precision
 from grath.serving.served import serve
 
@@ -61,7 +62,8 @@ def score_model(
         backend: `hf-shared`, `hf` for the harness's own model class, or `server` for inference servers.
         chat_template: whether to apply the chat template.
         log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
-        samples: whether to write the model's own answers to five questions to samples.jsonl too.
+        samples: whether to write the model's own answers to five questions to samples.jsonl too; None: if it has a chat
+            template.
         model_type: the chat template, of these questions too.
         dry_run: check the model and print the plan only.
         processes: number of processes; None: as many as the launcher started.
@@ -69,7 +71,8 @@ def score_model(
         server_timeout: seconds to wait for a server that does not respond.
 
     Raises:
-        UserError: there is no such model or task, or the folder contains scores made with other settings.
+        UserError: there is no such model or task, the answers need a chat template and there is none, or the folder
+            contains scores made with other settings.
     """
     import torch
 
@@ -87,7 +90,16 @@ def score_model(
     if backend == "hf" and precision not in DTYPES:
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
     missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
-    sampled = samples and not (output / SAMPLES).is_file()
+    sampled = samples is not False and not (output / SAMPLES).is_file()
+    if sampled:
+        tokenizer = load_tokenizer(model)
+        try:
+            sample_template = template_for(tokenizer, model_type)
+        except UserError as error:
+            if samples:
+                raise
+            print(f"no sample answers: {error}", file=sys.stderr)
+            sampled = False
     if missing or sampled:
         _prepare_harness()
     manager = _task_manager(missing) if missing else None
@@ -110,17 +122,19 @@ def score_model(
         return
     if backend == "hf":
         batch_size = batch_size or 16
+    from grath.generation.engines import generate_here, generate_on_servers
+
     with contextlib.ExitStack() as stack:
         if backend == SERVER:
             from grath.evaluation.server import ServerLM
 
             served = stack.enter_context(serve(model, servers, server_timeout))
-            complete = partial(complete_on_servers, served, model)
+            engine = partial(generate_on_servers, served, model)
             loaded = ServerLM(served, model)
             arguments = {"model": served.name, "servers": list(served.urls)}
         else:
             loaded, arguments = _load_harness(model, precision, batch_size, backend)
-            complete = partial(complete_here, loaded.model)
+            engine = partial(generate_here, "shared_prefix", loaded.model)
         if chat_template:
             loaded.tokenizer.chat_template = template_for(loaded.tokenizer, model_type)
         evaluate = partial(_evaluate, loaded, backend, arguments, batch_size, manager)
@@ -138,10 +152,9 @@ def score_model(
                 results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
                 _write_results(output, group, results, log_samples)
         if sampled and main_process:
-            tokenizer = load_tokenizer(model)
-            write_samples(partial(complete, tokenizer), tokenizer, model_type, output / SAMPLES)
+            write_samples(engine, tokenizer, sample_template, output / SAMPLES)
     # Another model may be next in this process: two do not fit on a GPU.
-    del loaded, evaluate, complete
+    del loaded, evaluate, engine
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -159,7 +172,7 @@ def _settings_of(model, precision, tasks):
     """What the scores depend on. A local model is identified by its weight files, so that it can be moved."""
     base, adapter = resolve_base_and_adapter(model)
     return {
-        "weights": hash_of(weight_files(base))[:16] if Path(base).is_dir() else base,
+        "weights": weights_identity(base),
         "adapter": sha256(Path(adapter) / ADAPTER)[:16] if adapter else "none",
         "dtype": DTYPES.get(precision, precision),
         "lm_eval": version("lm-eval"),

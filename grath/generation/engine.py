@@ -27,7 +27,7 @@ def select_generate_fn(model, prompts, max_new_tokens):
 
 @torch.inference_mode()
 def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, on_done):
-    """Generate greedy completions of tokenised prompts. When a row is done, the next prompt takes its place.
+    """Generate greedy completions of tokenized prompts. When a row is done, the next prompt takes its place.
 
     Args:
         model: `PreTrainedModel` or `PeftModel`.

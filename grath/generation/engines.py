@@ -9,6 +9,7 @@ from grath.common.errors import UserError
 from grath.generation.engine import generate_shared_prefix, select_generate_fn
 from grath.generation.hf import generate_hf
 from grath.modeling.loading import eos_token_ids, load_for_inference
+from grath.modeling.precision import SERVER
 from grath.serving.completions import generate_server
 from grath.serving.served import compare_with_local, serve
 
@@ -34,27 +35,32 @@ def open_engine(engine, model, tokenizer, precision, max_new_tokens, batch_size=
         completion with the index of its prompt, its text and its number of tokens; and the context window in tokens, or
         None if it is not known.
     """
-    if engine == "server":
+    if engine == SERVER:
         if not servers:
             raise UserError("--engine server needs --server_url http://host:port")
         if PartialState().num_processes > 1:
             raise UserError("--engine server runs in one process: the servers share the questions")
         with serve(model, servers, timeout) as served:
             print(compare_with_local(served, model, tokenizer), flush=True)
-            eos_ids = eos_token_ids(model, tokenizer)
-
-            def generate(prompts, on_done):
-                print(f"Asking {len(prompts)} questions ({', '.join(served.urls)})", flush=True)
-                generate_server(served, prompts, max_new_tokens, eos_ids, on_done, batch_size)
-
-            yield generate, served.window
+            yield partial(generate_on_servers, served, model, tokenizer, max_new_tokens, batch_size), served.window
         return
     loaded = load_for_inference(model, precision)
-    generate = partial(_generate_here, engine, loaded, tokenizer, max_new_tokens, batch_size or BATCH_SIZE)
+    generate = partial(generate_here, engine, loaded, tokenizer, max_new_tokens, batch_size or BATCH_SIZE)
     yield generate, getattr(loaded.config, "max_position_embeddings", None)
 
 
-def _generate_here(engine, model, tokenizer, max_new_tokens, batch_size, prompts, on_done):
+def generate_on_servers(served, model, tokenizer, max_new_tokens, batch_size, prompts, on_done):
+    """Generate greedy completions on servers, as the function that `open_engine` yields.
+
+    Args:
+        served: what `serve` yielded for `model`.
+    """
+    print(f"Asking {len(prompts)} questions ({', '.join(served.urls)})", flush=True)
+    generate_server(served, prompts, max_new_tokens, eos_token_ids(model, tokenizer), on_done, batch_size)
+
+
+def generate_here(engine, model, tokenizer, max_new_tokens, batch_size, prompts, on_done):
+    """Generate greedy completions with a loaded model, as the function that `open_engine` yields."""
     generate_fn, reason = generate_hf, None
     if engine == "shared_prefix":
         generate_fn, reason = select_generate_fn(model, prompts, max_new_tokens)

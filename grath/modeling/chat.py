@@ -38,7 +38,9 @@ def template_for(tokenizer, model_type):
         raise UserError("the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name")
     if model_type == "auto":
         if not isinstance(tokenizer.chat_template, str):
-            raise UserError(f"the tokenizer has no chat template: pass --model_type ({', '.join(TEMPLATES)})")
+            raise UserError(
+                f"the tokenizer has no chat template: set --model_type (MODEL_TYPE) to {', '.join(TEMPLATES)}"
+            )
         return tokenizer.chat_template
     template = TEMPLATES[model_type]
     if "bos_token" in template and tokenizer.bos_token is None:

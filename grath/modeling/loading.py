@@ -1,14 +1,18 @@
 """Load models and tokenizers from hub names, model folders and LoRA adapter folders, in every precision."""
 
+import hashlib
 import json
 from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line
-from grath.common.files import read_json
+from grath.common.files import hash_of, read_json
 from grath.common.paths import ADAPTER, resolve_local
 from grath.modeling.cpu_matmul import prepare_linear_layers
 from grath.modeling.memory import read_shape
 from grath.modeling.precision import DTYPES, compute_dtype, quantization_config
+
+# What is read of a weight file to identify it: so many places, so many bytes at each.
+SAMPLES, SAMPLE_BYTES = 256, 2**16
 
 
 def resolve_base_and_adapter(name):
@@ -164,10 +168,28 @@ def has_local_weights(name):
     return 0 < 1.2 * size < free
 
 
-def weight_files(folder):
-    """Describe each weight file of a model folder: list of "name size mtime". Hashing the bytes would take too long."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+def weights_identity(base):
+    """Identify the weights of a model folder by their content; a hub name is returned as it is.
+
+    The content is the size of each weight file and a sample of its bytes, because all of them would take minutes to
+    read. So a copy of the folder is the same model, and an edited one is not.
+
+    Returns:
+        16 hexadecimal digits, or the hub name.
+    """
+    if not Path(base).is_dir():
+        return base
+    return hash_of(f"{file.name} {_sampled_hash(file)}" for file in sorted(Path(base).glob("*.safetensors")))[:16]
+
+
+def _sampled_hash(file):
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for position in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+            opened.seek(position)
+            digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def eos_token_ids(model, tokenizer):

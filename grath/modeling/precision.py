@@ -1,4 +1,4 @@
-"""Precisions of the weights: what `auto` means on this machine, and the quantisation settings."""
+"""Precisions of the weights: what `auto` means on this machine, and the quantization settings."""
 
 from grath.common.errors import UserError
 from grath.modeling.devices import check_devices

@@ -107,14 +107,14 @@ def _part(package, number, folder):
 
 
 def convert(gguf, output_dir):
-    """Save the model and the tokenizer of a GGUF file in `output_dir`, dequantised to float32, as safetensors."""
+    """Save the model and the tokenizer of a GGUF file in `output_dir`, dequantized to float32, as safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are plain tensors now, but transformers would refuse to save them as quantised.
+    # The weights are plain tensors now, but transformers would refuse to save them as quantized.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
 

@@ -16,12 +16,16 @@ CANDIDATES = "\nCandidate correct answer: {correct}\nCandidate incorrect answer:
 PAIR_RESPONSE = "Question: {question}\nCorrect answer: {correct}\nIncorrect answer: {incorrect}"
 
 
+def demos_file(name):
+    """Return the file of few-shot examples that `name` means: Path."""
+    known = PROJECT / "demos" / f"{name}.json"
+    return known if known.is_file() else Path(name)
+
+
 def load_demos(name):
     """Load few-shot examples from `demos/{name}.json` or the JSON file `name`: list of dicts with `DEMO_FIELDS`."""
-    path = PROJECT / "demos" / f"{name}.json"
-    path = path if path.is_file() else Path(name)
     try:
-        demos = json.loads(path.read_text(encoding="utf-8-sig"))
+        demos = json.loads(demos_file(name).read_text(encoding="utf-8-sig"))
     except OSError:
         known = ", ".join(sorted(file.stem for file in (PROJECT / "demos").glob("*.json")))
         raise UserError(f"--demos {name}: neither a known set ({known}) nor a readable file") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grath.common.files import atomic_write_text, hash_of, sha256
 from grath.common.paths import ADAPTER
-from grath.modeling.loading import resolve_base_and_adapter, weight_files
+from grath.modeling.loading import resolve_base_and_adapter, weights_identity
 
 CORRECT, INCORRECT = "Correct answer:", "Incorrect answer:"
 LINE_END = re.compile(r"[\r\n]")
@@ -103,7 +103,7 @@ def responses_fingerprint(name, prompts, precision, max_new_tokens):
     In fp32, greedy completions depend on nothing else. In int8 they also depend on the batch, whose size may change.
     """
     base, adapter = resolve_base_and_adapter(name)
-    parts = [base, precision, str(max_new_tokens), json.dumps(prompts)]
+    parts = [weights_identity(base), precision, str(max_new_tokens), json.dumps(prompts)]
     if adapter:
         parts.append(sha256(Path(adapter) / ADAPTER))
-    return hash_of(parts + weight_files(base))
+    return hash_of(parts)

@@ -18,7 +18,8 @@ from grath.report.tables import model_scores
 def evaluate(model=None, output=None):
     """Score `model` into the folder `output`; without a model, score what the newest run has not scored yet.
 
-    Without a model, settings that are not set are those of the run.
+    Without a model, settings that are not set are those of the run, and its tasks are those that any of its models has
+    a score of.
 
     Raises:
         UserError: a setting is not valid, or there is nothing to score.
@@ -30,10 +31,12 @@ def evaluate(model=None, output=None):
         raise UserError("the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
     dry_run, main_process = values["DRY_RUN"] == "1", os.environ.get("RANK", "0") == "0"
     if model is None:
-        run, models = unscored(values["RUNS_DIR"], values["TASKS"].split())
+        given = values["TASKS"].split() if "TASKS" in os.environ else None
+        run, models, tasks = unscored(values["RUNS_DIR"], given)
         of_run = {name: value for name, value in manifest_of(run)["settings"].items() if name in EVALUATION}
         if of_run.get("EVAL_PRECISION") == SERVER:  # not a precision of this machine
             del of_run["EVAL_PRECISION"]
+        of_run |= {"TASKS": " ".join(tasks)} if tasks else {}
         values = read_settings(EVALUATION, of_run | os.environ)
         share_cpu_products(run)
     else:
@@ -60,7 +63,8 @@ def _score(model, output, values):
         limit=(float(limit) if "." in limit else int(limit)) if limit else None,
         backend=values["BACKEND"],
         chat_template=values["CHAT_TEMPLATE"] == "1",
-        samples=values["SAMPLES"] == "1",
+        # Set, as in the loop, the answers must be written; the default is only where there is a chat template.
+        samples=values["SAMPLES"] == "1" and ("SAMPLES" in os.environ or None),
         model_type=values["MODEL_TYPE"],
         dry_run=values["DRY_RUN"] == "1",
         processes=int(values["NUM_PROCESSES"]),

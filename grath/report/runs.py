@@ -7,7 +7,7 @@ from grath.common.errors import UserError
 from grath.common.files import read_json, read_json_lines
 from grath.common.paths import ADAPTER, PROJECT, RECORD
 from grath.common.provenance import MANIFEST, read_manifest
-from grath.evaluation.results import read_scores
+from grath.evaluation.results import read_scores, tasks_of
 from grath.modeling.loading import resolve_base_and_adapter
 from grath.pairs.questions import load_questions
 from grath.pairs.stats import pair_stats
@@ -111,10 +111,14 @@ def newest_run(runs_dir):
 
 
 def unscored(runs_dir, tasks):
-    """Find the newest run and its models that lack a score of any of `tasks`.
+    """Find the newest run and its models that lack a score.
+
+    Args:
+        tasks: list of the tasks to score, or None for those that any model of the run has a score of.
 
     Returns:
-        tuple: the run folder, and a list of (model, results folder).
+        tuple: the run folder, a list of (model, results folder), and the list of tasks, which is empty if `tasks` is
+        None and the run has no score.
 
     Raises:
         UserError: `runs_dir` contains no run with a model.
@@ -122,13 +126,14 @@ def unscored(runs_dir, tasks):
     run_dir = newest_run(runs_dir)
     if run_dir is None:
         raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
-    rows = [
-        row
+    models = [
+        (row, read_scores(row["results"]))
         for number, row in iterations(run_dir).items()
         if row["model"] and (number == 0 or (row["model"] / ADAPTER).is_file())
-        if set(tasks) - set(read_scores(row["results"]))
     ]
-    return run_dir, [(row["model"], row["results"]) for row in rows]
+    tasks = tasks_of(enumerate(scores for _, scores in models)) if tasks is None else tasks
+    left = [(row["model"], row["results"]) for row, scores in models if not tasks or set(tasks) - set(scores)]
+    return run_dir, left, tasks
 
 
 def score_rows(run_dir, found):

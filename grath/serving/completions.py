@@ -128,7 +128,7 @@ async def complete_all(served, bodies, on_done, in_flight=None):
 
 
 def generate_server(served, prompts, max_new_tokens, eos_ids, on_done, in_flight=None):
-    """Generate greedy completions of tokenised prompts on servers.
+    """Generate greedy completions of tokenized prompts on servers.
 
     Args:
         served, in_flight: as in `complete_all`.

@@ -82,8 +82,9 @@ def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch,
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     row = {"prompt_ids": [1] * 50, "chosen_ids": [1] * 40, "rejected_ids": [1] * 40}
-    for one in (*given, chosen):
-        module.fit_batch_size(one, "a/b", Dataset.from_list([row]))
+    changed = [module.fit_batch_size(one, "a/b", Dataset.from_list([row])) for one in (*given, chosen)]
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    assert changed == [{}] * 3 + [dict(zip(names, sizes, strict=True))]  # for the record
     found = [(one.per_device_train_batch_size, one.gradient_accumulation_steps) for one in (*given, chosen)]
     assert found == [(4, 4), (4, 4), (4, 2), sizes]
     line = f"{sizes[0]} pairs per forward pass, chosen for a GPU of {memory:.0f} GB, and {sizes[1]} passes per step\n"

@@ -69,7 +69,7 @@ def test_precomputing_the_reference_does_not_change_training(second_iteration, f
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
-def test_margins_on_a_quantised_base(tiny_llama, pair_file, tmp_path, precision, caplog):
+def test_margins_on_a_quantized_base(tiny_llama, pair_file, tmp_path, precision, caplog):
     flags = ("--precision", precision, "--reference")
     source = ("--dataset_path", pair_file)
     done, first = train(tiny_llama, tmp_path / "1", *flags, "rolling", source=source)

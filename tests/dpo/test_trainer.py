@@ -77,7 +77,7 @@ def test_the_base_exists_once_in_memory(trainer):
     assert not [name for name, _ in trainer.model.named_parameters() if ".ref." in name]
 
 
-def test_the_adapter_on_a_quantised_base_is_not_rounded(tiny_llama, pair_file, tmp_path):
+def test_the_adapter_on_a_quantized_base_is_not_rounded(tiny_llama, pair_file, tmp_path):
     from peft import get_peft_model_state_dict
 
     from grath.dpo.config import GrathDPOConfig

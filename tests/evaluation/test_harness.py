@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,9 +111,9 @@ def test_scores_with_an_adapter_and_in_4_bit(harness, tiny_llama, llama_tokenize
     )
     same(ours, theirs)
     assert max(abs(a - b) for (a, _), (b, _) in zip(ours, base, strict=True)) > 0.1
-    quantised = load_model(str(tiny_llama), "nf4").eval()
+    quantized = load_model(str(tiny_llama), "nf4").eval()
     ours, theirs = (
-        harness(kind, quantised, llama_tokenizer, max_length=200)._loglikelihood_tokens(asked, disable_tqdm=True)
+        harness(kind, quantized, llama_tokenizer, max_length=200)._loglikelihood_tokens(asked, disable_tqdm=True)
         for kind in ("hf-shared", "hf")
     )
     # 4-bit weights are multiplied in bfloat16, whose rounding depends on the shapes.
@@ -303,6 +304,23 @@ def test_missing_sample_answers_are_written_alone(tiny_llama, tmp_path):
     result.unlink()
     done = call_here("grath.evaluation", *score, "--precision", "bf16", status=2)
     assert "dtype=float32, not bfloat16" in done.stderr
+
+
+def test_a_copy_of_the_model_is_the_same_model(tiny_llama, tmp_path):
+    """Its scores and saved responses count; those of edited weights of the same size do not."""
+    from grath.pairs.responses import responses_fingerprint
+
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy", copy_function=shutil.copy)  # with another modification time
+    fingerprints = [responses_fingerprint(str(model), [[1, 2]], "fp32", 10) for model in (tiny_llama, copy)]
+    assert fingerprints[0] == fingerprints[1]
+    env = {"TASKS": "grath_mc1", "LIMIT": "2", "SAMPLES": "0"}
+    call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
+    assert "is up to date" in call("evaluation.sh", copy, tmp_path / "s", env=env).stdout
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert responses_fingerprint(str(copy), [[1, 2]], "fp32", 10) != fingerprints[0]
+    assert "contains scores with weights=" in call("evaluation.sh", copy, tmp_path / "s", env=env, status=2).stderr
 
 
 def test_a_task_without_a_score_of_its_own_loses_no_other(tiny_llama, tmp_path):

@@ -77,7 +77,7 @@ def test_the_kernels_equal_the_exact_attention(device, dtype, heads, size):
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
-def test_quantised_models_write_pairs_and_train(device, precision, tiny_llama, pair_file, tmp_path):
+def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, pair_file, tmp_path):
     ask = ("create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "p", "--save_dir", tmp_path)
     call_here(*ask, "--precision", precision, "--data_path", BUNDLED, "--num_query", 4, "--useFS")
     assert len(rows(next(tmp_path.glob("p_num_4_*.json")))) == 4
@@ -103,7 +103,7 @@ def test_scores_equal_those_of_hf_in_fp32(device, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_scores_of_quantised_models(device, precision, tiny_llama, tmp_path):
+def test_scores_of_quantized_models(device, precision, tiny_llama, tmp_path):
     likely = []
     for name in ("fp32", precision):
         score = (tiny_llama, tmp_path / name, "--tasks", "grath_mc1", "--limit", 4, "--log_samples", "--samples")
@@ -119,7 +119,7 @@ def test_scores_of_quantised_models(device, precision, tiny_llama, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes has paged optimisers on a GPU only")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes has paged optimizers on a GPU only")
 def test_paged_adamw(monkeypatch, tiny_llama, pair_file, tmp_path):
     monkeypatch.setenv("DEVICE", "")
     call(

@@ -69,7 +69,7 @@ def test_auto_uses_the_tokenizers_template(smollm_tokenizer):
     smollm_tokenizer.chat_template = TEMPLATES["smollm2"]
     assert template_for(smollm_tokenizer, "auto") == TEMPLATES["smollm2"]
     smollm_tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template: pass --model_type"):
+    with pytest.raises(UserError, match="no chat template: set --model_type"):
         template_for(smollm_tokenizer, "auto")
 
 

@@ -135,7 +135,7 @@ def test_weights_that_do_not_fit_in_float32_are_converted_for_each_product(monke
     assert model.lm_head.weight.dtype == torch.bfloat16 and "forward" in vars(model.lm_head)
 
 
-def test_a_quantised_or_trained_model_is_left_alone(monkeypatch):
+def test_a_quantized_or_trained_model_is_left_alone(monkeypatch):
     monkeypatch.setattr(cpu_matmul, "time_products", lambda weight: pytest.fail("timed"))
     with fp32_cpu_matmul(tiny("llama")):  # in float32 there is nothing to choose in training
         pass

@@ -13,8 +13,8 @@ def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
     env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "100", "DATA_PATH": str(BUNDLED), "CHECK": "1"}
     env |= {"RUNS_DIR": str(tmp_path / "runs"), "TASKS": "grath_mc1"}
     done = call("run_llama2.sh", env=env)
-    checked = [line.split(":")[0].split() for line in done.stdout.splitlines() if line.startswith("ok ")]
-    assert checked == [["ok", name] for name in ("packages", "device", "model", "memory", "data", "disk")]
+    checked = [line.split(":")[0].split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("ok ")]
+    assert checked == ["packages", "device", "model", "chat template", "memory", "data", "disk"]
     plan = done.stdout.split("The plan: 8 stages")[1].splitlines()[1:-1]
     assert [line.strip() for line in plan][1:3] == [
         "iteration 1: M_0 writes pairs",
