@@ -45,7 +45,13 @@ from grath.pairs.prompts import build_messages, load_demos
 INT8_LINEAR = (16, 2, (154.55 - 32.89) / 224)
 # Starting a process with its imports, and reading weights from a local disk.
 START_SECONDS, READ_GB_PER_SECOND = 20, 2
-ITERATIONS, STEPS, PAIRS_PER_STEP, ROWS = 2, 1000, 16, 64
+STEPS, PAIRS_PER_STEP, ROWS = 1000, 16, 64
+# Iterations, and training steps of each.
+PRESETS = {
+    "`./run_llama2.sh`": (2, 1000),
+    "`./run_zephyr.sh`": (2, 500),
+    "`./run_llama2_fix_ref.sh`, `./run_zephyr_fix_ref.sh`": (10, 1000),
+}
 # Questions of the published tasks.
 PUBLISHED = {"arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
 SHAPE = llama_2("7B")
@@ -239,13 +245,13 @@ def minutes(name, count, gpu):
     return round(share * (count.seconds(gpu) + count.tokenizer_seconds) / 60, 2)
 
 
-def total_minutes(counts, gpu):
-    """Return the minutes of `./run_llama2.sh`: two iterations, and three models scored by a process each."""
-    models = ITERATIONS + 1
-    loads = (2 * ITERATIONS + models) * (START_SECONDS + weight_bytes(SHAPE, "fp16") * 1e-9 / READ_GB_PER_SECOND)
-    made = minutes("pairs", counts["pairs"], gpu) + minutes("dpo", dpo_of(counts, gpu), gpu)
+def total_minutes(counts, gpu, iterations=2, steps=STEPS, pairs_count="pairs"):
+    """Return the minutes of a preset: its iterations, and one model more than these, scored by a process each."""
+    models = iterations + 1
+    loads = (2 * iterations + models) * (START_SECONDS + weight_bytes(SHAPE, "fp16") * 1e-9 / READ_GB_PER_SECOND)
+    made = minutes("pairs", counts[pairs_count], gpu) + steps / STEPS * minutes("dpo", dpo_of(counts, gpu), gpu)
     scored = sum(minutes(name, counts[name], gpu) for name in PUBLISHED)
-    return round(ITERATIONS * made + models * scored + loads / 60, 1)
+    return round(iterations * made + models * scored + loads / 60, 1)
 
 
 def dpo_of(counts, gpu):
@@ -254,7 +260,7 @@ def dpo_of(counts, gpu):
 
 
 def markdown(counts):
-    """Return the table of docs/hardware.md."""
+    """Return the two tables of docs/hardware.md: the stages, and the presets."""
     head = ("questions", "forwards", "launches", "host syncs", "tokens", "median", "PFLOP", "peak GB", "tokenizer s")
     lines = [f"| stage | {' | '.join(head)} | {' | '.join(f'min, {gpu}' for gpu in GPUS)} |"]
     lines.append("| --- |" + " ---: |" * (len(head) + len(GPUS)))
@@ -262,8 +268,17 @@ def markdown(counts):
         cells = [f"{value:,}" for key, value in stage_row(name, count).items() if key != "minutes"]
         cells += [f"{minutes(name, count, gpu):.1f}" for gpu in GPUS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    totals = " | ".join(f"{total_minutes(counts, gpu):.0f}" for gpu in GPUS)
-    return "\n".join([*lines, f"| **`./run_llama2.sh`** |{' |' * len(head)} {totals} |"])
+    lines += [
+        "",
+        f"| preset | pairs | iterations | {' | '.join(GPUS)} |",
+        "| --- | --- | ---: |" + " ---: |" * len(GPUS),
+    ]
+    for preset, (iterations, steps) in PRESETS.items():
+        for precision, pairs_count in (("int8", "pairs"), ("fp16", "pairs in fp16")):
+            of_gpus = [total_minutes(counts, gpu, iterations, steps, pairs_count) for gpu in GPUS]
+            totals = " | ".join(f"{total:.0f} min ({total / 60:.1f} h)" for total in of_gpus)
+            lines.append(f"| {preset} | {precision} | {iterations} | {totals} |")
+    return "\n".join(lines)
 
 
 def main():
@@ -272,7 +287,7 @@ def main():
     add("--limit", type=positive_int, help="count only the first N questions of each stage")
     add("--dpo_steps", type=positive_int, default=8, help="training steps that are counted")
     add("--tokenizer", default=str(PROJECT / "models" / "smollm2"), help="hub name or folder of the tokenizer")
-    add("--markdown", action="store_true", help="print the table for docs/hardware.md")
+    add("--markdown", action="store_true", help="print the tables for docs/hardware.md")
     add("--json", type=Path, metavar="FILE", help="also write the counts to a JSON file")
     args = parser.parse_args()
     from grath.evaluation.harness import register_shared_context_model

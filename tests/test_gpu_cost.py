@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from support import PROJECT, call
+from support import PROJECT, call, cells_of
 
 STAGES = ("pairs", "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa")
 COUNTED = {"questions", "forwards", "launches", "host_syncs", "tokens", "peak_gb", "minutes"}
@@ -21,6 +21,11 @@ def test_every_stage_is_counted(tiny_llama, tmp_path):
     for name, stage in content["stages"].items():
         assert set(stage) >= COUNTED and min(stage[key] for key in COUNTED) >= 0, name
         assert f"| {name} | {stage['questions']:,} | {stage['forwards']:,} | {stage['launches']:,} |" in done.stdout
+    rows = [row for row in cells_of(done.stdout) if row[0].startswith("`./run_")]
+    assert [(row[0], *row[1:3]) for row in rows[:2]] == [("`./run_llama2.sh`", form, "2") for form in ("int8", "fp16")]
+    assert (
+        len(rows) == 6 and rows[0][3] == f"{content['total_minutes']:.0f} min ({content['total_minutes'] / 60:.1f} h)"
+    )
     stages = content["stages"]
     # Prefix and prefills of 16 rows, then a step for each token of the longest completions: 40 to 100 tokens.
     assert 40 + 3 <= stages["pairs"]["forwards"] <= 100 + 3

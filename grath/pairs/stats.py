@@ -9,7 +9,8 @@ from grath.pairs.truth import format_signal, truth_signal
 
 NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
 # The keys of `pair_stats`, as columns of a comparison of runs.
-PAIR_STATS = ("asked", "parsed", "identical", "echoed", "signal", "distance", "probe", "negated", "words")
+OF_OWN_PAIRS = ("asked", "parsed", "identical", "echoed")
+PAIR_STATS = (*OF_OWN_PAIRS, "signal", "distance", "probe", "negated", "words")
 
 
 def count_identical(rows):

@@ -15,9 +15,9 @@ def configuration_page():
         "its model; what you set wins over the preset. An empty value is the default, except for `TASKS`.",
         "",
         "*First affected* is the first stage whose output the setting changes. You can change a setting until that",
-        "stage has started; after that, the run refuses another value, unless the stage refused its input. A dash means",
-        "that the setting changes no output, so you can change it between two starts of a run. Of `DPO_BATCH_SIZE`,",
-        "`GRADIENT_ACCUMULATION_STEPS` and `NUM_PROCESSES` only the number of pairs in a step counts.",
+        "stage has started; after that, the run refuses another value, unless the stage refused its input. A dash",
+        "means that the setting changes no output, so you can change it between two starts of a run. Of",
+        "`DPO_BATCH_SIZE`, `GRADIENT_ACCUMULATION_STEPS` and `NUM_PROCESSES` only the pairs in a step count.",
         "",
         "This page is generated: `python -m grath.pipeline configuration > docs/configuration.md`.",
     ]

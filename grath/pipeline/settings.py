@@ -61,7 +61,8 @@ class Setting:
 
 GROUPS = {
     "Model and run": [
-        Setting("MODEL_NAME_OR_PATH", "", REQUIRED, EVERY_STAGE, "required (every preset sets it): hub name, model folder or adapter folder",
+        Setting("MODEL_NAME_OR_PATH", "", REQUIRED, EVERY_STAGE,
+                "required (the presets set it): hub name or folder of a model or an adapter",
                 "Llama-2-7b-chat-hf, zephyr-7b-beta", path=True),
         Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), EVERY_STAGE,
                 "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
@@ -75,7 +76,7 @@ GROUPS = {
         Setting("NUM_PROCESSES", "1", COUNT, None, "processes, one for each GPU, in every stage", "1"),
     ],
     "Pairs": [
-        Setting("NUM_QUERY", "", COUNT, "pairs", "required (every preset sets it): number of questions to ask", "1119"),
+        Setting("NUM_QUERY", "", COUNT, "pairs", "required (the presets set it): number of questions to ask", "1119"),
         Setting("DATA_NAME", "allenai/ai2_arc", REQUIRED, "pairs", "hub data set of the questions, in the ARC schema",
                 "allenai/ai2_arc"),
         Setting("SUBDATA_NAME", "ARC-Challenge", ANYTHING, "pairs", "its configuration", "ARC-Challenge"),
@@ -126,8 +127,7 @@ GROUPS = {
                 "`hf-shared` computes every context once; `hf` is the harness's own model class; `server`: on "
                 "`SERVER_URL`, and the default if that is set", "hf"),
         Setting("CHAT_TEMPLATE", "0", FLAG, "scores", "1: apply the chat template (the leaderboard does not)", "0"),
-        Setting("SAMPLES", "1", FLAG, None, "1: also write the model's own answers to five questions; by hand, `evaluation.sh` leaves them out if there is no "
-                "chat template, unless you set it"),
+        Setting("SAMPLES", "1", FLAG, None, "1: also write the model's own answers to five questions"),
     ],
     "Inference servers": [
         Setting("SERVER_URL", "", addresses, None,

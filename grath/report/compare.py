@@ -7,7 +7,7 @@ from grath.common.files import atomic_write_text
 from grath.common.provenance import MANIFEST
 from grath.evaluation.results import tasks_of
 from grath.evaluation.tasks import get_task
-from grath.pairs.stats import PAIR_STATS
+from grath.pairs.stats import OF_OWN_PAIRS, PAIR_STATS
 from grath.report.groups import correlation, group_runs, signal_points
 from grath.report.plots import plot_comparison, plot_signal, plot_summary
 from grath.report.tables import negation_section, score_footer, score_tables
@@ -86,8 +86,12 @@ def _pairs_table(groups):
         for number, model in group["models"].items()
         for stats in model["pairs"]
     ]
+    if not body:
+        return ""
     header = ["run", "pairs by", *PAIR_STATS]
-    return tabulate(body, header, tablefmt="github", missingval="-", floatfmt=".3f") if body else ""
+    table = tabulate(body, header, tablefmt="github", missingval="-", floatfmt=".3f")
+    own = ", ".join(OF_OWN_PAIRS)
+    return f"{table}\n\n({own}: of the pairs that the model wrote; the rest: of those that DPO trains on)"
 
 
 def _correlation_lines(points, tasks):

@@ -66,7 +66,7 @@ def plot_comparison(groups, tasks, path):
 
 
 def plot_summary(groups, tasks, path):
-    """Plot the pairs of the first iteration (left) and the change of every score in the last one (right).
+    """Plot the pairs of the first iteration (left), and the changes of the scores by the first and the last (right).
 
     Args:
         groups: what `group_runs` returned; those that train on gold answers are drawn on top.
@@ -76,11 +76,11 @@ def plot_summary(groups, tasks, path):
     groups = sorted(groups, key=lambda group: not group["gold"])
     changes = []
     for group in groups:
-        of_models = (
-            (number, gains(group, number, tasks)) for number in sorted(group["models"], reverse=True) if number
-        )
-        if last := next(((number, found) for number, found in of_models if found), None):
-            changes.append((group, f"{group['name']}: M_{last[0]}", last[1]))
+        of_models = [(number, gains(group, number, tasks)) for number in sorted(group["models"]) if number]
+        scored = [(number, found) for number, found in of_models if found]
+        changes += [
+            (group, f"{group['name']}: M_{number}", found) for number, found in dict(scored[:1] + scored[-1:]).items()
+        ]
     tasks = [task for task in tasks if any(task in found for *_, found in changes)]
     funnels = {}
     for group in groups:
