@@ -1,4 +1,4 @@
-"""Every command of the README is run by a test, on a small model, or as a dry run where it would take a GPU."""
+"""Every command of the README and of results/README.md is run by a test, on a small model, or as a dry run where it would take a GPU."""
 
 import json
 import os
@@ -18,7 +18,7 @@ WHOLE = {"--useGT", "--useFS"}
 
 
 def quoted_commands():
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    text = "".join((PROJECT / page).read_text(encoding="utf-8") for page in ("README.md", "results/README.md"))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     return [line for language, block in blocks if not language for line in block.splitlines()]
 
@@ -116,7 +116,8 @@ def test_every_quoted_command_was_run(request):
 
 def test_the_published_comparison_is_made_from_the_published_runs(tmp_path):
     page = PROJECT / "results" / "comparison.md"
-    report = re.search(r"^python -m grath\.report (.*_seed_0)$", (PROJECT / "README.md").read_text(), re.MULTILINE)[1]
+    commands = (PROJECT / "results" / "README.md").read_text(encoding="utf-8")
+    report = re.search(r"^python -m grath\.report (.*_seed_0)$", commands, re.MULTILINE)[1]
     names = [Path(run).name for run in report.split()]
     for name in names:
         shutil.copytree(PROJECT / "results" / name, tmp_path / name)

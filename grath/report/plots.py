@@ -69,7 +69,8 @@ def plot_summary(groups, tasks, path):
     """Plot the pairs of the first iteration (left), and the changes of the scores by the first and the last (right).
 
     Args:
-        groups: what `group_runs` returned; those that train on gold answers are drawn on top.
+        groups: what `group_runs` returned; those that train on gold answers are drawn on top. Of runs with several
+            seeds, the pairs are those of the first.
     """
     from matplotlib.figure import Figure
 
@@ -84,7 +85,7 @@ def plot_summary(groups, tasks, path):
     tasks = [task for task in tasks if any(task in found for *_, found in changes)]
     funnels = {}
     for group in groups:
-        for stats in group["models"].get(0, {"pairs": ()})["pairs"]:
+        for stats in group["models"].get(0, {"pairs": ()})["pairs"][:1]:
             funnels.setdefault(tuple(map(str, stats.items())), (group["name"], stats))
     height = 1.6 + 0.4 * max(len(changes), len(funnels))
     widths = [*([1.6] if funnels else []), *[1] * len(tasks)]

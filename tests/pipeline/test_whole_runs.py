@@ -1,4 +1,4 @@
-"""Whole runs of the README with reduced sizes."""
+"""Whole runs of the README and of results/README.md with reduced sizes."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
 
     `test_all_tasks_of_the_leaderboard_offline` scores these very tasks.
     """
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    text = (PROJECT / "results" / "README.md").read_text(encoding="utf-8")
     blocks = [block for _, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)]
     settings, first, *others, report = next(b for b in blocks if "RUN_NAME=rolling" in b).splitlines()
     for name, value in {"MAX_STEPS": 1, "WARMUP_STEPS": 0}.items():
@@ -58,9 +58,9 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     models = [re.search(r"--model_name_or_path (\S+)", line)[1] for line in lines[-4:]]
     assert models[:2] == ["models/qwen2.5-coder-0.5b", "models/qwen2.5-coder-1.5b"]
     assert "rolling_1.5b_seed_0/models/iter_1" in models[2] and models[3] == "models/qwen2.5-coder-1.5b"
-    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 3 + [False] * 5
+    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 5 + [False] * 6
     asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--demos misconceptions" in line for line in asks] == [False] * 4 + [True]
+    assert ["--demos misconceptions" in line for line in asks] == [False] * 5 + [True]
     assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
     trained = json.loads(next((runs / f"{names[0]}_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
     assert trained["pairs"]["read"] == 200
