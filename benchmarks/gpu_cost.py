@@ -1,4 +1,4 @@
-"""Count what the stages cost on a GPU, and compute the minutes of `./run_llama2.sh`. Needs no GPU.
+"""Count what the stages cost on a GPU, and compute the minutes of every preset. Needs no GPU.
 
     DATASETS_ROOT=../shared/hub python benchmarks/gpu_cost.py --markdown
 
@@ -40,7 +40,7 @@ from grath.modeling.loading import load_tokenizer
 from grath.modeling.memory import CARDS, CONTEXT, USABLE, dpo_memory, fitting_pairs, llama_2, weight_bytes
 from grath.pairs.prompts import build_messages, load_demos
 
-# An 8-bit linear layer on a GPU: operators and host synchronisations (bitsandbytes 0.50, backends/cuda/ops.py), and the
+# An 8-bit linear layer on a GPU: operators and host synchronizations (bitsandbytes 0.50, backends/cuda/ops.py), and the
 # milliseconds that it adds: a step of a 7B model takes 155 ms instead of 33 (bitsandbytes-foundation/bitsandbytes#347).
 INT8_LINEAR = (16, 2, (154.55 - 32.89) / 224)
 # Starting a process with its imports, and reading weights from a local disk.

@@ -1,4 +1,4 @@
-"""Count operators, FLOPs, bytes and synchronisations of a model's forward passes; compute their seconds on GPUs."""
+"""Count operators, FLOPs, bytes and synchronizations of a model's forward passes; compute their seconds on GPUs."""
 
 import weakref
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ HOST_US = {"forward": 16, "backward": 6}
 # What runs between two forward passes belongs to the first.
 @dataclass
 class Forward:
-    """A forward pass: tokens, operators, host synchronisations, FLOPs, and seconds of host and GPUs."""
+    """A forward pass: tokens, operators, host synchronizations, FLOPs, and seconds of host and GPUs."""
 
     tokens: int = 0
     launches: int = 0

@@ -29,7 +29,7 @@ def test_every_stage_is_counted(tiny_llama, tmp_path):
     stages = content["stages"]
     # Prefix and prefills of 16 rows, then a step for each token of the longest completions: 40 to 100 tokens.
     assert 40 + 3 <= stages["pairs"]["forwards"] <= 100 + 3
-    # A synchronisation for each pass but the prefix's, and two where the first prompts are uploaded after that.
+    # A synchronization for each pass but the prefix's, and two where the first prompts are uploaded after that.
     assert stages["pairs in fp16"]["host_syncs"] == stages["pairs"]["forwards"] - 1 + 2
     assert stages["pairs"]["launches"] > 2 * stages["pairs in fp16"]["launches"]
     assert stages["hellaswag"]["forwards"] <= 0.25 * 20 and stages["arc_challenge"]["forwards"] <= 0.3 * 20

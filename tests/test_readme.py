@@ -1,4 +1,4 @@
-"""Every command of the README and of results/README.md is run by a test, on a small model, or as a dry run where it would take a GPU."""
+"""Every command of the READMEs is run by a test, on a small model, or as a dry run where it would take a GPU."""
 
 import json
 import os

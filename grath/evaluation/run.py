@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import re
-import sys
 import time
 from functools import partial
 from importlib.metadata import version
@@ -62,8 +61,7 @@ def score_model(
         backend: `hf-shared`, `hf` for the harness's own model class, or `server` for inference servers.
         chat_template: whether to apply the chat template.
         log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
-        samples: whether to write the model's own answers to five questions to samples.jsonl too; None: if it has a chat
-            template.
+        samples: whether to write the model's own answers to five questions to samples.jsonl too.
         model_type: the chat template, of these questions too.
         dry_run: check the model and print the plan only.
         processes: number of processes; None: as many as the launcher started.
@@ -71,8 +69,7 @@ def score_model(
         server_timeout: seconds to wait for a server that does not respond.
 
     Raises:
-        UserError: there is no such model or task, the answers need a chat template and there is none, or the folder
-            contains scores made with other settings.
+        UserError: there is no such model, task or chat template, or the folder has scores made with other settings.
     """
     import torch
 
@@ -90,23 +87,15 @@ def score_model(
     if backend == "hf" and precision not in DTYPES:
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
     missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
-    sampled = samples is not False and not (output / SAMPLES).is_file()
-    if sampled:
-        tokenizer = load_tokenizer(model)
-        try:
-            sample_template = template_for(tokenizer, model_type)
-        except UserError as error:
-            if samples:
-                raise
-            print(f"no sample answers: {error}", file=sys.stderr)
-            sampled = False
+    sampled = samples and not (output / SAMPLES).is_file()
+    template = template_for(load_tokenizer(model), model_type) if chat_template else None
     if missing or sampled:
         _prepare_harness()
     manager = _task_manager(missing) if missing else None
     if main_process:
         settings = _settings_of(model, precision, tasks)
-        template = model_type if chat_template and model_type != "auto" else str(int(chat_template))
-        settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": template}
+        template_name = model_type if chat_template and model_type != "auto" else str(int(chat_template))
+        settings |= {"limit": str(limit or "none"), "backend": backend, "chat_template": template_name}
         record_settings(output, settings, write=not dry_run)
     # MC1 and MC2 of a data set ask the same, so they are scored together. Every other task is saved on its own.
     groups = {}
@@ -136,7 +125,7 @@ def score_model(
             loaded, arguments = _load_harness(model, precision, batch_size, backend)
             engine = partial(generate_here, "shared_prefix", loaded.model)
         if chat_template:
-            loaded.tokenizer.chat_template = template_for(loaded.tokenizer, model_type)
+            loaded.tokenizer.chat_template = template
         evaluate = partial(_evaluate, loaded, backend, arguments, batch_size, manager)
         for group in groups.values():
             start = time.monotonic()
@@ -152,7 +141,7 @@ def score_model(
                 results["total_evaluation_time_seconds"] = round(time.monotonic() - start, 1)
                 _write_results(output, group, results, log_samples)
         if sampled and main_process:
-            write_samples(engine, tokenizer, sample_template, output / SAMPLES)
+            write_samples(engine, load_tokenizer(model), model_type, output / SAMPLES)
     # Another model may be next in this process: two do not fit on a GPU.
     del loaded, evaluate, engine
     gc.collect()
@@ -169,10 +158,10 @@ def _check_server_settings(servers, precision, processes):
 
 
 def _settings_of(model, precision, tasks):
-    """What the scores depend on. A local model is identified by its weight files, so that it can be moved."""
+    """What the scores depend on. A local model is identified by its weights, so that it can be moved or copied."""
     base, adapter = resolve_base_and_adapter(model)
     return {
-        "weights": weights_identity(base),
+        "weights_sample": weights_identity(base),
         "adapter": sha256(Path(adapter) / ADAPTER)[:16] if adapter else "none",
         "dtype": DTYPES.get(precision, precision),
         "lm_eval": version("lm-eval"),

@@ -1,10 +1,12 @@
 """A model's own answers to five bundled truthfulness questions: they show degeneration before scores fall."""
 
 import json
+import sys
 
+from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, read_json_lines
 from grath.common.paths import PROJECT
-from grath.modeling.chat import prompt_ids
+from grath.modeling.chat import prompt_ids, template_for
 
 SAMPLES = "samples.jsonl"
 BUNDLED = PROJECT / "data" / "truthfulness_mc.jsonl"
@@ -13,14 +15,18 @@ SAMPLED = slice(0, 100, 20)
 MAX_NEW_TOKENS = 60
 
 
-def write_samples(generate, tokenizer, template, path):
-    """Write a model's greedy answers to five bundled questions as JSON lines.
+def write_samples(generate, tokenizer, model_type, path):
+    """Write a model's greedy answers to five bundled questions as JSON lines; without a chat template, only say so.
 
     Args:
         generate: `generate_here` or `generate_on_servers` with its model; it takes the tokenizer, the maximum number of
             tokens, the batch size, the prompts and a function for each completion.
-        template: what `template_for` returned.
     """
+    try:
+        template = template_for(tokenizer, model_type)
+    except UserError as error:
+        print(f"no sample answers: {error}", file=sys.stderr)
+        return
     questions = [row["question"] for row in read_json_lines(BUNDLED, "bundled question set")[SAMPLED]]
     # The prompt is the bare question, as in DPO.
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": question}], template) for question in questions]

@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line
-from grath.common.files import hash_of, read_json
+from grath.common.files import hash_of, read_json, sha256
 from grath.common.paths import ADAPTER, resolve_local
 from grath.modeling.cpu_matmul import prepare_linear_layers
 from grath.modeling.memory import read_shape
 from grath.modeling.precision import DTYPES, compute_dtype, quantization_config
 
-# What is read of a weight file to identify it: so many places, so many bytes at each.
-SAMPLES, SAMPLE_BYTES = 256, 2**16
+# What is read of each end of a tensor to identify a model.
+SAMPLE_BYTES = 4096
 
 
 def resolve_base_and_adapter(name):
@@ -169,26 +169,30 @@ def has_local_weights(name):
 
 
 def weights_identity(base):
-    """Identify the weights of a model folder by their content; a hub name is returned as it is.
+    """Identify the weights of a model folder by a sample of every tensor, so that a copy is the same model.
 
-    The content is the size of each weight file and a sample of its bytes, because all of them would take minutes to
-    read. So a copy of the folder is the same model, and an edited one is not.
+    All bytes would take minutes to read.
 
     Returns:
-        16 hexadecimal digits, or the hub name.
+        16 hexadecimal digits; for a hub name, or a folder without weights, the name.
     """
-    if not Path(base).is_dir():
-        return base
-    return hash_of(f"{file.name} {_sampled_hash(file)}" for file in sorted(Path(base).glob("*.safetensors")))[:16]
+    files = sorted(Path(base).glob("*.safetensors"))
+    return hash_of(f"{file.name} {_sampled_hash(file)}" for file in files)[:16] if files else base
 
 
 def _sampled_hash(file):
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    """Hash the names, shapes and places of the tensors in a safetensors file, and both ends of each."""
     with file.open("rb") as opened:
-        for position in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
-            opened.seek(position)
-            digest.update(opened.read(SAMPLE_BYTES))
+        header = opened.read(int.from_bytes(opened.read(8), "little"))
+        try:
+            places = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        except ValueError:  # a damaged file, which cannot be loaded
+            return sha256(file)
+        digest, start = hashlib.sha256(header), opened.tell()
+        for first, end in places:
+            for position in (first, max(first, end - SAMPLE_BYTES)):
+                opened.seek(start + position)
+                digest.update(opened.read(min(SAMPLE_BYTES, end - position)))
     return digest.hexdigest()
 
 

@@ -42,7 +42,7 @@ def evaluate(model=None, output=None):
     else:
         run, models = None, [(model, Path(output or f"scores/{Path(model).name}"))]
     if main_process and run:
-        print(f"newest run: {run}, {len(models)} iteration(s) without scores", flush=True)
+        print(f"newest run: {run}, {len(models)} model(s) to score", flush=True)
     # The loop must not work in the same folder.
     with lock(run) if run and main_process and not dry_run else contextlib.nullcontext():
         for name, folder in models:
@@ -63,8 +63,7 @@ def _score(model, output, values):
         limit=(float(limit) if "." in limit else int(limit)) if limit else None,
         backend=values["BACKEND"],
         chat_template=values["CHAT_TEMPLATE"] == "1",
-        # Set, as in the loop, the answers must be written; the default is only where there is a chat template.
-        samples=values["SAMPLES"] == "1" and ("SAMPLES" in os.environ or None),
+        samples=values["SAMPLES"] == "1",
         model_type=values["MODEL_TYPE"],
         dry_run=values["DRY_RUN"] == "1",
         processes=int(values["NUM_PROCESSES"]),

@@ -12,8 +12,9 @@ from pathlib import Path
 from grath.common.errors import PACKAGE, UserError
 from grath.common.paths import DATASETS_ROOT, PROJECT
 from grath.dpo.defaults import step_sizes
+from grath.modeling.chat import template_for
 from grath.modeling.devices import check_devices, describe_device
-from grath.modeling.loading import load_shape
+from grath.modeling.loading import load_shape, load_tokenizer
 from grath.modeling.memory import (
     BATCH_TOKENS,
     BYTES,
@@ -206,3 +207,17 @@ def format_size(count):
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def check_template(values):
+    """Check that the model's tokenizer has the chat template that pairs, DPO and sample answers need.
+
+    Returns:
+        str that says which one it is.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    model_type = values["MODEL_TYPE"]
+    template_for(load_tokenizer(values["MODEL_NAME_OR_PATH"]), model_type)
+    return "the tokenizer's own" if model_type == "auto" else model_type

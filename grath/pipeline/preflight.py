@@ -9,8 +9,7 @@ from grath.common.errors import UserError, first_line
 from grath.common.files import check_writable
 from grath.common.paths import resolve_local
 from grath.evaluation.tasks import get_task
-from grath.modeling.chat import template_for
-from grath.modeling.loading import check_weights, load_tokenizer, resolve_base_and_adapter
+from grath.modeling.loading import check_weights, resolve_base_and_adapter
 from grath.modeling.memory import LORA_R, read_shape
 from grath.modeling.precision import resolve_precision
 from grath.pairs.questions import labeled_split, load_hub_split, load_questions
@@ -20,6 +19,7 @@ from grath.pipeline.machine import (
     check_gpu_memory,
     check_memory,
     check_packages,
+    check_template,
     format_size,
     hub_is_reachable,
 )
@@ -92,12 +92,6 @@ def _check_dataset(name):
         HfApi().dataset_info(name, timeout=10)
     except Exception as error:  # the hub client raises many kinds
         raise UserError(f"{name}: {first_line(error)} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
-
-
-def check_template(values):
-    """Check that the model's tokenizer has the chat template that every stage needs."""
-    template_for(load_tokenizer(values["MODEL_NAME_OR_PATH"]), values["MODEL_TYPE"])
-    return "the tokenizer's own" if values["MODEL_TYPE"] == "auto" else values["MODEL_TYPE"]
 
 
 def disk_needed(config, values, tokenizer):

@@ -4,7 +4,7 @@ from grath.common.errors import UserError
 from grath.common.files import check_writable
 from grath.common.provenance import read_manifest
 from grath.modeling.devices import check_devices, describe_device
-from grath.pipeline.machine import precision_hint
+from grath.pipeline.machine import check_template, precision_hint
 from grath.pipeline.manifest import remove_partial_files, start_manifest, write_manifest
 from grath.pipeline.settings import STAGE_OF_PRECISION, normalize_settings, question_inputs, run_folder, served_stages
 from grath.pipeline.stage import drop_damaged
@@ -17,7 +17,7 @@ def start(values):
         values: what `read_settings` returned.
 
     Raises:
-        UserError: the folder contains another run, or the devices do not fit the settings.
+        UserError: the folder contains another run, or the devices or the model do not fit the settings.
     """
     run = run_folder(values)
     if run.exists() and not run.is_dir():
@@ -42,6 +42,8 @@ def start(values):
     manifest = start_manifest(run, settings, [values["MODEL_NAME_OR_PATH"], *files], datasets)
     if checking:
         return
+    if values["MODEL_TYPE"] == "auto" and not manifest["stages"]:
+        check_template(values)
     run.mkdir(parents=True, exist_ok=True)
     remove_partial_files(run)
     # Of all stages now, because the report reads the outputs of later iterations too.

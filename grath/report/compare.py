@@ -8,7 +8,7 @@ from grath.common.provenance import MANIFEST
 from grath.evaluation.results import tasks_of
 from grath.evaluation.tasks import get_task
 from grath.pairs.stats import OF_OWN_PAIRS, PAIR_STATS
-from grath.report.groups import correlation, group_runs, signal_points
+from grath.report.groups import correlation, group_runs, model_label, signal_points
 from grath.report.plots import plot_comparison, plot_signal, plot_summary
 from grath.report.tables import negation_section, score_footer, score_tables
 
@@ -58,7 +58,7 @@ def _score_rows(groups):
                     continue
                 shown.append(key)
             base = model["scores"] if number == 0 else model["base"]
-            rows.append((f"{group['name']}: M_{number}" + (" (base)" if number == 0 else ""), model["scores"]))
+            rows.append((model_label(group, number) + (" (base)" if number == 0 else ""), model["scores"]))
             bases.append(base)
     return rows, bases
 

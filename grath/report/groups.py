@@ -18,8 +18,9 @@ def group_runs(run_dirs):
 
     Returns:
         list of dict: "name", that of the run folders without the seed; "settings", a dict of the values of every
-        setting in the group, as a string; "gold", whether it trains on gold answers; "models", a dict: i -> {"scores"
-        and "base": what `pool` returned for the runs that have M_i; "pairs": list of different dicts of `pair_stats`}.
+        setting in the group, as a string; "gold", whether it trains on gold answers; "models", a dict: i -> {"runs":
+        number of runs that have M_i; "scores" and "base": what `pool` returned for these; "pairs": list of different
+        dicts of `pair_stats`}.
     """
     grouped = []
     for run_dir in map(Path, run_dirs):
@@ -43,6 +44,12 @@ def group_runs(run_dirs):
             }
         )
     return groups
+
+
+def model_label(group, number):
+    """Return the name of a group's M_i; if only some of its runs have it, also how many."""
+    runs, all_runs = group["models"][number]["runs"], max(model["runs"] for model in group["models"].values())
+    return f"{group['name']}: M_{number}" + (f" ({runs} of {all_runs} runs)" if runs < all_runs else "")
 
 
 def _belongs(settings, members):
@@ -78,6 +85,7 @@ def _pooled_model(number, runs):
     pairs = [run[number][1] for run in having if run[number][1]]
     having = [run for run in having if run[number][0]] or having
     return {
+        "runs": len(having),
         "scores": pool([run[number][0] for run in having]),
         "base": pool([run[0][0] for run in having]),
         "pairs": [stats for i, stats in enumerate(pairs) if stats not in pairs[:i]],

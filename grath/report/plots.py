@@ -2,7 +2,7 @@
 
 from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
-from grath.report.groups import gains
+from grath.report.groups import gains, model_label
 
 
 def plot_iterations(rows, *paths):
@@ -75,13 +75,7 @@ def plot_summary(groups, tasks, path):
     from matplotlib.figure import Figure
 
     groups = sorted(groups, key=lambda group: not group["gold"])
-    changes = []
-    for group in groups:
-        of_models = [(number, gains(group, number, tasks)) for number in sorted(group["models"]) if number]
-        scored = [(number, found) for number, found in of_models if found]
-        changes += [
-            (group, f"{group['name']}: M_{number}", found) for number, found in dict(scored[:1] + scored[-1:]).items()
-        ]
+    changes = [change for group in groups for change in _first_and_last(group, tasks)]
     tasks = [task for task in tasks if any(task in found for *_, found in changes)]
     funnels = {}
     for group in groups:
@@ -106,6 +100,16 @@ def plot_summary(groups, tasks, path):
         axes.set(title=f"change of {get_task(task).title}", xlabel="points", ylim=(len(changes) - 0.5, -0.5))
         axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)
+
+
+def _first_and_last(group, tasks):
+    """Return (group, name, gains) of the first model that has gains over the base, and of the last one."""
+    found = [
+        (group, model_label(group, number), of_model)
+        for number in sorted(group["models"])
+        if number and (of_model := gains(group, number, tasks))
+    ]
+    return found if len(found) < 2 else [found[0], found[-1]]
 
 
 def _plot_funnels(funnels, axes):

@@ -308,6 +308,7 @@ def test_missing_sample_answers_are_written_alone(tiny_llama, tmp_path):
 
 def test_a_copy_of_the_model_is_the_same_model(tiny_llama, tmp_path):
     """Its scores and saved responses count; those of edited weights of the same size do not."""
+    from grath.modeling.loading import SAMPLE_BYTES, weights_identity
     from grath.pairs.responses import responses_fingerprint
 
     copy = shutil.copytree(tiny_llama, tmp_path / "copy", copy_function=shutil.copy)  # with another modification time
@@ -316,11 +317,22 @@ def test_a_copy_of_the_model_is_the_same_model(tiny_llama, tmp_path):
     env = {"TASKS": "grath_mc1", "LIMIT": "2", "SAMPLES": "0"}
     call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
     assert "is up to date" in call("evaluation.sh", copy, tmp_path / "s", env=env).stdout
-    weights = bytearray((copy / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(weights)
+    weights = (copy / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(weights[:8], "little")
+    tensors = {name: entry for name, entry in json.loads(weights[8:start]).items() if name != "__metadata__"}
+    assert any(end - first > 2 * SAMPLE_BYTES for first, end in (one["data_offsets"] for one in tensors.values()))
+    identities = {weights_identity(str(copy))}
+    for entry in tensors.values():
+        for place in (entry["data_offsets"][0], entry["data_offsets"][1] - 1):
+            edited = bytearray(weights)
+            edited[start + place] ^= 1
+            (copy / "model.safetensors").write_bytes(edited)
+            identities.add(weights_identity(str(copy)))
+    assert len(identities) == 1 + 2 * len(tensors)
     assert responses_fingerprint(str(copy), [[1, 2]], "fp32", 10) != fingerprints[0]
-    assert "contains scores with weights=" in call("evaluation.sh", copy, tmp_path / "s", env=env, status=2).stderr
+    assert (
+        "contains scores with weights_sample=" in call("evaluation.sh", copy, tmp_path / "s", env=env, status=2).stderr
+    )
 
 
 def test_a_task_without_a_score_of_its_own_loses_no_other(tiny_llama, tmp_path):
@@ -339,6 +351,11 @@ def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
     done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
     assert "chat template ON" in done.stdout
     assert json.loads((tmp_path / "s" / "grath_mc1.json").read_text())["chat_template"] == TEMPLATES["zephyr"]
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    env = {**env, "MODEL_TYPE": "auto", "DRY_RUN": "1"}
+    done = call("evaluation.sh", bare, tmp_path / "bare scores", env=env, status=2)
+    assert "the tokenizer has no chat template" in done.stderr
+    env = {**env, "MODEL_TYPE": "zephyr", "DRY_RUN": "0"}
     for changed, shown in (({"CHAT_TEMPLATE": "0"}, "zephyr, not 0"), ({"MODEL_TYPE": "auto"}, "zephyr, not 1")):
         done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, **changed}, status=2)
         assert f"chat_template={shown}: choose another folder" in done.stderr

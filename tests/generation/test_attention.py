@@ -110,7 +110,7 @@ def test_the_engine_gives_the_same_with_the_kernels_of_a_gpu(kernels, monkeypatc
         assert ours == expected
 
 
-def test_one_synchronisation_for_each_forward_pass(monkeypatch):
+def test_one_synchronization_for_each_forward_pass(monkeypatch):
     """On a GPU, reading a number or a list waits for all kernels, and so does an upload after the forward pass."""
     model, prompts = tiny("llama"), [[*range(1, 45), i, *range(1, 2 + i % 5)] for i in range(40)]
     windows = [((*prompt, 3), (i, 4)) for prompt in prompts for i in (1, 2)]

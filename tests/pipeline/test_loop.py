@@ -276,26 +276,27 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
     # What is not set is as in the run, the tasks too.
     done = call("evaluation.sh", env={"RUNS_DIR": settings["RUNS_DIR"]})
+    asked = call("evaluation.sh", env={"RUNS_DIR": settings["RUNS_DIR"], "TASKS": "hellaswag", "DRY_RUN": "1"})
+    assert f"newest run: {run}, 3 model(s) to score" in asked.stdout and "hellaswag, 10-shot" in asked.stdout
     limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
     assert limited["effective"] == int(settings["LIMIT"])
-    assert f"newest run: {run}, 1 iteration(s) without scores" in done.stdout
+    assert f"newest run: {run}, 1 model(s) to score" in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
     assert (run / "results" / "iter_1" / "grath_mc2.json").is_file()
     assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
 
 
 def test_a_model_without_a_chat_template_is_refused_before_it_is_scored(tiny_llama, tmp_path):
-    """MODEL_TYPE can then be set in the same run. By hand, `evaluation.sh` scores such a model without answers."""
+    """A run needs one in every case. By hand, `evaluation.sh` scores such a model without answers."""
     model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
     env = {"MODEL_NAME_OR_PATH": str(model), "RUNS_DIR": str(tmp_path), "RUN_NAME": "r", "MODEL_TYPE": "auto"}
-    env |= {"NUM_QUERY": "2", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1", "LIMIT": "2", "ITERATIONS": "1"}
+    env |= {"NUM_QUERY": "2", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1", "SAMPLES": "0"}
     checked = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=2)
     line = "the tokenizer has no chat template: set --model_type (MODEL_TYPE) to llama2, zephyr, smollm2"
     assert f"FAIL  chat template: {line}" in checked.stdout
     done = call("run_llama2.sh", env=env, status=2)
     assert f"grath.pipeline: error: {line}" in done.stderr
-    assert not list(tmp_path.rglob("grath_mc1.json"))
-    # Nothing has been made, so the setting is not fixed yet.
+    assert not (tmp_path / "r_seed_0").exists()
     call(sys.executable, "-m", "grath.pipeline", "start", env={**env, "MODEL_TYPE": "llama2"})
     done = call("evaluation.sh", model, tmp_path / "scores", env={"TASKS": "grath_mc1", "LIMIT": "2"})
     assert f"no sample answers: {line}" in done.stderr

@@ -1,4 +1,4 @@
-"""Whole runs of the README and of results/README.md with reduced sizes."""
+"""Whole runs of the READMEs with reduced sizes."""
 
 import json
 import re

@@ -175,6 +175,26 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_base(tmp_path):
     assert iterations(run)[0]["model"] == "first"
 
 
+def test_a_model_that_not_all_seeds_have_says_so(tmp_path):
+    """Also in the figure, which shows the first and the last model of each group."""
+    from grath.report.groups import group_runs
+    from grath.report.plots import _first_and_last
+
+    scores = [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
+    runs = [
+        make_scored_run(tmp_path / f"both_seed_{seed}", {"SEED": str(seed)}, dict(enumerate(scores[:models])))
+        for seed, models in enumerate((4, 2))
+    ]
+    call_here("grath.report", *runs)
+    names = [line[0] for line in cells_of((tmp_path / "comparison.md").read_text()) if len(line) == 2]
+    shown = ["both: M_1", "both: M_2 (1 of 2 runs)", "both: M_3 (1 of 2 runs)"]
+    assert [name for name in names if name.startswith("both: M")] == ["both: M_0 (base)", *shown]
+    (group,) = group_runs(runs)
+    assert [name for _, name, _ in _first_and_last(group, ["truthfulqa_mc1"])] == [shown[0], shown[2]]
+    (alone,) = group_runs(runs[1:])
+    assert [name for _, name, _ in _first_and_last(alone, ["truthfulqa_mc1"])] == ["both: M_1"]
+
+
 def test_seeds_are_pooled_question_by_question(tmp_path):
     """Both seeds gain the same question, and one seed each another: 0.25 + 0.125 of the eight questions."""
     base = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
