@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from support import call_here
-from training import SMALL, read_training
+from training import SMALL, read_training, train
 
 
 def test_defaults_are_the_papers():
@@ -103,6 +103,20 @@ def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch,
     gpus[1].total_memory = 1
     module.fit_batch_size(chosen, "a/b", Dataset.from_list([row]))
     assert chosen.per_device_train_batch_size >= sizes[0]
+
+
+def test_the_record_has_the_batch_that_the_gpu_takes(tiny_llama, pair_file, tmp_path, monkeypatch):
+    from grath.dpo import config
+
+    def fit(chosen, name, dataset):
+        chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps = 4, 1
+        return {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+
+    monkeypatch.setattr(config, "fit_batch_size", fit)
+    _, record = train(tiny_llama, tmp_path / "out", source=["--dataset_path", pair_file])
+    assert record["settings"]["per_device_train_batch_size"] == 4
+    assert record["settings"]["gradient_accumulation_steps"] == 1
+    assert record["effective_batch"] == 4
 
 
 def test_epochs_without_effect_are_refused():
