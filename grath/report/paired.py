@@ -60,17 +60,16 @@ def pool(runs):
         runs: list of dicts as from `read_scores`.
 
     Returns:
-        dict like one of them, with the tasks that all have, and no standard errors if there is more than one run.
+        dict like one of them, with the tasks of all, and no standard errors if there is more than one run. A task that
+        some lack is averaged over the others, and "runs" says how many these are.
     """
     import numpy
 
     if len(runs) == 1:
         return runs[0]
     pooled = {}
-    for task in runs[0]:
+    for task in dict.fromkeys(task for scores in runs for task in scores):
         found = [scores[task] for scores in runs if task in scores]
-        if len(found) < len(runs):
-            continue
         pooled[task] = {
             **found[0],
             "score": sum(score["score"] for score in found) / len(found),
@@ -83,6 +82,8 @@ def pool(runs):
             means = numpy.where(counts, numpy.nansum(rows, axis=0) / numpy.maximum(counts, 1), numpy.nan)
             pooled[task][QUESTIONS] = {**found[0][QUESTIONS], "scores": (means / 100).tolist()}
             pooled[task]["score"] = float(numpy.nanmean(means))
+        if len(found) < len(runs):
+            pooled[task]["runs"] = f"{len(found)} of {len(runs)} runs"
     return pooled
 
 

@@ -127,7 +127,8 @@ def _plot_funnels(funnels, axes):
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(title="pairs of the first iteration", xlabel="questions")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.3), ncols=3, fontsize=8, frameon=False)
+    below = -0.7 / axes.figure.get_figheight()
+    axes.legend(loc="upper left", bbox_to_anchor=(0, below), ncols=3, fontsize=8, frameon=False)
 
 
 def plot_signal(points, tasks, path):

@@ -28,7 +28,8 @@ def score_tables(rows, bases):
     """Format (name, scores) rows as a table with one column per task: one for a page, and one for the terminal.
 
     A cell shows the score in percent and its difference from the base's, with the interval of `paired_difference`.
-    Where there are no scores of single questions, it shows the standard error instead of an interval.
+    Where there are no scores of single questions, it shows the standard error instead of an interval. It also shows how
+    many of the pooled runs have the task, if not all.
 
     Args:
         bases: the base's scores for each row.
@@ -50,9 +51,11 @@ def score_tables(rows, bases):
 def _cell(score, base):
     if score is None:
         return "-"
-    text = f"{score['score']:.2f}"
+    text, runs = f"{score['score']:.2f}", score.get("runs")
     if base and base is not score and (found := paired_difference(base, score)):
-        return f"{text} ({format_difference(*found)})"
+        return f"{text} ({format_difference(*found)}{f'; {runs}' if runs else ''})"
+    if runs:
+        return f"{text} ({runs})"
     if score["stderr"] is not None and (not base or not score[QUESTIONS]):
         text += f" ± {score['stderr']:.2f}"
     return text if not base or base is score else f"{text} ({score['score'] - base['score']:+.2f})"

@@ -189,6 +189,16 @@ def test_a_model_that_not_all_seeds_have_says_so(tmp_path):
     names = [line[0] for line in cells_of((tmp_path / "comparison.md").read_text()) if len(line) == 2]
     shown = ["both: M_1", "both: M_2 (1 of 2 runs)", "both: M_3 (1 of 2 runs)"]
     assert [name for name in names if name.startswith("both: M")] == ["both: M_0 (base)", *shown]
+    # A task that one seed lacks is that of the other.
+    for number, of_questions in enumerate(([0.0, 0.0], [1.0, 0.0])):
+        mc2 = result("truthfulqa_mc2", sum(of_questions) / 2)
+        mc2["questions"] = {"sha256": "2", "scores": of_questions}
+        (runs[0] / "results" / f"iter_{number}" / "truthfulqa_mc2.json").write_text(json.dumps(mc2))
+    call_here("grath.report", *runs)
+    lines = [line for line in cells_of((tmp_path / "comparison.md").read_text()) if len(line) == 3]
+    mc2 = {line[0]: line[2] for line in reversed(lines)}  # of the first table
+    assert mc2["both: M_0 (base)"] == "0.00 (1 of 2 runs)"
+    assert re.fullmatch(r"50\.00 \(\+50\.00 \[.*\]; 1 of 2 runs\)", mc2["both: M_1"])
     (group,) = group_runs(runs)
     assert [name for _, name, _ in _first_and_last(group, ["truthfulqa_mc1"])] == [shown[0], shown[2]]
     (alone,) = group_runs(runs[1:])
