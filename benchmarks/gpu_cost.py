@@ -245,7 +245,7 @@ def minutes(name, count, gpu):
     return round(share * (count.seconds(gpu) + count.tokenizer_seconds) / 60, 2)
 
 
-def total_minutes(counts, gpu, iterations=2, steps=STEPS, pairs_count="pairs"):
+def total_minutes(counts, gpu, iterations, steps, pairs_count="pairs"):
     """Return the minutes of a preset: its iterations, and one model more than these, scored by a process each."""
     models = iterations + 1
     loads = (2 * iterations + models) * (START_SECONDS + weight_bytes(SHAPE, "fp16") * 1e-9 / READ_GB_PER_SECOND)
@@ -326,7 +326,8 @@ def main():
     for name, (asked, number) in requests.items():
         add_count(name, with_weights(scores(shared, tokenizer, asked, number), "fp16"))
     gpu = next(iter(GPUS))
-    total = total_minutes(counts, gpu)
+    preset = next(iter(PRESETS))
+    total = total_minutes(counts, gpu, *PRESETS[preset])
     if args.json:
         stages = {name: stage_row(name, count) for name, count in counts.items()}
         atomic_write_text(
@@ -334,7 +335,7 @@ def main():
         )
     if args.markdown:
         print(markdown(counts))
-    print(f"`./run_llama2.sh` on {gpu}: about {total} minutes" + (" with these questions" if args.limit else ""))
+    print(f"{preset} on {gpu}: about {total} minutes" + (" with these questions" if args.limit else ""))
 
 
 if __name__ == "__main__":

@@ -352,10 +352,9 @@ def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
     assert "chat template ON" in done.stdout
     assert json.loads((tmp_path / "s" / "grath_mc1.json").read_text())["chat_template"] == TEMPLATES["zephyr"]
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
-    env = {**env, "MODEL_TYPE": "auto", "DRY_RUN": "1"}
-    done = call("evaluation.sh", bare, tmp_path / "bare scores", env=env, status=2)
+    dry = {**env, "MODEL_TYPE": "auto", "DRY_RUN": "1"}
+    done = call("evaluation.sh", bare, tmp_path / "bare scores", env=dry, status=2)
     assert "the tokenizer has no chat template" in done.stderr
-    env = {**env, "MODEL_TYPE": "zephyr", "DRY_RUN": "0"}
     for changed, shown in (({"CHAT_TEMPLATE": "0"}, "zephyr, not 0"), ({"MODEL_TYPE": "auto"}, "zephyr, not 1")):
         done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, **changed}, status=2)
         assert f"chat_template={shown}: choose another folder" in done.stderr
