@@ -3,8 +3,10 @@
 from grath.common.errors import UserError
 from grath.common.files import check_writable
 from grath.common.provenance import read_manifest
+from grath.modeling.chat import template_for
 from grath.modeling.devices import check_devices, describe_device
-from grath.pipeline.machine import check_template, precision_hint
+from grath.modeling.loading import load_tokenizer
+from grath.pipeline.machine import precision_hint
 from grath.pipeline.manifest import remove_partial_files, start_manifest, write_manifest
 from grath.pipeline.settings import STAGE_OF_PRECISION, normalize_settings, question_inputs, run_folder, served_stages
 from grath.pipeline.stage import drop_damaged
@@ -43,10 +45,19 @@ def start(values):
     if checking:
         return
     if values["MODEL_TYPE"] == "auto" and not manifest["stages"]:
-        check_template(values)
+        _check_template(values)
     run.mkdir(parents=True, exist_ok=True)
     remove_partial_files(run)
     # Of all stages now, because the report reads the outputs of later iterations too.
     for entry in manifest["stages"]:
         drop_damaged(run, entry, entry["outputs"])
     write_manifest(run, manifest)
+
+
+def _check_template(values):
+    """Raise `UserError` if the model's tokenizer has no chat template, which pairs, DPO and sample answers need."""
+    try:
+        tokenizer = load_tokenizer(values["MODEL_NAME_OR_PATH"])
+    except UserError:  # a model that cannot be loaded gets its message when it is loaded
+        return
+    template_for(tokenizer, values["MODEL_TYPE"])
