@@ -27,6 +27,10 @@ def test_every_stage_is_counted(tiny_llama, tmp_path):
         len(rows) == 6 and rows[0][3] == f"{content['total_minutes']:.0f} min ({content['total_minutes'] / 60:.1f} h)"
     )
     stages = content["stages"]
+    # Half the steps in two iterations save the minutes of one training, and these are rounded.
+    llama2, zephyr = (float(rows[i][3].split()[0]) for i in (0, 2))
+    assert llama2 - zephyr == pytest.approx(stages["dpo"]["minutes"], abs=1)
+    assert stages["dpo"]["minutes"] > 1
     # Prefix and prefills of 16 rows, then a step for each token of the longest completions: 40 to 100 tokens.
     assert 40 + 3 <= stages["pairs"]["forwards"] <= 100 + 3
     # A synchronization for each pass but the prefix's, and two where the first prompts are uploaded after that.

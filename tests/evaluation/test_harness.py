@@ -329,6 +329,7 @@ def test_a_copy_of_the_model_is_the_same_model(tiny_llama, tmp_path):
             (copy / "model.safetensors").write_bytes(edited)
             identities.add(weights_identity(str(copy)))
     assert len(identities) == 1 + 2 * len(tensors)
+    assert weights_identity(str(tmp_path)) == str(tmp_path)  # without weights, a folder is no other's twin
     assert responses_fingerprint(str(copy), [[1, 2]], "fp32", 10) != fingerprints[0]
     assert (
         "contains scores with weights_sample=" in call("evaluation.sh", copy, tmp_path / "s", env=env, status=2).stderr
