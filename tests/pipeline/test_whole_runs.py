@@ -58,7 +58,7 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     models = [re.search(r"--model_name_or_path (\S+)", line)[1] for line in lines[-4:]]
     assert models[:2] == ["models/qwen2.5-coder-0.5b", "models/qwen2.5-coder-1.5b"]
     assert "rolling_1.5b_seed_0/models/iter_1" in models[2] and models[3] == "models/qwen2.5-coder-1.5b"
-    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 4 + [False] * 6
+    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 5 + [False] * 6
     asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
     assert ["--demos misconceptions" in line for line in asks] == [False] * 5 + [True]
     assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
