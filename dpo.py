@@ -140,9 +140,6 @@ def main():
     if earlier == "finished":
         print_once(f"{config.output_dir} contains this training, finished; --overwrite_output_dir trains it again")
         return
-    if args.overwrite_output_dir and config.resume_from_checkpoint:
-        raise UserError("--overwrite_output_dir removes the checkpoints that --resume_from_checkpoint needs")
-    checkpoint = config.resume_from_checkpoint or checkpoint
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
     dataset, counts = load_preferences(args, config, tokenizer, template)

@@ -82,7 +82,7 @@ score() { # ITERATION MODEL
     if ((${#tasks[@]} == 0)); then return; fi
     for task in "${tasks[@]}"; do outputs+=("$folder/$task.json"); done
     if [[ $SAMPLES == 1 ]]; then outputs+=("$folder/samples.jsonl"); fi
-    stage scores "$1" "scores of M_$1" --input "$2" --output "${outputs[@]}" "$folder/settings.txt" -- \
+    stage scores "$1" "scores of M_$1" --input "$2" --output "${outputs[@]}" -- \
         env -u PRECISION -u BATCH_SIZE "${eval_settings[@]}" bash "$HERE/evaluation.sh" "$2" "$folder"
 }
 

@@ -32,6 +32,8 @@ SHOWN = (
 def publish(run_dir, places, folder):
     """Copy a run's shown files into a folder, with `places` (path -> text) replaced; return the new folder."""
     target = folder / run_dir.name
+    if target.resolve() == run_dir:
+        raise UserError(f"{run_dir} is the folder that the copy would replace: choose another --folder")
     shutil.rmtree(target, ignore_errors=True)
     for pattern in SHOWN:
         for file in sorted(run_dir.glob(pattern)):

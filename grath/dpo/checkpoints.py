@@ -42,13 +42,18 @@ def resume_state(output_dir, record, overwrite):
         overwrite: whether to ignore and replace an earlier training.
 
     Returns:
-        (state, checkpoint): "finished", "interrupted" or "nothing", and the folder of the last complete checkpoint if
-        the state is "interrupted" and there is one, else None.
+        (state, checkpoint): "finished", "interrupted" or "nothing", and the checkpoint to start from: that of
+        `resume_from_checkpoint`, else the last complete one if the state is "interrupted" and there is one, else None.
 
     Raises:
-        UserError: the folder contains something else, or is the model that the training starts from.
+        UserError: the folder contains something else, or is the model that the training starts from, or the checkpoint
+            is not complete.
     """
-    folder = Path(output_dir)
+    folder, chosen = Path(output_dir), record["settings"].get("resume_from_checkpoint")
+    if overwrite and chosen:
+        raise UserError("--overwrite_output_dir removes the checkpoints that --resume_from_checkpoint needs")
+    if chosen and not _is_complete(Path(chosen)):
+        raise UserError(f"--resume_from_checkpoint {chosen} is no complete checkpoint (--output_dir has checkpoint-N)")
     if folder.resolve() == Path(record["settings"]["model_name_or_path"]).expanduser().resolve():
         raise UserError(f"--output_dir {folder} is the model that the training starts from: choose another folder")
     if (folder / "config.json").is_file():
@@ -56,7 +61,7 @@ def resume_state(output_dir, record, overwrite):
     # A start that was killed early leaves at most a temporary file and the model card that TRL writes.
     others = [path for path in folder.glob("[!.]*") if path.name != "README.md"]
     if overwrite or not others:
-        return "nothing", None
+        return "nothing", chosen
     advice = "choose another --output_dir, remove this one, or pass --overwrite_output_dir to replace it"
     earlier = read_record(folder)
     if earlier is None:
@@ -70,7 +75,7 @@ def resume_state(output_dir, record, overwrite):
         if sha256(folder / ADAPTER) != earlier["adapter_sha256"]:
             raise UserError(f"{folder / ADAPTER} is not the file that the training saved: {advice}")
         return "finished", None
-    return "interrupted", last_checkpoint(folder)
+    return "interrupted", chosen or last_checkpoint(folder)
 
 
 def _resume_key(record):
@@ -86,8 +91,11 @@ def last_checkpoint(output_dir):
     return next((str(path) for step, path in sorted(found, reverse=True) if _is_complete(path, step)), None)
 
 
-def _is_complete(checkpoint, step):
-    """Tell whether no file of a checkpoint is missing or truncated. `trainer_state.json` is written last."""
+def _is_complete(checkpoint, step=None):
+    """Tell whether no file of a checkpoint is missing or truncated, and it is of that step, if given.
+
+    `trainer_state.json` is written last.
+    """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         with safe_open(checkpoint / ADAPTER, "pt"):
@@ -95,7 +103,7 @@ def _is_complete(checkpoint, step):
     except (OSError, ValueError, SafetensorError):
         return False
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-    return state.get("global_step") == step and bool(archives) and all(map(is_zipfile, archives))
+    return step in (None, state.get("global_step")) and bool(archives) and all(map(is_zipfile, archives))
 
 
 def clear_output_dir(output_dir):

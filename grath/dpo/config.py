@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from grath.common.errors import UserError
-from grath.dpo.defaults import check_signs, step_sizes
+from grath.dpo.defaults import check_signs, check_trackers, step_sizes
 from grath.modeling.devices import print_once
 from grath.modeling.loading import load_shape
 from grath.modeling.memory import PAIR_TOKENS, REFERENCE_BATCH, USABLE, fitting_pairs
@@ -89,6 +89,7 @@ class GrathDPOConfig(DPOConfig):
         if not self.output_dir:
             raise UserError("--output_dir is required: the folder to save the adapter in")
         check_signs(vars(self))
+        check_trackers(self.report_to)
         if self.max_steps > 0 and self.num_train_epochs != EPOCHS:
             raise UserError("--num_train_epochs has no effect unless --max_steps is -1")
         self.precision = resolve_precision(self.precision, "dpo")

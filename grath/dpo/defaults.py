@@ -11,27 +11,32 @@ POSITIVE = (
 NOT_NEGATIVE = ("lora_dropout", "seed", "warmup_steps")
 
 
-def default_grad_accum(batch, processes):
-    """Return the accumulation steps that make 16 pairs per step, or just below, from `batch` pairs per process."""
-    return max(1, PAPER_EFFECTIVE_BATCH // (batch * processes))
-
-
 def step_sizes(processes, batch=None, accumulation=None, fitting=4):
     """Return (pairs per forward pass, accumulation steps) of each process.
 
-    What is not given makes 16 pairs per step, or fewer where the processes cannot share 16 equally.
-
-    If neither is given, the product does not depend on `fitting`, so that a training resumes on another GPU.
+    What is not given makes 16 pairs per step, or fewer where the processes cannot share 16 equally. The pairs of a step
+    do not depend on `fitting`, nor on a `batch` that divides them, so a training resumes on another GPU.
 
     Args:
         batch, accumulation: int, or None if not given.
         fitting: pairs that fit into the memory at once, a power of 2.
     """
+    own = 2 ** (max(1, PAPER_EFFECTIVE_BATCH // processes).bit_length() - 1)
     if batch or accumulation:
         batch = batch or 4
-        return batch, accumulation or default_grad_accum(batch, processes)
-    own = 2 ** (max(1, PAPER_EFFECTIVE_BATCH // processes).bit_length() - 1)
+        return batch, accumulation or max(1, own // batch)
     return min(fitting, own), own // min(fitting, own)
+
+
+def check_trackers(names):
+    """Raise `UserError` if transformers cannot report to one of the trackers (str or list of str) on this machine."""
+    names = {names} if isinstance(names, str) else set(names or ())
+    if names <= {"none", "all"}:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+
+    if missing := sorted(names - {"none", "all", *get_available_reporting_integrations()}):
+        raise UserError(f"report_to: there is no tracker {missing[0]}, or its package is not installed")
 
 
 def check_signs(values):

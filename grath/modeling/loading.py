@@ -132,14 +132,14 @@ def check_weights(base):
     folder = Path(base)
     if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{base} has no safetensors weights: convert its weights first (pickled ones are never loaded)")
-    missing, count = _missing_shards(folder)
+    missing, count = missing_shards(folder)
     if missing:
         raise UserError(
             f"{base} lacks {len(missing)} of {count} weight files, starting with {missing[0]}: download them again"
         )
 
 
-def _missing_shards(folder):
+def missing_shards(folder):
     """Return the weight files that a model folder's index names and the folder lacks, sorted, and the number of all."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -161,7 +161,7 @@ def has_local_weights(name):
     if not folder.is_dir():
         cached = try_to_load_from_cache(str(folder), "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
-    if _missing_shards(folder)[0]:
+    if missing_shards(folder)[0]:
         return False
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

@@ -9,7 +9,7 @@ from grath.common.errors import UserError, first_line
 from grath.common.files import check_writable
 from grath.common.paths import resolve_local
 from grath.evaluation.tasks import get_task
-from grath.modeling.loading import check_weights, resolve_base_and_adapter
+from grath.modeling.loading import check_weights, missing_shards, resolve_base_and_adapter
 from grath.modeling.memory import LORA_R, read_shape
 from grath.modeling.precision import resolve_precision
 from grath.pairs.questions import labeled_split, load_hub_split, load_questions
@@ -43,7 +43,8 @@ def read_model(name):
             from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
             config = Path(hf_hub_download(base, "config.json"))
-            parameters = _parameters(config.parent) or sum(get_safetensors_metadata(base).parameter_count.values())
+            downloaded = not missing_shards(config.parent)[0] and _parameters(config.parent)
+            parameters = downloaded or sum(get_safetensors_metadata(base).parameter_count.values())
         text = f"{base}, {parameters / 1e6:,.0f} M parameters"
         return text, json.loads(config.read_text(encoding="utf-8")), parameters
     except Exception as error:  # the hub client raises many kinds

@@ -19,12 +19,16 @@ def share_cpu_products(run):
 
 
 def run_command(command, status_file):
-    """Run a command (list of str) and return its exit status; on a signal, terminate all of its processes.
+    """Run a command (list of str); on a signal, terminate all of its processes.
 
     Args:
         status_file: where the command leaves its own status, because `accelerate launch` replaces it with 1.
+
+    Returns:
+        (status, killed): its exit status, and whether it may have been killed from outside: it was, or its launcher
+        reports 1 and the process below has left no status of its own.
     """
-    status_file.write_bytes(b"")
+    status_file.unlink(missing_ok=True)
     environment = {**os.environ, "GRATH_STATUS_FILE": str(status_file.resolve())}
     try:
         # In a process group of its own, so that Ctrl-C reaches this process only.
@@ -34,8 +38,9 @@ def run_command(command, status_file):
     try:
         status = process.wait()
         if status < 0:
-            return 128 - status
-        return int(status_file.read_text() or status) if status else 0
+            return 128 - status, status == -signal.SIGKILL
+        left = status_file.read_text() if status_file.is_file() else ""
+        return (int(left or status) if status else 0), (status == 1 and not left) or status == 128 + signal.SIGKILL
     except SignalReceived:
         terminate_tree(process.pid)
         raise

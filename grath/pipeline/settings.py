@@ -110,7 +110,7 @@ GROUPS = {
         Setting("SAVE_STEPS", "100", COUNT, None, "steps between checkpoints", "100"),
         Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
                 "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
-        Setting("ACCELERATE_CONFIG", "", file_or_empty, None,
+        Setting("ACCELERATE_CONFIG", "", file_or_empty, "dpo",
                 "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
                 "parallel", path=True),
         Setting("REPORT_TO", "none", REQUIRED, None,
@@ -217,7 +217,7 @@ def normalize_settings(values):
     normalized[EFFECTIVE_BATCH] = str(processes * prod(step_sizes(processes, batch, accumulation)))
     for name, stage in STAGE_OF_PRECISION.items():
         normalized[name] = SERVER if stage in served_stages(values) else resolve_precision(values[name], stage)
-    for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS"):
+    for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS", "ACCELERATE_CONFIG"):
         path = Path(values[name])
         if path.is_absolute() and path.is_relative_to(PROJECT):
             normalized[name] = path.relative_to(PROJECT).as_posix()

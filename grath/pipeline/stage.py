@@ -54,7 +54,7 @@ def run_stage(args):
     share_cpu_products(run)
     began = time.monotonic()
     try:
-        status = run_command(command, run / ".status.tmp")
+        status, killed = run_command(command, run / ".status.tmp")
     except SignalReceived as received:
         entry["seconds"] += round(time.monotonic() - began, 1)
         manifests.remove_partial_files(run)
@@ -67,8 +67,8 @@ def run_stage(args):
         status = 1
     if status:
         record_outcome(run, manifest, entry, [], f"failed with status {status}")
-        killed = " (killed from outside: is the memory full?)" if status == 128 + signal.SIGKILL else ""
-        print(f"run_grath.sh: error: {title} failed{killed}; {RESUME}", file=sys.stderr)
+        cause = " (if no error is shown above, the system has killed it: is the memory full?)" if killed else ""
+        print(f"run_grath.sh: error: {title} failed{cause}; {RESUME}", file=sys.stderr)
         return status
     record_outcome(run, manifest, entry, outputs, "done")
     return 0

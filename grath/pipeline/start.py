@@ -3,6 +3,7 @@
 from grath.common.errors import UserError
 from grath.common.files import check_writable
 from grath.common.provenance import read_manifest
+from grath.dpo.defaults import check_trackers
 from grath.modeling.chat import template_for
 from grath.modeling.devices import check_devices, describe_device
 from grath.modeling.loading import load_tokenizer
@@ -26,6 +27,7 @@ def start(values):
         raise UserError(f"{run} is a file, not a folder: set RUNS_DIR or RUN_NAME")
     check_writable(run)
     check_devices(int(values["NUM_PROCESSES"]))
+    check_trackers(values["REPORT_TO"])
     settings = normalize_settings(values)
     print(
         f"  {', '.join(f'{name}={settings[name]}' for name in STAGE_OF_PRECISION)} on {describe_device()}", flush=True

@@ -37,9 +37,22 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize(("batch", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (8, 2, 1), (4, 8, 1), (16, 1, 1)])
 def test_accumulation_keeps_the_papers_batch(batch, processes, expected):
-    from grath.dpo.defaults import default_grad_accum
+    from grath.dpo.defaults import step_sizes
 
-    assert default_grad_accum(batch, processes) == expected
+    assert step_sizes(processes, batch) == (batch, expected)
+
+
+def test_only_trackers_on_this_machine_are_accepted(monkeypatch):
+    from transformers import integrations
+
+    from grath.common.errors import UserError
+    from grath.dpo.config import GrathDPOConfig
+
+    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["wandb"])
+    for names in ("none", "all", "wandb", ["wandb"]):
+        GrathDPOConfig(output_dir="unused", report_to=names)
+    with pytest.raises(UserError, match="there is no tracker trackio, or its package is not installed"):
+        GrathDPOConfig(output_dir="unused", report_to=["wandb", "trackio"])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 5, 8, 16, 20])
@@ -51,6 +64,8 @@ def test_the_memory_does_not_change_the_pairs_of_a_step(processes):
     sizes = {fitting: step_sizes(processes, fitting=fitting) for fitting in (16, 8, 4, 2, 1)}
     assert len({prod(pair) for pair in sizes.values()}) == 1
     assert all(batch <= fitting for fitting, (batch, _) in sizes.items())
+    # Nor does a smaller batch, which is the advice when the memory is full.
+    assert all(prod(step_sizes(processes, batch)) == prod(sizes[16]) for batch in (1, 2) if batch <= prod(sizes[16]))
     total = processes * prod(sizes[16])
     assert total == 16 if processes in (1, 2, 4, 8, 16) else total <= max(16, processes)
     assert step_sizes(1, 4) == step_sizes(1, None, 4) == (4, 4) and step_sizes(2, None, 5) == (4, 5)

@@ -40,6 +40,7 @@ def test_accelerate_configurations_load():
     assert configs["fsdp"].fsdp_config["fsdp_version"] == 2
     assert configs["deepspeed_zero2"].deepspeed_config["zero_stage"] == 2
     assert configs["deepspeed_zero2"].deepspeed_config["gradient_accumulation_steps"] == "auto"
+    assert all(config.main_process_port == 0 for name, config in configs.items() if name != "one_gpu")
     assert {name: config.distributed_type for name, config in configs.items()} == {
         "one_gpu": DistributedType.NO,
         "data_parallel": DistributedType.MULTI_GPU,

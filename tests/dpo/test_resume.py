@@ -49,6 +49,10 @@ def test_files_of_an_early_kill_are_ignored(tiny_llama, pair_file, tmp_path):
     flags = ("--overwrite_output_dir", "--resume_from_checkpoint", tmp_path / "m" / "checkpoint-3")
     done, _ = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file), status=2)
     assert "removes the checkpoints" in done.stderr
+    for checkpoint in (tmp_path / "none", tmp_path / "m"):
+        flags = ("--resume_from_checkpoint", checkpoint)
+        done, _ = train(tiny_llama, tmp_path / "new", *flags, source=("--dataset_path", pair_file), status=2)
+        assert f"{checkpoint} is no complete checkpoint" in done.stderr and not (tmp_path / "new").exists()
     # Another batch size with the same effective batch is the same training.
     flags = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")
     done, _ = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file))

@@ -1,6 +1,7 @@
 """The memory plan: its formulas against the tensors of real passes, which torch's `meta` device runs without memory."""
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -217,7 +218,6 @@ def test_an_unknown_shape_is_refused(config):
 @pytest.mark.parametrize(
     ("function", "stage", "precision", "largest"),
     [
-        (memory.fitting_rows, memory.pairs_memory, "int8", 256),
         (memory.fitting_batch_tokens, memory.scores_memory, "fp16", 16384),
         (memory.fitting_pairs, memory.dpo_memory, "fp4", 16),
     ],
@@ -236,7 +236,7 @@ def test_seven_billion_parameters_on_24_gb():
     """With the batches that the plan proposes, no stage needs more than 22 GB in the precision of `auto`."""
     shape, room = memory.llama_2("7B"), memory.CARDS["24 GB"] * memory.USABLE
     for stage, function, precision in (
-        (memory.pairs_memory, memory.fitting_rows, "int8"),
+        (memory.pairs_memory, partial(memory.fitting, memory.pairs_memory, memory.ROWS), "int8"),
         (memory.dpo_memory, memory.fitting_pairs, "fp4"),
         (memory.scores_memory, memory.fitting_batch_tokens, "fp16"),
     ):

@@ -103,6 +103,14 @@ def test_a_training_can_be_watched_elsewhere():
     assert done.stdout.count("--report_to wandb ") == 2
 
 
+def test_a_tracker_that_is_not_there_is_refused_at_the_start(tiny_llama, tmp_path):
+    env = {"REPORT_TO": "nobody", "MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "NUM_QUERY": "2"}
+    for check in ("1", "0"):
+        done = call("run_llama2.sh", env={**env, "CHECK": check}, status=2)
+        assert done.stderr.count("\n") == 1 and "there is no tracker nobody" in done.stderr
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+
+
 def test_a_run_has_its_folder(llama_run, tiny_llama):
     run, _, done = llama_run
     tail = "arcc_num_6_useGT_False_useFS_True"
@@ -159,6 +167,8 @@ def test_the_manifest_tells_what_was_made_from_what(llama_run, tiny_llama):
 
 def test_the_same_command_does_nothing_twice(copied):
     run, settings, _ = copied
+    with (run / "results" / "iter_0" / "settings.txt").open("a") as opened:
+        opened.write("allenai/ai2_arc=0123\n")  # as evaluation.sh does for a task of its own
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
     done = call("run_llama2.sh", env=settings)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run} == before
@@ -168,7 +178,8 @@ def test_the_same_command_does_nothing_twice(copied):
 def test_other_settings_do_not_mix_into_a_run(copied):
     run, settings, _ = copied
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    for name, was, value in (("MAX_STEPS", "4", "3"), ("LIMIT", "3", ""), ("DEMOS", "truthfulqa", "halueval")):
+    changes = [("MAX_STEPS", "4", "3"), ("LIMIT", "3", ""), ("DEMOS", "truthfulqa", "halueval")]
+    for name, was, value in (*changes, ("ACCELERATE_CONFIG", "", "accelerate_configs/fsdp.yaml")):
         done = call("run_llama2.sh", env={**settings, name: value}, status=2)
         assert done.stderr == (
             f"grath.pipeline: error: {run} contains a run with {name}={was}, not {value}: set another RUN_NAME, "

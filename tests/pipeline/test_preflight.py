@@ -62,6 +62,27 @@ def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
             look(str(model))
 
 
+@pytest.mark.parametrize("names", [["model"], ["model-00001-of-00002"]])
+def test_check_does_not_count_half_a_model_of_the_hub(names, tiny_llama, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from grath.common.errors import UserError
+    from grath.pipeline.preflight import read_model
+
+    for name in names:
+        shutil.copy(tiny_llama / "model.safetensors", tmp_path / f"{name}.safetensors")
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    if names != ["model"]:
+        shards = {"a": f"{names[0]}.safetensors", "b": "model-00002-of-00002.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(tmp_path / "config.json"))
+    if names == ["model"]:
+        assert read_model("a/b")[2] == read_model(str(tiny_llama))[2]
+    else:  # the hub knows, and cannot be asked here
+        with pytest.raises(UserError, match="fetch it with prefetch.sh"):
+            read_model("a/b")
+
+
 def test_check_compares_packages_with_the_pins(tmp_path, monkeypatch):
     import torch
 

@@ -74,9 +74,41 @@ def test_a_failed_stage_is_run_again_and_its_status_is_kept(run):
     done = stage(run, "a", "true", ["f"], status=1)
     assert f"a: {run}/f was not written" in done.stderr
     done = stage(run, "a", "kill -9 $$", ["f"], status=137)
-    assert "killed from outside: is the memory full?" in done.stderr
+    assert "the system has killed it: is the memory full?" in done.stderr
     stage(run, "a", "echo x >f", ["f"])
     assert entries(run)["a"]["outcome"] == "done" and entries(run)["a"]["starts"] == 4
+
+
+MAIN = """import os, signal, sys
+from grath.common.errors import UserError, run_main
+
+def main():
+    if sys.argv[1] == "refuse":
+        raise UserError("no such thing")
+    if sys.argv[1] == "bug":
+        raise ZeroDivisionError
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    signal.pause()
+
+run_main(main)"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "hint"),
+    [
+        (["refuse"], 2, False),
+        (["refuse", "SIGTERM"], 2, False),  # torchrun ends the other processes when one has failed
+        (["SIGKILL"], 1, True),
+        (["bug"], 1, False),
+    ],
+)
+def test_a_stage_below_a_launcher_that_replaces_its_status(run, ends, status, hint):
+    (run / "main.py").write_text(MAIN)
+    done = stage(
+        run, "a", "".join(f"{sys.executable} main.py {end}; " for end in ends) + "exit 1", ["f"], status=status
+    )
+    assert entries(run)["a"]["outcome"] == f"failed with status {status}"
+    assert ("if no error is shown above, the system has killed it" in done.stderr) == hint
 
 
 def test_an_input_that_was_altered_on_the_way_is_not_used(run):

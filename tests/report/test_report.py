@@ -313,6 +313,8 @@ def test_a_published_copy_has_no_weights_no_pairs_and_no_places(made_run, tmp_pa
     assert not (out / made_run.name / "old").exists()
     copy = json.loads((out / made_run.name / "manifest.json").read_text())
     assert copy["settings"] == {"DATA_PATH": f"runs/{made_run.name}/x", "DEMOS": "./demos.json"}
+    done = call("results/publish.py", out / made_run.name, "--folder", out, status=2)
+    assert "choose another --folder" in done.stderr and (out / made_run.name / "report.md").is_file()
     shutil.rmtree(out)
     (made_run / "pairs.json").unlink()
     assert "has no pairs.json" in call("results/publish.py", made_run, "--folder", out, status=2).stderr
