@@ -3,7 +3,7 @@
 
     python create_pair_responses.py --model_name_or_path MODEL --save_prefix iter0_arcc --useFS
     python create_pair_responses.py --model_name_or_path MODEL --save_prefix iter0_arcc --useGT --useFS
-    accelerate launch --num_processes 4 create_pair_responses.py ...     splits the questions over four GPUs
+    accelerate launch --multi_gpu --num_processes 4 create_pair_responses.py ...     splits the questions over four GPUs
 
 Writes {save_dir}/{save_prefix}_num_{N}_useGT_{True|False}_useFS_{True|False}.json: JSON lines with question, correct
 and incorrect. N is the number of questions asked. Responses that do not parse are dropped and counted.
@@ -120,7 +120,7 @@ def main():
         start, asked = time.monotonic(), len(questions) - len(responses)
         left = [i for i in range(len(questions)) if i not in responses]
         with state.split_between_processes(left) as mine:
-            new = ask(generate, prompts, mine, path, fingerprint, len(responses)) if mine else {}
+            new = ask(generate, prompts, mine, path, fingerprint) if mine else {}
     responses.update(gather_object(list(new.items())))
     seconds = time.monotonic() - start
     if not state.is_main_process:
@@ -135,14 +135,16 @@ def main():
             dropped[reason] += 1
     print_counts(rows, questions, dropped, asked, seconds)
     if not rows:
-        remove_responses(path)
-        raise UserError(f"none of {len(questions)} responses could be parsed, so {path} was not written: try --useFS")
+        raise UserError(
+            f"none of {len(questions)} responses could be parsed, so {path} was not written: try "
+            f"{'another --model_type' if args.useFS else '--useFS'}. The first response is {responses[0][:200]!r}"
+        )
     write_pairs(path, rows)
     remove_responses(path)
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(generate, prompts, indices, path, fingerprint, done_before):
+def ask(generate, prompts, indices, path, fingerprint):
     """Generate responses to this process's prompts (`indices`), with a progress bar; save each response at once.
 
     Returns:
@@ -153,8 +155,8 @@ def ask(generate, prompts, indices, path, fingerprint, done_before):
 
     state = PartialState()
     responses, parsed, tokens = {}, 0, 0
-    total, hidden = len(indices) + done_before, not state.is_main_process
-    bar = tqdm(total=total, initial=done_before, unit="question", disable=hidden)
+    process = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
+    bar = tqdm(desc=process, total=len(indices), unit="question", disable=not state.is_main_process)
     with bar, save_responses(path, fingerprint, state.process_index) as save:
 
         def on_done(position, response, count):

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 
@@ -92,7 +91,7 @@ def _generate(model, prompts, settings, prefix_length=0, cache=None):
     """Call `model.generate` on a batch padded after the prefix; return completion ids without the EOS."""
     import torch
 
-    from grath.generation.hf import truncate_at_eos
+    from grath.generation.hf import GREEDY, truncate_at_eos
 
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
@@ -107,7 +106,7 @@ def _generate(model, prompts, settings, prefix_length=0, cache=None):
             attention_mask=torch.tensor(mask, device=model.device),
             past_key_values=cache,
             max_new_tokens=settings["max_new_tokens"],
-            do_sample=False,
+            **GREEDY,
             eos_token_id=eos_ids,
             pad_token_id=eos_ids[0],
         )
@@ -175,14 +174,13 @@ def measure(way, batch_size, args):
 
 def measure_vllm(batch_size, args):
     """Do what `measure` does with vLLM. Its memory is not measured: it reserves a fixed part."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     from grath.generation.hf import truncate_at_eos
 
     tokenizer, prompts = build_prompts(args)
     model = resolve_local(args.model)
-    configured = SimpleNamespace(generation_config=GenerationConfig.from_pretrained(model))
-    eos_ids = eos_token_ids(configured, tokenizer)
+    eos_ids = eos_token_ids(model, tokenizer)
     window = AutoConfig.from_pretrained(model).max_position_embeddings
     work = {
         "model": model,

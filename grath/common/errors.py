@@ -120,6 +120,7 @@ BY_TEXT = {
     "inline_container": DISK,
     "iostream error": DISK,
     "can't allocate memory": MEMORY,
+    "CUBLAS_STATUS_ALLOC_FAILED": MEMORY,
     "No CUDA GPUs are available": GPU,
     "NVIDIA driver": GPU,
 }

@@ -131,8 +131,6 @@ def register_shared_context_model():
                 return "softmax_dtype or mixed_precision_dtype is set"
             if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
                 return "the model is spread over several devices"
-            if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
-                return "the adapter adds virtual tokens"
             return unsupported_reason(self.model, length)
 
     return SharedContextLM

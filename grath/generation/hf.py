@@ -2,6 +2,12 @@
 
 import torch
 
+# What a model's own generation configuration could change in greedy decoding.
+GREEDY = {
+    "do_sample": False, "temperature": None, "top_p": None, "num_beams": 1, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}  # fmt: skip
+
 
 @torch.inference_mode()
 def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids, on_done):
@@ -21,9 +27,7 @@ def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids, on_done):
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
+            **GREEDY,
             eos_token_id=list(eos_ids),
             pad_token_id=eos_ids[0],
         )

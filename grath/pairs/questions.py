@@ -9,7 +9,6 @@ import sys
 
 from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import read_json_lines
-from grath.common.paths import resolve_local
 
 TRUTHFULQA = "truthful_qa"
 # Data sets with gold answers: name on the command line -> (hub name, configuration, split).
@@ -41,7 +40,7 @@ def load_hub_split(data_name, subdata_name, split):
     from grath.common.local_data import load_dataset
 
     try:
-        return load_dataset(resolve_local(data_name), subdata_name or None, split=split)
+        return load_dataset(data_name, subdata_name or None, split=split)
     except Exception as error:  # the hub client, the file readers and the builders raise classes of their own
         if explain_system_error(error):
             raise

@@ -34,13 +34,17 @@ def parse_response(response):
     return (correct, incorrect), None
 
 
-def _saved_files(path):
-    """List the files of saved responses that belong to the pair file `path`.
+def _saved_file(path, fingerprint, process=None):
+    """Return the file of the responses to a pair file: of one process, or the merged one. A line: [index, response].
 
-    They are `.{pair file}.responses` (merged) and `.{pair file}.responses.{process}` (one for each process). The first
-    line of each is the fingerprint of the run's settings. Every further line is `[index, response]`.
+    Settings with another fingerprint have files of their own, so a command with a wrong flag loses nothing.
     """
-    return [file for file in path.parent.iterdir() if file.name.startswith(f".{path.name}.responses")]
+    return path.with_name(f".{path.name}.{fingerprint[:16]}.responses" + ("" if process is None else f".{process}"))
+
+
+def pair_file_name(saved):
+    """Return the name of the pair file that a file of saved responses belongs to."""
+    return saved.name[1:].partition(".responses")[0].rpartition(".")[0]
 
 
 def load_responses(path, fingerprint, merge):
@@ -54,25 +58,20 @@ def load_responses(path, fingerprint, merge):
     Returns:
         dict: index of the question -> response.
     """
-    responses, discarded = {}, False
-    for file in _saved_files(path) if path.parent.is_dir() else []:
+    responses, merged = {}, _saved_file(path, fingerprint)
+    files = [file for file in path.parent.glob(".*") if file.name.startswith(merged.name)]
+    for file in files:
         try:
             # An interruption can cut the last line short: it has no line end then.
-            first, *lines = file.read_text(encoding="utf-8").split("\n")[:-1] or [""]
-            found = dict(json.loads(line) for line in lines) if first == fingerprint else None
-        except (ValueError, TypeError):  # a damaged file
-            found = None
-        if found is None:
-            discarded = True
-        else:
-            responses |= found
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+            responses |= dict(json.loads(line) for line in lines)
+        except (ValueError, TypeError):
+            if merge:
+                print("Discarding saved responses that are damaged; asking those questions again")
     if merge:
-        if discarded:
-            print("Discarding saved responses that have other settings or are damaged; asking those questions again")
-        lines = [fingerprint, *(json.dumps(item) for item in sorted(responses.items()))]
-        merged = path.with_name(f".{path.name}.responses")
+        lines = [json.dumps(item) for item in sorted(responses.items())]
         atomic_write_text(merged, "".join(f"{line}\n" for line in lines))
-        for file in _saved_files(path):
+        for file in files:
             if file != merged:
                 file.unlink()
     return responses
@@ -81,8 +80,7 @@ def load_responses(path, fingerprint, merge):
 @contextmanager
 def save_responses(path, fingerprint, process):
     """Open this process's file of saved responses; yield a function (index, response) that saves one at once."""
-    with path.with_name(f".{path.name}.responses.{process}").open("w", encoding="utf-8") as file:
-        file.write(f"{fingerprint}\n")
+    with _saved_file(path, fingerprint, process).open("w", encoding="utf-8") as file:
 
         def save(index, response):
             file.write(json.dumps([index, response]) + "\n")
@@ -92,9 +90,10 @@ def save_responses(path, fingerprint, process):
 
 
 def remove_responses(path):
-    """Remove the saved responses that belong to the pair file `path`."""
-    for file in _saved_files(path):
-        file.unlink()
+    """Remove the saved responses that belong to the pair file `path`, of all settings."""
+    for file in path.parent.glob(".*.responses*"):
+        if pair_file_name(file) == path.name:
+            file.unlink()
 
 
 def responses_fingerprint(name, prompts, precision, max_new_tokens):

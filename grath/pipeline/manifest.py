@@ -16,6 +16,7 @@ from grath.common.local_data import data_files
 from grath.common.paths import ADAPTER, CPU_PRODUCTS, RECORD, resolve_local
 from grath.common.provenance import FORMAT, MANIFEST, WAYS_ON, read_manifest
 from grath.modeling.loading import resolve_base_and_adapter
+from grath.pairs.responses import pair_file_name
 from grath.pipeline.settings import EFFECTIVE_BATCH, EVERY_STAGE, FIRST_AFFECTED_STAGE, STEP_SETTINGS
 
 ADAPTER_FILES = (ADAPTER, "adapter_config.json")
@@ -179,7 +180,7 @@ def remove_partial_files(run):
     """Remove what a kill leaves and no resume uses: temporary files, responses of finished pairs, cut checkpoints."""
     run = Path(run)
     for path in run.glob("data/.*.responses*"):
-        if (path.parent / path.name[1:].partition(".responses")[0]).is_file():
+        if (path.parent / pair_file_name(path)).is_file():
             path.unlink()
     for path in [*run.rglob(".*.tmp"), *run.rglob(".*partial")]:
         if path.is_dir():

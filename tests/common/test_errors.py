@@ -46,6 +46,10 @@ MACHINES = {
         lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
         "the memory is full: use a",
     ),
+    "GPU memory, by cuBLAS": (
+        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "the memory is full: use a smaller",
+    ),
     "main memory": (MemoryError, "the memory is full: use a smaller --batch_size"),
     "no such GPU": (
         lambda: cuda_error(101, "CUDA error: invalid device ordinal"),

@@ -209,10 +209,15 @@ def test_log_likelihoods_of_answers(family, batch_size, prefix):
             assert ties or greedy == (logits.argmax(-1).tolist() == answer)
 
 
-def test_generate_hf_gives_the_same():
+@pytest.mark.parametrize("configured", [{}, {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}])
+def test_generate_hf_gives_the_same(configured):
+    """It is greedy whatever the model's generation configuration says."""
     model, prompts, done = tiny("llama"), make_prompts(9, 12), {}
+    expected = plain(model, prompts, 10, {5, 7})
+    model.generation_config.update(**configured)
+    assert not configured or plain(model, prompts, 10, {5, 7}) != expected
     generate_hf(model, prompts, 10, 4, [5, 7], done.__setitem__)
-    same(model, prompts, [done[i] for i in range(9)], plain(model, prompts, 10, {5, 7}))
+    same(model, prompts, [done[i] for i in range(9)], expected)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +237,13 @@ def test_generate_hf_gives_the_same():
 def test_models_that_the_engine_does_not_support(family, changes, reason):
     found = unsupported_reason(tiny(family, **changes), 100)
     assert found is None if reason is None else found.startswith(reason)
+
+
+def test_an_adapter_of_virtual_tokens_is_not_supported():
+    from peft import PromptTuningConfig, get_peft_model
+
+    adapted = get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert unsupported_reason(adapted, 100) == "its adapter adds virtual tokens"
 
 
 @needs_hub

@@ -81,13 +81,18 @@ def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
         sys.executable, PROJECT / "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix",
         "iter0_arcc", "--save_dir", tmp_path / "killed", "--precision", "fp32",
     ]  # fmt: skip
-    kept = tmp_path / "killed" / f".{expected.name}.responses.0"
+
+    def saved():
+        """The responses of the first process, and how many these are."""
+        files = list((tmp_path / "killed").glob(f".{expected.name}.*.responses.0"))
+        return (files[0], files[0].read_text().count("\n")) if files else (None, 0)
+
     with subprocess.Popen([*map(str, command), *map(str, flags)], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while not (kept.exists() and kept.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        while saved()[1] < 5 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.kill()
-    finished = kept.read_text().count("\n") - 1
+    kept, finished = saved()
     assert 5 <= finished < 60
     assert [file.name for file in kept.parent.iterdir() if not file.name.startswith(".")] == []
     with kept.open("a") as file:
@@ -100,18 +105,25 @@ def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
     assert (kept.parent / expected.name).read_bytes() == expected.read_bytes()
 
 
-def test_responses_of_other_settings_are_not_used(tiny_llama, tmp_path):
-    flags = ("--data_path", BUNDLED, "--num_query", "3")
-    expected = ask(tiny_llama, tmp_path / "a", *flags)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / f".{expected.name}.responses").write_text('other settings\n[0, "Correct answer: x"]\n')
-    (tmp_path / "b" / f".{expected.name}.responses.0").write_bytes(b"\xff\xfe\n")
-    done = call(
+def test_responses_of_other_settings_are_neither_used_nor_lost(tiny_llama, tmp_path):
+    command = [
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
-        tmp_path / "b", "--precision", "fp32", *flags,
-    )  # fmt: skip
-    assert "Discarding saved responses that have other settings or are damaged" in done.stdout
+        tmp_path / "b", "--precision", "fp32", "--data_path", BUNDLED, "--num_query", "3",
+    ]  # fmt: skip
+    expected = ask(tiny_llama, tmp_path / "a", *command[-4:])
+    # Five tokens do not parse, so the responses stay, and the same command reads them.
+    short = ("--max_new_tokens", "5")
+    call(*command, *short, status=2)
+    assert "3 of 3 questions were answered before" in call(*command, *short, status=2).stdout
+    (other,) = (tmp_path / "b").iterdir()
+    # A run with the right flags does not use them, and an early end of it does not remove them.
+    with_flags = call(*command, "--max_new_tokens", "6", status=2)
+    assert "answered before" not in with_flags.stdout and other.read_text().count("\n") == 3
+    other.write_bytes(b"\xff\xfe\n")
+    assert "Discarding saved responses that are damaged" in call(*command, *short, status=2).stdout
+    call(*command)
     assert (tmp_path / "b" / expected.name).read_bytes() == expected.read_bytes()
+    assert [file.name for file in (tmp_path / "b").iterdir()] == [expected.name]
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
@@ -218,6 +230,6 @@ def test_unparsed_responses_are_dropped_and_counted(tmp_path, tiny_llama):
         status=2,
     )  # fmt: skip
     assert "dropped, no " in done.stdout
-    assert "none of 3 responses could be parsed" in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert "none of 3 responses could be parsed" in done.stderr and "try --useFS. The first response is" in done.stderr
+    assert all(file.name.startswith(".x_num_3_") for file in (tmp_path / "out").iterdir())
     assert json.dumps(done.stderr).count("error") == 1
