@@ -32,7 +32,7 @@ def expected(questions):
 
 def saved(folder):
     """The indices of the questions whose responses an interrupted run has saved."""
-    lines = [line for path in folder.iterdir() for line in path.read_text().splitlines()[1:]]
+    lines = [line for path in folder.iterdir() for line in path.read_text().splitlines()]
     return [json.loads(line)[0] for line in lines]
 
 
@@ -259,7 +259,7 @@ def test_a_signal_in_the_middle(serve, tiny_llama, tmp_path):
     script[script.index("--num_query") + 1] = 6
     with subprocess.Popen(list(map(str, script)), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
-        while not any(path.read_text().count("\n") == 4 for path in tmp_path.iterdir()) and time.monotonic() < deadline:
+        while not any(path.read_text().count("\n") == 3 for path in tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.terminate()
         assert process.wait(timeout=60) == 128 + 15

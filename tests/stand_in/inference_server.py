@@ -99,7 +99,8 @@ class InferenceServer:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.01 * (len(self.seen) % 5))  # answers come out of order
             if fault == "drop":
-                request.transport.abort()
+                if request.transport:  # None once the client has gone
+                    request.transport.abort()
                 return web.Response()
             if fault == "silent":
                 await asyncio.sleep(60)
