@@ -121,9 +121,12 @@ def test_responses_of_other_settings_are_neither_used_nor_lost(tiny_llama, tmp_p
     assert "answered before" not in with_flags.stdout and other.read_text().count("\n") == 3
     other.write_bytes(b"\xff\xfe\n")
     assert "Discarding saved responses that are damaged" in call(*command, *short, status=2).stdout
+    # The pair file's responses go with it, those of another pair file in the same folder do not.
+    beside = tmp_path / "b" / other.name.replace("iter0", "iter1")
+    beside.touch()
     call(*command)
     assert (tmp_path / "b" / expected.name).read_bytes() == expected.read_bytes()
-    assert [file.name for file in (tmp_path / "b").iterdir()] == [expected.name]
+    assert {file.name for file in (tmp_path / "b").iterdir()} == {expected.name, beside.name}
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
