@@ -36,10 +36,11 @@ done
 command=(python -m grath.pipeline evaluate "$@")
 if [[ -n ${SERVER_URL:-} && ${BACKEND:-server} == server ]]; then export NUM_PROCESSES=1; fi
 if [[ ${NUM_PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] && ((${NUM_PROCESSES:-1} > 1)); then
+    threads=$(($(nproc) / NUM_PROCESSES)) # nproc reads OMP_NUM_THREADS
     DRY_RUN=1 "${command[@]}" # refuses bad input in one process, before several are launched
     command=(
         accelerate launch --quiet --config_file "$HERE/accelerate_configs/data_parallel.yaml"
-        --num_processes "$NUM_PROCESSES" "${command[@]:1}"
+        --num_processes "$NUM_PROCESSES" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" "${command[@]:1}"
     )
 fi
 printf '%q ' "${command[@]}" && echo

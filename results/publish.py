@@ -34,18 +34,21 @@ def publish(run_dir, places, folder):
     target = folder / run_dir.name
     if target.resolve() == run_dir:
         raise UserError(f"{run_dir} is the folder that the copy would replace: choose another --folder")
-    shutil.rmtree(target, ignore_errors=True)
+    partial = folder / f".{run_dir.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     for pattern in SHOWN:
         for file in sorted(run_dir.glob(pattern)):
-            copy = target / file.relative_to(run_dir)
+            copy = partial / file.relative_to(run_dir)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if file.suffix == ".png":
                 shutil.copyfile(file, copy)
                 continue
             text = file.read_text(encoding="utf-8")
-            for path, replacement in places.items():
-                text = text.replace(path, replacement)
+            for path in sorted(places, key=len, reverse=True):  # a place inside another one first
+                text = text.replace(path, places[path])
             copy.write_text(text, encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
     return target
 
 
@@ -55,11 +58,15 @@ def main():
     parser.add_argument("--place", nargs="+", default=[], help="PATH=TEXT: replace a path in every text")
     parser.add_argument("--folder", type=Path, default=PROJECT / "results", help="where the copies go")
     args = parser.parse_args()
+    if wrong := [place for place in args.place if "=" not in place]:
+        parser.error(f"--place {wrong[0]} is not PATH=TEXT")
     given = dict(place.split("=", 1) for place in args.place)
     for run_dir in map(Path.resolve, args.runs):
         if not (run_dir / PAIRS).is_file():
             raise UserError(f"{run_dir} has no {PAIRS}: run `python -m grath.report {run_dir}` first")
-        own = {str(run_dir.parent): "runs", str(PROJECT): "."} | ({DATASETS_ROOT: "$folder"} if DATASETS_ROOT else {})
+        own = {str(run_dir.parent): "runs", str(PROJECT): "."}
+        if DATASETS_ROOT:
+            own[str(Path(DATASETS_ROOT).resolve())] = "$folder"
         print(f"Wrote {publish(run_dir, given | own, args.folder)}")
 
 

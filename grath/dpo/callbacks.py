@@ -1,11 +1,13 @@
 """Trainer callbacks: progress bar, log file, and warnings about the training."""
 
 import json
+import math
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import ProgressCallback, TrainerCallback
 
+from grath.common.errors import UserError
 from grath.common.files import atomic_write_text
 from grath.modeling.precision import DTYPES
 
@@ -22,7 +24,7 @@ class ProgressBar(ProgressCallback):
 
 
 class TrainingLog(TrainerCallback):
-    """Write the log as JSON lines to the output folder, and print warnings when the training goes wrong.
+    """Write the log as JSON lines to the output folder; print warnings when the training goes wrong, end it on NaN.
 
     The attribute `warnings` is a dict, kind of warning -> sentence.
     """
@@ -38,6 +40,10 @@ class TrainingLog(TrainerCallback):
             self._warn(args, state, state.log_history[:end])
 
     def on_log(self, args, state, control, **kwargs):
+        if any(math.isnan(value) for name, value in state.log_history[-1].items() if name.startswith("rewards/")):
+            raise UserError(
+                f"the training diverged: the rewards are NaN at step {state.global_step}; use a smaller --learning_rate"
+            )
         if not state.is_world_process_zero:
             return
         lines = [json.dumps(entry) + "\n" for entry in state.log_history]

@@ -8,7 +8,7 @@
 from pathlib import Path
 
 from grath.common.arguments import Parser, positive_int
-from grath.common.errors import run_main
+from grath.common.errors import UserError, run_main
 from grath.evaluation.harness import MODEL_NAME
 from grath.evaluation.run import score_model
 from grath.modeling.chat import MODEL_TYPES
@@ -32,6 +32,8 @@ def main():
     add("--samples", action="store_true", help="also write the model's own answers to five questions")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template, of these questions too")
     args = parser.parse_args()
+    if args.servers and args.backend != SERVER:
+        raise UserError("--server_url needs --backend server")
     score_model(**vars(args))
     print(f"Wrote the results to {args.output}; next: python -m grath.report {args.output}")
 

@@ -1,6 +1,7 @@
 """Read scores from the result files of lm-evaluation-harness, and record the settings that they depend on."""
 
 import hashlib
+import math
 from pathlib import Path
 
 from grath.common.errors import UserError
@@ -11,6 +12,8 @@ from grath.evaluation.tasks import TASKS, get_task
 from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
+# How the names of metrics between 0 and 1 begin; they are shown in percent.
+SHARES = ("acc", "exact_match", "em", "f1")
 
 
 def local_dataset_hashes(tasks):
@@ -25,7 +28,8 @@ def read_scores(folder):
 
     Returns:
         dict: task -> {"score", "stderr", "version", "harness", "chat", "questions"}. Score and standard error are in
-        percent; the standard error is None if the file has none. "questions" is what `question_scores` returned, or
+        percent, or as the harness gives them if the metric is not a share (a perplexity); the standard error is None if
+        the file has none. "questions" is what `question_scores` returned, or
         None. A member of a group (a subject of MMLU) is left out.
 
     Raises:
@@ -47,9 +51,10 @@ def read_scores(folder):
             if task in subtasks or key is None:
                 continue
             stderr = values.get(key.replace(",", "_stderr,"))
+            scale = 100 if metric.startswith(SHARES) else 1
             scores[task] = {
-                "score": 100 * values[key],
-                "stderr": 100 * stderr if isinstance(stderr, float) else None,
+                "score": scale * values[key],
+                "stderr": scale * stderr if isinstance(stderr, float) else None,
                 "version": content.get("versions", {}).get(task),
                 "harness": content.get("lm_eval_version"),
                 "chat": bool(content.get("chat_template")),
@@ -88,6 +93,25 @@ def question_scores(samples, task, results):
         targets = [row["doc"]["mc1_targets"] for row in rows]
         found["negated"] = [int(negated([target["choices"][target["labels"].index(1)]])) for target in targets]
     return found
+
+
+def check_numbers(samples):
+    """Raise `UserError` if a log-likelihood or a score in the harness's samples is NaN.
+
+    The harness would take the first choice then, which is the right one of MC1.
+    """
+    for task, rows in samples.items():
+        if any(_has_nan([row["filtered_resps"], *(row[metric] for metric in row["metrics"])]) for row in rows):
+            raise UserError(
+                f"{task}: the model computes NaN instead of log-likelihoods: set EVAL_PRECISION=fp32 (--precision); "
+                "if that does not help, its weights are broken, or its training diverged"
+            )
+
+
+def _has_nan(value):
+    if isinstance(value, list | tuple):
+        return any(map(_has_nan, value))
+    return isinstance(value, float) and math.isnan(value)
 
 
 def tasks_of(rows):

@@ -17,6 +17,7 @@ from grath.common.paths import ADAPTER, PROJECT
 from grath.evaluation.harness import MODEL_NAME, patch_fewshot_sampling, register_shared_context_model
 from grath.evaluation.results import (
     QUESTIONS,
+    check_numbers,
     local_dataset_hashes,
     question_scores,
     record_settings,
@@ -29,6 +30,8 @@ from grath.modeling.devices import check_devices
 from grath.modeling.loading import check_model, load_tokenizer, resolve_base_and_adapter, weights_identity
 from grath.modeling.precision import DTYPES, SERVER, resolve_precision
 from grath.serving.served import serve
+
+NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
 
 
 def score_model(
@@ -56,7 +59,7 @@ def score_model(
         tasks: list of task names.
         precision: one of `PRECISIONS`; for the backend `hf`, `auto` or one of `DTYPES`.
         batch_size: maximum number of contexts in a batch (int), the harness's "auto", or None: `hf-shared` counts only
-            tokens, and `hf` takes 16.
+            tokens, and `hf` takes 16. For `server`, the most requests in flight at each server (int).
         limit: questions of each task (int), a share below 1 (float), or None for all.
         backend: `hf-shared`, `hf` for the harness's own model class, or `server` for inference servers.
         chat_template: whether to apply the chat template.
@@ -78,15 +81,15 @@ def score_model(
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if backend == SERVER:
         _check_server_settings(servers, precision, processes)
+    check_model(model, weights=backend != SERVER)
     if backend == "hf" and processes > 1 and not torch.cuda.is_available():
         raise UserError("without a GPU, BACKEND=hf scores every question in every process: set NUM_PROCESSES=1")
-    check_model(model)
     main_process = os.environ.get("RANK", "0") == "0"
     output = Path(output)
     precision = SERVER if backend == SERVER else resolve_precision(precision, "scores")
     if backend == "hf" and precision not in DTYPES:
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
-    missing = [task for task in dict.fromkeys(tasks) if not (output / f"{task}.json").is_file()]
+    missing = [task for task in dict.fromkeys(tasks) if not _is_scored(output, task, log_samples)]
     sampled = samples and not (output / SAMPLES).is_file()
     template = template_for(load_tokenizer(model), model_type) if chat_template else None
     if missing or sampled:
@@ -119,7 +122,7 @@ def score_model(
 
             served = stack.enter_context(serve(model, servers, server_timeout))
             engine = partial(generate_on_servers, served, model)
-            loaded = ServerLM(served, model)
+            loaded = ServerLM(served, model, batch_size if isinstance(batch_size, int) else None)
             arguments = {"model": served.name, "servers": list(served.urls)}
         else:
             loaded, arguments = _load_harness(model, precision, batch_size, backend)
@@ -146,6 +149,10 @@ def score_model(
     del loaded, evaluate, engine
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _is_scored(output, task, log_samples):
+    return (output / f"{task}.json").is_file() and (not log_samples or any(output.glob(f"samples_{task}*.jsonl")))
 
 
 def _check_server_settings(servers, precision, processes):
@@ -195,6 +202,8 @@ def _task_manager(tasks):
     )
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(f"{unknown[0]} is not a task of lm-evaluation-harness: see `lm-eval ls tasks`")
+    if tags := [task for task in tasks if task in manager.all_tags]:
+        raise UserError(f"{tags[0]} {NO_SCORE}")
     return manager
 
 
@@ -229,13 +238,14 @@ def _write_results(output, tasks, results, log_samples):
     from lm_eval.utils import handle_non_serializable
 
     samples = results.pop("samples", {})
+    check_numbers(samples)
     by_task = split_by_task(results)
     for task, rows in samples.items() if log_samples else ():
         lines = [json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows]
         atomic_write_text(output / f"samples_{task}.jsonl", "".join(lines))
     for task in tasks:
-        if task not in by_task:
-            raise UserError(f"{task} is not a task with a score of its own: name its members in TASKS")
+        if task not in by_task:  # a group whose scores the harness does not average
+            raise UserError(f"{task} {NO_SCORE}")
         by_task[task][QUESTIONS] = question_scores(samples, task, by_task[task])
         text = json.dumps(by_task[task], indent=2, default=handle_non_serializable, ensure_ascii=False)
         atomic_write_text(output / f"{task}.json", text + "\n")

@@ -1,13 +1,13 @@
 """The harness's model class for inference servers, `local-completions`, with our own transport."""
 
 import copy
-import math
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import has_bos_prefix
 from transformers import AutoConfig
 
 from grath.common.errors import UserError
+from grath.evaluation.harness import MODEL_NAME
 from grath.modeling.loading import load_tokenizer, resolve_base_and_adapter
 from grath.serving.completions import complete_all
 from grath.serving.served import compare_with_local
@@ -21,13 +21,14 @@ class ServerLM(LocalCompletionsAPI):
     Args:
         served: what `serve` yielded for `model`.
         model: hub name, model folder or adapter folder.
+        in_flight: as in `complete_all`.
 
     Raises:
         UserError: a server has another model, or returns no log-probabilities for a prompt's tokens.
     """
 
-    def __init__(self, served, model):
-        self.served = served
+    def __init__(self, served, model, in_flight=None):
+        self.served, self.in_flight = served, in_flight
         base = resolve_base_and_adapter(model)[0]
         print(compare_with_local(served, model, load_tokenizer(model), prompt_logprobs=True), flush=True)
         own = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
@@ -48,11 +49,13 @@ class ServerLM(LocalCompletionsAPI):
         return super().tok_encode(string, *args, **kwargs)
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-        longest = min(self.window, max((len(context) + len(answer) for _, context, answer in requests), default=0))
-        if longest >= (self.served.window or math.inf):
+        longest = max((len(context) + len(answer) for _, context, answer in requests), default=0)
+        window = self.served.window or self.window
+        if longest >= window:
+            larger = "start it with a larger maximum length (vLLM: --max-model-len)"
             raise UserError(
-                f"a context with its answer has {longest} tokens, and the server takes {self.served.window - 1}: "
-                f"start it with a larger maximum length (vLLM: --max-model-len), up to the model's {self.window}"
+                f"a context with its answer has {longest} tokens, and the server takes {window - 1}: "
+                + (larger if longest < self.window else f"score this task with BACKEND={MODEL_NAME}, which shortens it")
             )
         return super()._loglikelihood_tokens(requests, **kwargs)
 
@@ -74,5 +77,5 @@ class ServerLM(LocalCompletionsAPI):
                     self.cache_hook.add_partial(method, cache_keys[index], answers[index][0])
                 bar.update()
 
-            await complete_all(self.served, bodies, done)
+            await complete_all(self.served, bodies, done, self.in_flight)
         return answers

@@ -107,13 +107,18 @@ def load_for_inference(name, precision):
     return prepare_linear_layers(load_model(name, precision)).eval()
 
 
-def check_model(name):
-    """Raise `UserError` if a model, or an adapter's base model, has no loadable configuration or lacks weights."""
+def check_model(name, weights=True):
+    """Raise `UserError` if a model, or an adapter's base model, has no loadable configuration or lacks weights.
+
+    Args:
+        weights: whether its weights have to be here; a server has its own.
+    """
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
     _load(AutoConfig, base, "model")
-    check_weights(base)
+    if weights:
+        check_weights(base)
 
 
 def load_shape(name):

@@ -119,7 +119,7 @@ GROUPS = {
     "Scores": [
         Setting("TASKS", TASKS, ANYTHING, None, "tasks of lm-evaluation-harness; empty: no scores", TASKS, empty=True),
         Setting("EVAL_BATCH_SIZE", "", BATCH, None,
-                "contexts at once, at most; empty: by their tokens (`hf-shared`), or 16 (`hf`)", "16"),
+                "contexts at once, at most; empty: by their tokens (`hf-shared`), 16 (`hf`), or 512 (`server`)", "16"),
         Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
                 "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
         Setting("LIMIT", "", LIMIT, "scores", "questions of each task; empty: all"),

@@ -1,5 +1,7 @@
 """Plots of scores by iteration and of DPO by step."""
 
+import os
+
 from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
 from grath.report.groups import gains, model_label
@@ -91,7 +93,7 @@ def plot_summary(groups, tasks, path):
         for at, (group, _, found) in enumerate(changes):
             if task in found:
                 difference, low, high = found[task]
-                error = [[difference - low], [high - difference]]
+                error = _lengths(difference, low, high)
                 color = "#31a354" if group["gold"] else "#3182bd"
                 axes.errorbar(difference, at, xerr=error, marker="o", capsize=3, color=color)
         axes.axvline(0, color="gray", linewidth=1)
@@ -150,8 +152,8 @@ def plot_signal(points, tasks, path):
             marks[point["name"]] = axes.errorbar(
                 x,
                 y,
-                xerr=[[x - left], [right - x]],
-                yerr=[[y - low], [high - y]],
+                xerr=_lengths(x, left, right),
+                yerr=_lengths(y, low, high),
                 marker="s" if point["gold"] else "o",
                 color=f"C{at}",
                 capsize=2,
@@ -161,6 +163,11 @@ def plot_signal(points, tasks, path):
         axes.grid(alpha=0.3)
     figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
+
+
+def _lengths(value, low, high):
+    """Return the two lengths of an error bar; an interval of equal values may leave its mean by a rounding error."""
+    return [[max(0, value - low)], [max(0, high - value)]]
 
 
 def plot_training(log, path):
@@ -192,6 +199,6 @@ def plot_training(log, path):
 
 def save_figure(figure, path):
     """Save a matplotlib figure through a temporary file and a rename, so that `path` is never incomplete."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     figure.savefig(partial, format=path.suffix[1:], dpi=120)
     partial.replace(path)

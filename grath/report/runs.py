@@ -76,7 +76,7 @@ def _is_published(folder):
 
 def is_run(folder):
     """Return whether a folder is the folder of a run."""
-    return (folder / "models").is_dir() or (folder / "data").is_dir()
+    return any((folder / name).exists() for name in (MANIFEST, "models", "data"))
 
 
 def read_training(folder):

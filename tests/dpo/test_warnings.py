@@ -1,6 +1,7 @@
 """The warnings about a training."""
 
 import pytest
+from training import train
 
 
 def entry(step, chosen, rejected, accuracy=0.6):
@@ -56,3 +57,11 @@ def test_the_training_log_passes_its_precision_to_the_warnings(monkeypatch, tmp_
     state = TrainerState(max_steps=10, log_history=[entry(1, 0, 0)])
     callbacks.TrainingLog().on_train_begin(GrathDPOConfig(output_dir=str(tmp_path), precision="bf16"), state, None)
     assert given[0][1:] == (0.1, 100, 2**-7)
+
+
+def test_a_training_that_diverges_ends_with_one_line(tiny_llama, pair_file, tmp_path):
+    """An adapter of NaN would be scored 100 in MC1: the first choice is the right one."""
+    flags = ("--learning_rate", "1e30", "--max_steps", "4", "--warmup_steps", "0")
+    done, _ = train(tiny_llama, tmp_path / "out", *flags, source=["--dataset_path", pair_file], status=2)
+    assert "the training diverged: the rewards are NaN at step" in done.stderr
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -268,6 +268,7 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
         assert content["n-shot"][task] == shots and list(content["results"]) == [task]
     mmlu = json.loads((tmp_path / "scores" / "mmlu.json").read_text())
     assert len(mmlu["results"]) > 57 and mmlu["n-shot"]["mmlu_anatomy"] == 5
+    assert len(mmlu["questions"]["scores"]) == 57
     header = next(line for line in done.stdout.splitlines() if line.startswith("model"))
     assert header.split() == ["model", "MC1", "MC2", "ARC", "HellaSwag", "MMLU"]
     assert "chat template off" in done.stdout and "truthfulqa_mc2 3.0" in done.stdout
@@ -336,12 +337,42 @@ def test_a_copy_of_the_model_is_the_same_model(tiny_llama, tmp_path):
     )
 
 
-def test_a_task_without_a_score_of_its_own_loses_no_other(tiny_llama, tmp_path):
+def test_a_tag_is_refused_before_anything_is_scored(tiny_llama, tmp_path):
     """A tag is a task of the harness, but has no score."""
-    env = {"TASKS": "grath_mc1 grath_mc", "LIMIT": "2"}
-    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env, status=2)
+    flags = ("--tasks", "grath_mc1", "grath_mc", "--limit", 2)
+    done = call_here("grath.evaluation", tiny_llama, tmp_path / "s", *flags, status=2)
     assert done.stderr.endswith("grath_mc is not a task with a score of its own: name its members in TASKS\n")
-    assert scores(tmp_path / "s", "grath_mc1")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("backend", ["hf", "hf-shared"])
+def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path, backend):
+    """The harness would count the first choice of every question, the right one: MC1 100."""
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    flags = ("--tasks", "grath_mc1", "grath_mc2", "--limit", 2, "--backend", backend)
+    done = call_here("grath.evaluation", broken, tmp_path / "s", *flags, status=2)
+    assert "computes NaN instead of log-likelihoods" in done.stderr and not list((tmp_path / "s").glob("*.json"))
+
+
+def test_questions_are_logged_of_a_task_that_has_its_score(tiny_llama, tmp_path):
+    score = (tiny_llama, tmp_path, "--tasks", "grath_mc1", "--limit", 2)
+    call_here("grath.evaluation", *score)
+    assert not (tmp_path / "samples_grath_mc1.jsonl").exists()
+    call_here("grath.evaluation", *score, "--log_samples")
+    assert len(rows(tmp_path / "samples_grath_mc1.jsonl")) == 2
+    assert "is up to date" in call_here("grath.evaluation", *score, "--log_samples").stdout
+
+
+def test_processes_share_the_processors(tiny_llama, tmp_path):
+    env = {"TASKS": "grath_mc1", "NUM_PROCESSES": "2", "DRY_RUN": "1"}
+    for threads, share in (("6", "3"), ("1", "1")):
+        done = call("evaluation.sh", tiny_llama, tmp_path, env={**env, "OMP_NUM_THREADS": threads})
+        assert f"--num_processes 2 --num_cpu_threads_per_process {share} " in done.stdout
 
 
 def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
@@ -367,6 +398,9 @@ def test_bad_input_is_refused_before_processes_are_launched(tiny_llama, tmp_path
     assert len(done.stderr.splitlines()) == 1 and "set NUM_PROCESSES=1" in done.stderr
     done = call_here("grath.evaluation", tiny_llama, tmp_path / "s", "--tasks", "grath_mc1", "--limit", "0", status=2)
     assert "--limit" in done.stderr and not (tmp_path / "s").exists()
+    servers = ("--tasks", "grath_mc1", "--server_url", "http://127.0.0.1:9")
+    done = call_here("grath.evaluation", tiny_llama, tmp_path / "s", *servers, status=2)
+    assert "--server_url needs --backend server" in done.stderr and not (tmp_path / "s").exists()
 
 
 def test_prefetch_names_what_it_fetches(tmp_path):

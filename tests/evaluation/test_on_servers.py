@@ -1,6 +1,7 @@
 """Scores from inference servers: `BACKEND=server` gives what `hf-shared` gives, and refuses what would give chance."""
 
 import json
+import shutil
 
 import pytest
 from stand_in.inference_server import InferenceServer
@@ -80,6 +81,31 @@ def test_a_context_that_the_server_would_cut_is_refused(server, tiny_llama, tmp_
     done = call("evaluation.sh", tiny_llama, tmp_path, env=settings(server), status=2)
     assert "tokens, and the server takes 19: start it with a larger maximum length" in done.stderr
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("said", [20, None])
+def test_a_context_that_the_model_itself_would_cut_is_refused(tiny_llama, tmp_path, said):
+    """Servers take no more than the model's own window, so a larger one would be no help."""
+    short = shutil.copytree(tiny_llama, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 20}
+    (short / "config.json").write_text(json.dumps(config))
+    with InferenceServer(tiny_llama, name=str(short)) as server:
+        server.window = said
+        done = call("evaluation.sh", short, tmp_path / "s", env=settings(server), status=2)
+    assert "the server takes 19: score this task with BACKEND=hf-shared" in done.stderr
+
+
+def test_a_model_whose_weights_only_the_server_has(tiny_llama, tmp_path):
+    """With no more requests in flight than EVAL_BATCH_SIZE."""
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    with InferenceServer(tiny_llama, name=str(bare)) as server:
+        env = settings(server, EVAL_BATCH_SIZE="3", SAMPLES="0")
+        call("evaluation.sh", bare, tmp_path / "server", env=env)
+        assert server.most_at_once == 3
+    call_here("grath.evaluation", tiny_llama, tmp_path / "here", "--tasks", *TASKS, "--limit", 6, "--precision", "fp32")
+    for task in TASKS:
+        ours, theirs = (results(tmp_path / name)[task]["results"][task]["acc,none"] for name in ("server", "here"))
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 def test_bad_settings(server, tiny_llama, tmp_path):

@@ -1,6 +1,7 @@
 """The report of a run and of several runs, and the distance between correct and incorrect answers."""
 
 import json
+import os
 import re
 import shutil
 
@@ -175,6 +176,28 @@ def test_a_run_that_starts_from_an_adapter_has_it_as_its_base(tmp_path):
     assert iterations(run)[0]["model"] == "first"
 
 
+def test_a_run_whose_base_is_being_scored_has_a_report(tmp_path):
+    """It has neither models nor data yet."""
+    run = make_scored_run(tmp_path / "run", {}, {0: [1.0, 0.0]})
+    assert "50.00" in call_here("grath.report", run).stdout and (run / "report.md").is_file()
+
+
+def test_a_perplexity_is_not_shown_in_percent(tmp_path):
+    made = result("wikitext", 0.5) | {"results": {"wikitext": {"word_perplexity,none": 25.25}}}
+    (tmp_path / "wikitext.json").write_text(json.dumps(made))
+    assert "25.25" in call_here("grath.report", tmp_path).stdout
+
+
+def test_an_interval_of_equal_values_can_be_plotted(tmp_path):
+    """The bootstrap's ends may miss the mean by a rounding error; matplotlib refuses a negative length."""
+    from matplotlib.figure import Figure
+
+    from grath.report.plots import _lengths
+
+    mean = 0.1 + 0.2
+    Figure().subplots().errorbar(mean, 0, xerr=_lengths(mean, mean + 1e-12, mean - 1e-12))
+
+
 def test_a_model_that_not_all_seeds_have_says_so(tmp_path):
     """Also in the figure, which shows the first and the last model of each group."""
     from grath.report.groups import group_runs
@@ -230,7 +253,9 @@ def test_seeds_are_pooled_question_by_question(tmp_path):
     changed["questions"]["sha256"] = "1"
     file.write_text(json.dumps(changed))
     done = call_here("grath.report", runs[0])
-    assert "37.50 (+25.00)" in done.stdout and "[" not in done.stdout.split("Wrote")[0].replace("in brackets", "")
+    assert "37.50 (other questions than the base's)" in done.stdout and "[" not in done.stdout.split("Wrote")[
+        0
+    ].replace("in brackets", "")
 
 
 def test_a_control_is_scored_on_what_it_has_not_trained_on(tmp_path):
@@ -301,23 +326,32 @@ def test_a_published_run_needs_no_pairs_and_no_weights(two_runs):
 
 def test_a_published_copy_has_no_weights_no_pairs_and_no_places(made_run, tmp_path):
     call_here("grath.report", made_run)
-    settings = {"DATA_PATH": f"{made_run}/x", "DEMOS": "/a/clone/demos.json"}
+    root = tmp_path / "hub"
+    settings = {"DATA_PATH": f"{made_run}/x", "DEMOS": "/a/clone/demos.json", "DATA_NAME": f"{root}/arc"}
     manifest = {"format": 2, "settings": settings, "inputs": {}, "hash_cache": {}, "stages": []}
     (made_run / "manifest.json").write_text(json.dumps(manifest))
     out = tmp_path / "out"
     (out / made_run.name / "old").mkdir(parents=True)
-    call("results/publish.py", made_run, "--folder", out, "--place", "/a/clone=.")
+    # As a path from the project, what DATASETS_ROOT may be.
+    env = {"DATASETS_ROOT": os.path.relpath(root, PROJECT)}
+    call("results/publish.py", made_run, "--folder", out, "--place", "/a/clone=.", env=env)
     names = {path.name for path in out.rglob("*") if path.is_file()}
     assert {"report.md", "pairs.json", "grath.json", "truthfulqa_mc1.json", "iterations.png"} <= names
     assert not any(name.endswith((".safetensors", "_True.json")) for name in names)
     assert not (out / made_run.name / "old").exists()
     copy = json.loads((out / made_run.name / "manifest.json").read_text())
-    assert copy["settings"] == {"DATA_PATH": f"runs/{made_run.name}/x", "DEMOS": "./demos.json"}
+    assert copy["settings"] == {
+        "DATA_PATH": f"runs/{made_run.name}/x",
+        "DEMOS": "./demos.json",
+        "DATA_NAME": "$folder/arc",
+    }
     done = call("results/publish.py", out / made_run.name, "--folder", out, status=2)
     assert "choose another --folder" in done.stderr and (out / made_run.name / "report.md").is_file()
     shutil.rmtree(out)
     (made_run / "pairs.json").unlink()
     assert "has no pairs.json" in call("results/publish.py", made_run, "--folder", out, status=2).stderr
+    done = call("results/publish.py", made_run, "--place", "/a/clone", status=2)
+    assert "--place /a/clone is not PATH=TEXT" in done.stderr
 
 
 def test_correlation_and_its_interval():
