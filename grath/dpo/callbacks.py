@@ -42,7 +42,7 @@ class TrainingLog(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if any(math.isnan(value) for name, value in state.log_history[-1].items() if name.startswith("rewards/")):
             raise UserError(
-                f"the training diverged: the rewards are NaN at step {state.global_step}; use a smaller --learning_rate"
+                f"the training diverged: the rewards are NaN at step {state.global_step}; use a lower --learning_rate"
             )
         if not state.is_world_process_zero:
             return
