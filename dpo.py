@@ -10,8 +10,9 @@ previous one, and training continues that adapter. DIR gets one adapter against 
 and plot, and the checkpoints in DIR/checkpoint-N. After an interruption the same command resumes from the last complete
 checkpoint.
 
-The defaults are the settings of the paper's code. Every option of TRL's DPOConfig works under its own name. --config
-reads options from a YAML file, one per line (`learning_rate: 1e-4`); flags override the file.
+The defaults are the settings of the paper's code. Every option of TRL's DPOConfig works under its own name, but those
+of evaluation: there is none during training. --config reads options from a YAML file, one per line
+(`learning_rate: 1e-4`); flags override the file.
 """
 
 import time

@@ -2,7 +2,7 @@
 # Stage 4 of GRATH: Open LLM Leaderboard scores with lm-evaluation-harness.
 #
 #   ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]   score a hub name, a model folder or a LoRA adapter folder
-#   ./evaluation.sh                                 score what the newest run has not scored yet, with its tasks and settings
+#   ./evaluation.sh                                 score what the newest run has not scored yet, with its settings
 #
 # Settings (docs/configuration.md has all of them):
 #   TASKS           tasks, separated by blanks   (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)

@@ -89,7 +89,8 @@ GROUPS = {
                 "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file",
                 "TruthfulQA's", path=True),
         Setting("MAX_NEW_TOKENS", "100", COUNT, "pairs", "maximum number of tokens of a response", "100"),
-        Setting("PAIRS_BATCH_SIZE", "64", COUNT, None, "questions at once", "1"),
+        Setting("PAIRS_BATCH_SIZE", "64", COUNT, None,
+                "questions at once on this machine (in int8, responses depend on it); 512 at each server", "1"),
         Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
                 "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
     ],
@@ -102,10 +103,10 @@ GROUPS = {
         Setting("LEARNING_RATE", "5e-4", positive, "dpo", "peak learning rate", "5e-4"),
         Setting("BETA", "0.1", positive, "dpo", "DPO's beta", "0.1"),
         Setting("DPO_BATCH_SIZE", "", COUNT_OR_EMPTY, "dpo",
-                "pairs in a forward pass of each process; empty: as many as the GPU's memory takes, at most 16, and 4 "
-                "on a CPU", "4"),
+                "pairs in a forward pass of each process; empty: as many as the GPU's memory takes, at most 16; 4 "
+                "on a CPU, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
         Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT_OR_EMPTY, "dpo",
-                "forward passes in a step; empty: as many as give 16 pairs over all processes", "4"),
+                "forward passes in a step; empty: as many as give at most 16 pairs over all processes", "4"),
         Setting("MAX_LENGTH", "1024", COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
         Setting("SAVE_STEPS", "100", COUNT, None, "steps between checkpoints", "100"),
         Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
@@ -132,7 +133,7 @@ GROUPS = {
     "Inference servers": [
         Setting("SERVER_URL", "", addresses, None,
                 "servers with the OpenAI completions API for pairs and scores, separated by spaces; empty: this "
-                "machine"),
+                "machine. A run that has started stays with servers, or without"),
         Setting("SERVER_TIMEOUT", "600", COUNT, None, "seconds to wait for a server that does not respond"),
     ],
     "What the command does": [
