@@ -61,7 +61,7 @@ def start(settings, folder, fault=None):
         printed = []
         reader = threading.Thread(target=lambda: printed.append(process.stdout.read()))
         reader.start()
-        process.wait(timeout=600)
+        process.wait(timeout=3600)
         # The process that injects the fault sleeps for a minute: only its death can end it sooner.
         deadline = time.monotonic() + 30
         while (left := marked(mark)) and time.monotonic() < deadline:

@@ -58,7 +58,7 @@ def call(*command, cwd=PROJECT, env=None, status=0):
         "HF_HUB_OFFLINE": "1",
         **(env or {}),
     }
-    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=3600)
     assert status is None or done.returncode == status, (
         f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )

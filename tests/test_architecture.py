@@ -73,9 +73,9 @@ def test_the_loop_over_iterations_is_short():
 
 
 def test_nothing_changes_the_import_path():
-    files = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
+    # In a container, the files may be another user's.
+    command = ["git", "-c", f"safe.directory={PROJECT}", "ls-files"]
+    files = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split("\n")
     named = [PROJECT / name for name in files if name.endswith((".py", ".sh", "Makefile", "run"))]
     named = [path for path in named if path.is_file() and "tests" not in path.parts]
     assert len(named) > 50

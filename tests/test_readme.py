@@ -122,7 +122,7 @@ def test_the_published_comparison_is_made_from_the_published_runs(tmp_path):
     for name in names:
         shutil.copytree(PROJECT / "results" / name, tmp_path / name)
     call_here("grath.report", *(tmp_path / name for name in names))
-    assert (tmp_path / "comparison.md").read_text() == page.read_text(encoding="utf-8")
+    assert (tmp_path / "comparison.md").read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
 def test_results_in_the_readme_are_those_of_the_comparison():

@@ -100,6 +100,9 @@ def test_a_model_whose_weights_only_the_server_has(tiny_llama, tmp_path):
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with InferenceServer(tiny_llama, name=str(bare)) as server:
         env = settings(server, EVAL_BATCH_SIZE="3", SAMPLES="0")
+        server.faults = lambda number: setattr(
+            server, "hold", 4 if number > 1 else 0
+        )  # after the probe, three wait for each other
         call("evaluation.sh", bare, tmp_path / "server", env=env)
         assert server.most_at_once == 3
     call_here("grath.evaluation", tiny_llama, tmp_path / "here", "--tasks", *TASKS, "--limit", 6, "--precision", "fp32")
@@ -119,6 +122,6 @@ def test_bad_settings(server, tiny_llama, tmp_path):
 
 def test_a_lost_server_is_one_line(server, tiny_llama, tmp_path):
     server.faults = lambda number: 503 if number > 3 else None
-    env = settings(server, SERVER_TIMEOUT="1", SAMPLES="0")
+    env = settings(server, SERVER_TIMEOUT="2", SAMPLES="0")
     done = call("evaluation.sh", tiny_llama, tmp_path, env=env, status=1)
-    assert f"no response from {server.url} for 1 s (HTTP 503" in done.stderr and "Traceback" not in done.stderr
+    assert f"no response from {server.url} for 2 s (HTTP 503" in done.stderr and "Traceback" not in done.stderr

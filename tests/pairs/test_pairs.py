@@ -82,7 +82,7 @@ def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
         return (files[0], files[0].read_text().count("\n")) if files else (None, 0)
 
     with subprocess.Popen([*map(str, command), *map(str, flags)], stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while saved()[1] < 5 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.kill()

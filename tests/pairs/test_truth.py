@@ -118,7 +118,7 @@ def test_answers_in_another_script_do_not_repeat_the_question(tmp_path):
 
 def cells(page, *first):
     """The cells of the row of a table that begins with these."""
-    lines = [[cell.strip() for cell in line.split("|")] for line in page.read_text().splitlines()]
+    lines = [[cell.strip() for cell in line.split("|")] for line in page.read_text(encoding="utf-8").splitlines()]
     (found,) = [line for line in lines if line[1 : 1 + len(first)] == list(first)]
     return found
 
@@ -129,7 +129,7 @@ def test_the_report_and_the_comparison_show_it(llama_run, tmp_path):
     questions = load_questions(data_path=BUNDLED)[:6]
     folder = tmp_path / "run_seed_0"
     (folder / "data").mkdir(parents=True)
-    manifest = json.loads((run / "manifest.json").read_text())
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     (path,) = run.glob("data/iter0_*_True.json")
     right = [
         pair(row["question"], row["choices"][row["answer"]], row["choices"][row["answer"] - 1]) for row in questions

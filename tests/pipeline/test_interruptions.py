@@ -47,7 +47,7 @@ def test_two_starts_at_once(llama_run, tmp_path):
     first = threading.Thread(target=lambda: found.append(start(settings, tmp_path, held)))
     first.start()
     lock = tmp_path / ".llama2_seed_0.lock"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (tmp_path / "llama2_seed_0" / "manifest.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -67,8 +67,8 @@ def test_a_lock_whose_owner_is_dead_is_taken_over(llama_run, tmp_path):
     copy_without(undisturbed, tmp_path)
     lock = tmp_path / ".llama2_seed_0.lock"
     lock.write_text("process 1 on elsewhere since 2020-01-01\n")
-    hold = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE) as holder:
+    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         status, output = start(settings, tmp_path)
         assert status == 2 and "is locked by process 1 on elsewhere since 2020-01-01: wait for it" in output
@@ -102,16 +102,17 @@ def test_a_signal_to_every_process_is_recorded(llama_run, tmp_path):
     loop = threading.Thread(target=lambda: found.append(start(settings, tmp_path, held)))
     loop.start()
     manifest, lock = tmp_path / "llama2_seed_0" / "manifest.json", tmp_path / ".llama2_seed_0.lock"
-    everything, deadline = [], time.monotonic() + 120
+    everything, deadline = [], time.monotonic() + 600
     while not any(ASK in name for name in map(name_of, everything)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
         if manifest.exists():
             holder = psutil.Process(int(re.match(r"process (\d+) on ", lock.read_text())[1]))
             everything = [holder, *holder.children(recursive=True)]
-    assert len(everything) == 4  # the loop, bash, the stage and its command
+    assert len(everything) >= 4  # the loop, bash, the stage and its command
     for process in everything:
-        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):  # the loop's own signal may have ended it
+            process.send_signal(signal.SIGTERM)
     loop.join()
     assert found[0][0] == 128 + signal.SIGTERM
     (entry,) = json.loads(manifest.read_text())["stages"]

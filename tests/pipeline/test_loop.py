@@ -22,6 +22,12 @@ PRESETS = {
 }
 
 
+def value_of(line, flag):
+    """The value of a flag in a printed command."""
+    words = shlex.split(line)
+    return words[words.index(flag) + 1]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
     model, model_type, reference, count, steps, questions = PRESETS[preset]
@@ -41,10 +47,12 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
         assert f"--model_type {model_type} " in line
         combined = "_combined" if i else ""
         assert f"data/iter{i}_arcc_num_{questions}_useGT_False_useFS_True{combined}.json" in line
-        assert f"--output_dir {tmp_path}/runs/" in line
+        assert value_of(line, "--output_dir").startswith(f"{tmp_path}/runs/")
         assert f"models/iter_{i + 1}_arcc_num_{questions}_useGT_False_useFS_True " in line
         if i:
-            assert f"models/iter_{i}_arcc" in line.split("--model_name_or_path")[1].split()[0]
+            assert f"models/iter_{i}_arcc" in value_of(line, "--model_name_or_path")
+            assert f"models/iter_{i}_arcc" in value_of(asks[i], "--model_name_or_path")
+    assert all(f"models/iter_{i}_arcc" in line for i, line in enumerate(scores) if i)
     first = f"data/iter0_arcc_num_{questions}_useGT_False_useFS_True.json"
     assert all(first in line.split("--ori_data_path")[1] for line in combines)
     assert all(line.endswith("--report_to none ") for line in trainings)
@@ -161,6 +169,7 @@ def test_the_manifest_tells_what_was_made_from_what(llama_run, tiny_llama):
     assert combine["outputs"].items() <= dpo["inputs"].items()
     adapter = {name: value for name, value in stages[1, "dpo"]["outputs"].items() if "adapter" in name}
     assert len(adapter) == 2 and adapter.items() <= dpo["inputs"].items()
+    assert adapter.items() <= pairs["inputs"].items() and adapter.items() <= stages[1, "scores"]["inputs"].items()
     weights = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
     assert stages[1, "pairs"]["inputs"][f"{tiny_llama.name}/model.safetensors"] == weights
 
@@ -274,7 +283,7 @@ def test_presets_can_be_given_to_slurm(preset, tmp_path):
     # Slurm runs a copy of the script from a folder of its own.
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/bash\ncp "$1" {tmp_path}/slurm_script\ncd {tmp_path}\nexec ./slurm_script\n')
+    sbatch.write_text(f'#!/bin/bash\ncp "$1" "{tmp_path}/slurm_script"\ncd "{tmp_path}"\nexec ./slurm_script\n')
     sbatch.chmod(0o755)
     env = {"SLURM_SUBMIT_DIR": str(PROJECT), "DRY_RUN": "1", "SLURM_JOB_ID": "1"}
     env["PATH"] = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -165,7 +165,7 @@ def test_signals_end_a_stage_unless_they_are_ignored(number, ignored, run):
         env=dict(os.environ),
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],  # tests under nohup
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (run / "started").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

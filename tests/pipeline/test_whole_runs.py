@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,13 +50,15 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     assert [run for run in compared if run.endswith("_seed_0")] == [f"{name}_seed_0" for name in names]
     assert {re.sub(r"_seed_\d$", "", run) for run in compared} == set(names)
     runs = tmp_path / "runs"
+    quoted = shlex.quote(str(runs))
     script = f"set -e\n{settings}\n{first}\n" + "".join(f"DRY_RUN=1 {line}\n" for line in others)
     for run in compared[1:]:
-        script += f"cp -r {runs}/{compared[0]} {runs}/{run}\n"
+        script += f"cp -r {quoted}/{compared[0]} {quoted}/{run}\n"
     env = {"folder": str(HUB), "MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(runs)}
-    done = call("bash", "-c", script + report.replace("runs/", f"{runs}/"), env=env)
+    done = call("bash", "-c", script + report.replace("runs/", f"{quoted}/"), env=env)
     lines = [line for line in done.stdout.splitlines() if re.match(r"accelerate launch .*dpo\.py", line)]
-    models = [re.search(r"--model_name_or_path (\S+)", line)[1] for line in lines[-7:]]
+    words = [shlex.split(line) for line in lines[-7:]]
+    models = [line[line.index("--model_name_or_path") + 1] for line in words]
     assert models[0] == "models/qwen2.5-coder-0.5b"
     assert {models[at] for at in (1, 3, 5, 6)} == {"models/qwen2.5-coder-1.5b"}
     assert "rolling_1.5b_seed_0/models/iter_1" in models[2] and "fixed_1.5b_seed_0/models/iter_1" in models[4]

@@ -51,7 +51,7 @@ def made_run(tmp_path):
 
 def test_report_of_a_run(made_run):
     done = call_here("grath.report", made_run)
-    text = (made_run / "report.md").read_text()
+    text = (made_run / "report.md").read_text(encoding="utf-8")
     assert "| M_1        | 40.00 ± 1.00 (+10.00) | 50.00 ± 1.00 (+5.00) |" in text
     assert "| M_3        | 20.00 ± 1.00 (-10.00) | -                    |" in text
     assert "Best by MC1 + MC2: M_1 (90.00); every later iteration is lower (the last: 84.00)." in text
@@ -63,7 +63,7 @@ def test_report_of_a_run(made_run):
     assert "- M_3: Answer 3" in text
     assert "truthfulqa_mc1 2.0; truthfulqa_mc2 2.0; chat template off" in text
     assert (made_run / "iterations.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (made_run / "iterations.svg").read_text()
+    assert "<svg" in (made_run / "iterations.svg").read_text(encoding="utf-8")
     assert "Best by MC1 + MC2: M_1" in done.stdout
 
 
@@ -87,7 +87,7 @@ def test_report_names_commits_and_versions_of_the_run(made_run):
     manifest = {"format": 2, "settings": {"SEED": "0"}, "inputs": {}, "hash_cache": {}, "stages": stages}
     (made_run / "manifest.json").write_text(json.dumps(manifest))
     call_here("grath.report", made_run)
-    lines = (made_run / "report.md").read_text().splitlines()
+    lines = (made_run / "report.md").read_text(encoding="utf-8").splitlines()
     assert "Commit: abc1234, def5678+" in lines and "Versions: torch 2.0 and 2.1, bitsandbytes none" in lines
 
 
@@ -96,8 +96,8 @@ def test_published_report_names_commits_and_versions_of_its_manifest(name):
     from grath.report.run import made_with
 
     folder = PROJECT / "results" / name
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert (folder / "report.md").read_text().endswith(f"\n{made_with(manifest['stages'])}\n")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert (folder / "report.md").read_text(encoding="utf-8").endswith(f"\n{made_with(manifest['stages'])}\n")
 
 
 @pytest.mark.parametrize("content", ["[]", '{"results": {'])
@@ -125,7 +125,7 @@ def two_runs(made_run):
 
 def test_comparison_of_two_runs(two_runs):
     done = call_here("grath.report", *two_runs)
-    text = (two_runs[0].parent / "comparison.md").read_text()
+    text = (two_runs[0].parent / "comparison.md").read_text(encoding="utf-8")
     lines = cells_of(text)
     assert ["run", "DEMOS"] in lines  # not SEED, which is the same in both
     assert ["a run", "truthfulqa"] in lines and ["another run", "halueval"] in lines
@@ -209,7 +209,7 @@ def test_a_model_that_not_all_seeds_have_says_so(tmp_path):
         for seed, models in enumerate((4, 2))
     ]
     call_here("grath.report", *runs)
-    names = [line[0] for line in cells_of((tmp_path / "comparison.md").read_text()) if len(line) == 2]
+    names = [line[0] for line in cells_of((tmp_path / "comparison.md").read_text(encoding="utf-8")) if len(line) == 2]
     shown = ["both: M_1", "both: M_2 (1 of 2 runs)", "both: M_3 (1 of 2 runs)"]
     assert [name for name in names if name.startswith("both: M")] == ["both: M_0 (base)", *shown]
     # A task that one seed lacks is that of the other.
@@ -218,7 +218,7 @@ def test_a_model_that_not_all_seeds_have_says_so(tmp_path):
         mc2["questions"] = {"sha256": "2", "scores": of_questions}
         (runs[0] / "results" / f"iter_{number}" / "truthfulqa_mc2.json").write_text(json.dumps(mc2))
     call_here("grath.report", *runs)
-    lines = [line for line in cells_of((tmp_path / "comparison.md").read_text()) if len(line) == 3]
+    lines = [line for line in cells_of((tmp_path / "comparison.md").read_text(encoding="utf-8")) if len(line) == 3]
     mc2 = {line[0]: line[2] for line in reversed(lines)}  # of the first table
     assert mc2["both: M_0 (base)"] == "0.00 (1 of 2 runs)"
     assert re.fullmatch(r"50\.00 \(\+50\.00 \[.*\]; 1 of 2 runs\)", mc2["both: M_1"])
@@ -237,7 +237,7 @@ def test_seeds_are_pooled_question_by_question(tmp_path):
         for seed in (0, 1)
     ]
     call_here("grath.report", *runs)
-    lines = cells_of((tmp_path / "comparison.md").read_text())
+    lines = cells_of((tmp_path / "comparison.md").read_text(encoding="utf-8"))
     assert ["both: M_0 (base)", "12.50"] in lines  # no standard error beside a paired interval
     (row,) = [line for line in lines if line[0] == "both: M_1" and len(line) == 2]
     gain, low, high = (float(number) for number in re.findall(r"[-+][\d.]+", row[1]))
@@ -249,7 +249,7 @@ def test_seeds_are_pooled_question_by_question(tmp_path):
     assert row[1].startswith("37.50 (+37.50 [") and row[2].startswith("37.50 (+12.50 [")
     # Another set of questions cannot be paired.
     file = runs[0] / "results" / "iter_1" / "truthfulqa_mc1.json"
-    changed = json.loads(file.read_text())
+    changed = json.loads(file.read_text(encoding="utf-8"))
     changed["questions"]["sha256"] = "1"
     file.write_text(json.dumps(changed))
     done = call_here("grath.report", runs[0])
@@ -271,7 +271,9 @@ def test_a_control_is_scored_on_what_it_has_not_trained_on(tmp_path):
     assert "25.00 (+25.00 [" in call_here("grath.report", runs[0]).stdout
     done = call_here("grath.report", *runs)
     assert "control: M_1" in done.stdout and "25.00 (+25.00 [" in done.stdout
-    assert "TruthfulQA: the 4 questions that the run has not trained on." in (runs[0] / "report.md").read_text()
+    assert "TruthfulQA: the 4 questions that the run has not trained on." in (runs[0] / "report.md").read_text(
+        encoding="utf-8"
+    )
     for run in runs:  # as it is published
         call_here("grath.report", run)
         (run / "models" / "iter_1_arcc" / "adapter_model.safetensors").unlink()
@@ -316,12 +318,12 @@ def test_a_published_run_needs_no_pairs_and_no_weights(two_runs):
         call_here("grath.report", run)
     call_here("grath.report", *two_runs)
     page = two_runs[0].parent / "comparison.md"
-    before = page.read_text()
+    before = page.read_text(encoding="utf-8")
     for run in two_runs:
         for file in (*run.glob("data/*True.json"), *run.glob("models/*/adapter_model.safetensors")):
             file.unlink()
     call_here("grath.report", *two_runs)
-    assert page.read_text() == before
+    assert page.read_text(encoding="utf-8") == before
 
 
 def test_a_published_copy_has_no_weights_no_pairs_and_no_places(made_run, tmp_path):
@@ -339,7 +341,7 @@ def test_a_published_copy_has_no_weights_no_pairs_and_no_places(made_run, tmp_pa
     assert {"report.md", "pairs.json", "grath.json", "truthfulqa_mc1.json", "iterations.png"} <= names
     assert not any(name.endswith((".safetensors", "_True.json")) for name in names)
     assert not (out / made_run.name / "old").exists()
-    copy = json.loads((out / made_run.name / "manifest.json").read_text())
+    copy = json.loads((out / made_run.name / "manifest.json").read_text(encoding="utf-8"))
     assert copy["settings"] == {
         "DATA_PATH": f"runs/{made_run.name}/x",
         "DEMOS": "./demos.json",
@@ -397,7 +399,7 @@ def test_distance_of_a_pair_file_in_file_and_report(tiny_llama, made_run):
     write_rows(file, [*rows, pair("q", "same", "same")])
     flags = ("--model_name_or_path", tiny_llama, "--precision", "fp32", "--batch_size", "3")
     done = call_here("grath.distance", file, *flags)
-    found = json.loads(file.with_suffix(".distance.json").read_text())
+    found = json.loads(file.with_suffix(".distance.json").read_text(encoding="utf-8"))
     assert found["precision"] == "fp32" and found["negated"] == [0, 6 / 7] and "negated 0.0% and 85.7%" in done.stdout
     assert found["pairs"] == 7 and f"distance {found['distance']:.3f}" in done.stdout
 
@@ -417,7 +419,7 @@ def test_distance_of_a_pair_file_in_file_and_report(tiny_llama, made_run):
     ]
     assert found["distance"] == pytest.approx(distance(*(side.numpy() for side in sides)), rel=1e-4)
     call_here("grath.report", made_run)
-    assert f"{found['distance']:.3f}" in (made_run / "report.md").read_text()
+    assert f"{found['distance']:.3f}" in (made_run / "report.md").read_text(encoding="utf-8")
 
 
 def test_what_two_models_choose(tmp_path):

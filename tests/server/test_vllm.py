@@ -78,7 +78,9 @@ def test_pairs_are_those_of_the_engine_and_no_response_is_asked_for_twice(vllm, 
     folder, asked = tmp_path / "server", []
     for kept in (10, 50, 90):
         with subprocess.Popen(script, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as process:
-            while process.poll() is None and sum(p.read_text().count("\n[") for p in folder.glob(".*")) < kept:
+            while (
+                process.poll() is None and sum(p.read_text().count("\n[") for p in folder.glob(".*.responses*")) < kept
+            ):
                 time.sleep(0.05)
             process.kill()
             asked.append(process.communicate()[0])

@@ -36,6 +36,7 @@ class InferenceServer:
         self.tokenizer, self.models = AutoTokenizer.from_pretrained(self.folder), {}
 
     def __enter__(self):
+        self._model(self.name)  # not in the first request, whose time-out may be short
         started = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run(started)), daemon=True)
         self.thread.start()
