@@ -57,16 +57,16 @@ def test_the_experiments_commands_with_reduced_sizes(tiny_llama, tmp_path):
     env = {"folder": str(HUB), "MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(runs)}
     done = call("bash", "-c", script + report.replace("runs/", f"{quoted}/"), env=env)
     lines = [line for line in done.stdout.splitlines() if re.match(r"accelerate launch .*dpo\.py", line)]
-    words = [shlex.split(line) for line in lines[-7:]]
+    words = [shlex.split(line) for line in lines[-9:]]
     models = [line[line.index("--model_name_or_path") + 1] for line in words]
-    assert models[0] == "models/qwen2.5-coder-0.5b"
-    assert {models[at] for at in (1, 3, 5, 6)} == {"models/qwen2.5-coder-1.5b"}
+    assert {models[at] for at in (0, 5, 7)} == {"models/qwen2.5-coder-0.5b"}
+    assert {models[at] for at in (1, 3, 6, 8)} == {"models/qwen2.5-coder-1.5b"}
     assert "rolling_1.5b_seed_0/models/iter_1" in models[2] and "fixed_1.5b_seed_0/models/iter_1" in models[4]
-    assert ["--reference fixed" in line for line in lines[-7:]] == [False] * 3 + [True] * 2 + [False] * 2
-    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 5 + [False] * 9
+    assert ["--reference fixed" in line for line in lines[-9:]] == [False] * 3 + [True] * 2 + [False] * 4
+    assert ["--dataset_name truthful_qa" in line for line in lines] == [True] * 5 + [False] * 11
     asks = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--demos misconceptions" in line for line in asks] == [False] * 7 + [True, False]
-    assert ["--useGT" in line for line in asks] == [False] * 8 + [True]
+    assert ["--demos misconceptions" in line for line in asks] == [False] * 7 + [True, True, False, False]
+    assert ["--useGT" in line for line in asks] == [False] * 9 + [True, True]
     assert all("--data_name allenai/ai2_arc --subdata_name ARC-Challenge --split train" in line for line in asks)
     trained = json.loads(next((runs / f"{names[0]}_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
     assert trained["pairs"]["read"] == 200
