@@ -107,18 +107,18 @@ def test_responses_of_other_settings_are_neither_used_nor_lost(tiny_llama, tmp_p
     expected = ask(tiny_llama, tmp_path / "a", *command[-4:])
     # Five tokens do not parse, so the responses stay, and the same command reads them.
     short = ("--max_new_tokens", "5")
-    call(*command, *short, status=2)
-    assert "3 of 3 questions were answered before" in call(*command, *short, status=2).stdout
+    call_here(*command, *short, status=2)
+    assert "3 of 3 questions were answered before" in call_here(*command, *short, status=2).stdout
     (other,) = (tmp_path / "b").iterdir()
     # A run with the right flags does not use them, and an early end of it does not remove them.
-    with_flags = call(*command, "--max_new_tokens", "6", status=2)
+    with_flags = call_here(*command, "--max_new_tokens", "6", status=2)
     assert "answered before" not in with_flags.stdout and other.read_text().count("\n") == 3
     other.write_bytes(b"\xff\xfe\n")
-    assert "Discarding saved responses that are damaged" in call(*command, *short, status=2).stdout
+    assert "Discarding saved responses that are damaged" in call_here(*command, *short, status=2).stdout
     # The pair file's responses go with it, those of another pair file in the same folder do not.
     beside = tmp_path / "b" / other.name.replace("iter0", "iter1")
     beside.touch()
-    call(*command)
+    call_here(*command)
     assert (tmp_path / "b" / expected.name).read_bytes() == expected.read_bytes()
     assert {file.name for file in (tmp_path / "b").iterdir()} == {expected.name, beside.name}
 

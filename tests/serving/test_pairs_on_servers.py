@@ -60,7 +60,7 @@ def test_the_file_is_that_of_the_engine(serve, tiny_llama, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--useFS"], ["--useGT"], ["--useGT", "--useFS"]], ids=" ".join)
 def test_the_prompt_has_what_the_flags_ask_for(serve, tiny_llama, tmp_path, flags):
     """Few-shot examples are turns before the question; ground-truth candidates stand in each of its turns."""
-    server = serve()
+    server = serve(answer=lambda ids: RESPONSE)
     call_here(*command(tiny_llama, tmp_path, server.url, questions=1), *flags)
     text = server.tokenizer.decode(server.seen[-1]["prompt"])
     turns = 1 + 6 * ("--useFS" in flags)
