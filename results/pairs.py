@@ -2,8 +2,9 @@
 
     DATASETS_ROOT=FOLDER python results/pairs.py PAIRS [--sample 40]
 
-Of the pairs with different answers, it counts those in which an answer is ARC-Challenge's gold answer, word for word
-except for case and a final full stop. It prints `--sample` pairs, with their line numbers in the file.
+Of the pairs with different answers, it counts those in which an answer is ARC-Challenge's gold answer, or any of its
+choices, word for word except for case and a final full stop. It prints `--sample` pairs, with their line numbers in the
+file.
 """
 
 import random
@@ -27,15 +28,16 @@ def main():
     different = [
         (line, row) for line, row in enumerate(read_pairs(args.pairs), 1) if row["correct"] != row["incorrect"]
     ]
-    gold = {
-        question["question"]: normalize(question["choices"][question["answer"]])
-        for question in load_questions(*LABELED_DATASETS["ai2_arc/ARC-Challenge"])
-    }
-    if any(row["question"] not in gold for _, row in different):
+    asked = {question["question"]: question for question in load_questions(*LABELED_DATASETS["ai2_arc/ARC-Challenge"])}
+    if any(row["question"] not in asked for _, row in different):
         raise UserError(f"{args.pairs} contains questions that are not in the train split of ARC-Challenge")
     for side in ("correct", "incorrect"):
-        count = sum(normalize(row[side]) == gold[row["question"]] for _, row in different)
-        print(f"{side}: the gold answer in {count} of {len(different)} pairs with different answers")
+        gold = choices = 0
+        for _, row in different:
+            question = asked[row["question"]]
+            is_choice = [normalize(choice) == normalize(row[side]) for choice in question["choices"]]
+            gold, choices = gold + is_choice[question["answer"]], choices + any(is_choice)
+        print(f"{side}: the gold answer in {gold}, any choice in {choices} of {len(different)} pairs that differ")
     random.seed(0)
     for line, row in random.sample(different, min(args.sample, len(different))):
         print(f"\nline {line}: {row['question']}\n  correct:   {row['correct']}\n  incorrect: {row['incorrect']}")

@@ -66,7 +66,7 @@ def main():
             raise UserError(f"{run_dir} has no {PAIRS}: run `python -m grath.report {run_dir}` first")
         own = {str(run_dir.parent): "runs", str(PROJECT): "."}
         if DATASETS_ROOT:
-            own[str(Path(DATASETS_ROOT).resolve())] = "$folder"
+            own |= {str(path): "$folder" for path in (Path(DATASETS_ROOT).absolute(), Path(DATASETS_ROOT).resolve())}
         print(f"Wrote {publish(run_dir, given | own, args.folder)}")
 
 

@@ -12,8 +12,8 @@ from grath.evaluation.tasks import TASKS, get_task
 from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
-# How the names of metrics between 0 and 1 begin; they are shown in percent.
-SHARES = ("acc", "exact_match", "em", "f1")
+# What the names of metrics between 0 and 1 contain; they are shown in percent.
+SHARES = ("acc", "exact_match", "f1", "pass", "mcc")
 
 
 def local_dataset_hashes(tasks):
@@ -51,7 +51,7 @@ def read_scores(folder):
             if task in subtasks or key is None:
                 continue
             stderr = values.get(key.replace(",", "_stderr,"))
-            scale = 100 if metric.startswith(SHARES) else 1
+            scale = 100 if any(part in metric for part in SHARES) else 1
             scores[task] = {
                 "score": scale * values[key],
                 "stderr": scale * stderr if isinstance(stderr, float) else None,
@@ -101,10 +101,10 @@ def check_numbers(samples):
     The harness would take the first choice then, which is the right one of MC1.
     """
     for task, rows in samples.items():
-        if any(_has_nan([row["filtered_resps"], *(row[metric] for metric in row["metrics"])]) for row in rows):
+        if any(_has_nan([row["filtered_resps"], row.get(get_task(task).metric)]) for row in rows):
             raise UserError(
-                f"{task}: the model computes NaN instead of log-likelihoods: set EVAL_PRECISION=fp32 (--precision); "
-                "if that does not help, its weights are broken, or its training diverged"
+                f"{task}: the model computes NaN instead of log-likelihoods. Often this is an overflow in fp16: score "
+                "this model alone in bf16 or fp32; if that does not help, its weights are broken, or training diverged"
             )
 
 
@@ -161,6 +161,12 @@ def split_by_task(results):
             for key, value in results.items()
         }
     return found
+
+
+def sample_files(folder, task):
+    """List the files of the logged questions of a task that has its result file: one for each member of a group."""
+    groups = read_json(folder / f"{task}.json", "result file of lm-evaluation-harness").get("group_subtasks", {})
+    return [folder / f"samples_{name}.jsonl" for name in [task, *_members(task, groups)] if not groups.get(name)]
 
 
 def _members(task, groups):

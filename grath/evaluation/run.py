@@ -21,6 +21,7 @@ from grath.evaluation.results import (
     local_dataset_hashes,
     question_scores,
     record_settings,
+    sample_files,
     split_by_task,
 )
 from grath.evaluation.samples import SAMPLES, write_samples
@@ -152,7 +153,8 @@ def score_model(
 
 
 def _is_scored(output, task, log_samples):
-    return (output / f"{task}.json").is_file() and (not log_samples or any(output.glob(f"samples_{task}*.jsonl")))
+    scored = (output / f"{task}.json").is_file()
+    return scored and (not log_samples or all(file.is_file() for file in sample_files(output, task)))
 
 
 def _check_server_settings(servers, precision, processes):

@@ -55,7 +55,7 @@ class ServerLM(LocalCompletionsAPI):
             larger = "start it with a larger maximum length (vLLM: --max-model-len)"
             raise UserError(
                 f"a context with its answer has {longest} tokens, and the server takes {window - 1}: "
-                + (larger if longest < self.window else f"score this task with BACKEND={MODEL_NAME}, which shortens it")
+                + (larger if longest < self.window else f"score this task with BACKEND={MODEL_NAME}")
             )
         return super()._loglikelihood_tokens(requests, **kwargs)
 

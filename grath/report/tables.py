@@ -55,7 +55,7 @@ def _cell(score, base):
     if base and base is not score and (found := paired_difference(base, score)):
         return f"{text} ({format_difference(*found)}{f'; {runs}' if runs else ''})"
     if base and base is not score and base[QUESTIONS] and score[QUESTIONS]:
-        return f"{text} (other questions than the base's)"
+        return f"{text} (other questions than the base's{f'; {runs}' if runs else ''})"
     if runs:
         return f"{text} ({runs})"
     if score["stderr"] is not None and (not base or not score[QUESTIONS]):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, call_here, rows, tiny
 
+from grath.common.errors import UserError
 from grath.evaluation.harness import register_shared_context_model
 from grath.evaluation.loglikelihood import group_by_prefix, window_loglikelihoods
 
@@ -359,6 +360,16 @@ def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path, 
     assert "computes NaN instead of log-likelihoods" in done.stderr and not list((tmp_path / "s").glob("*.json"))
 
 
+def test_other_metrics_may_be_no_numbers():
+    """Some tasks of the harness give NaN for the questions that a metric does not apply to."""
+    from grath.evaluation.results import check_numbers
+
+    row = {"filtered_resps": [(-1.5, False), (-2.0, False)], "acc": 1.0, "bias": (1, torch.nan)}
+    check_numbers({"a": [row], "text": [{"filtered_resps": ["yes"], "exact_match": 1.0}]})
+    with pytest.raises(UserError, match="a: the model computes NaN"):
+        check_numbers({"a": [row | {"acc": torch.nan}]})
+
+
 def test_questions_are_logged_of_a_task_that_has_its_score(tiny_llama, tmp_path):
     score = (tiny_llama, tmp_path, "--tasks", "grath_mc1", "--limit", 2)
     call_here("grath.evaluation", *score)
@@ -366,6 +377,14 @@ def test_questions_are_logged_of_a_task_that_has_its_score(tiny_llama, tmp_path)
     call_here("grath.evaluation", *score, "--log_samples")
     assert len(rows(tmp_path / "samples_grath_mc1.jsonl")) == 2
     assert "is up to date" in call_here("grath.evaluation", *score, "--log_samples").stdout
+    # A group has a file for each member; that of another task with such a name is none of them.
+    from grath.evaluation.results import sample_files
+
+    groups = {"mmlu": ["stem"], "stem": ["physics", "algebra"], "physics": []}
+    (tmp_path / "mmlu.json").write_text(json.dumps({"group_subtasks": groups}))
+    names = {file.name for file in sample_files(tmp_path, "mmlu")}
+    assert names == {"samples_physics.jsonl", "samples_algebra.jsonl"}
+    assert [file.name for file in sample_files(tmp_path, "grath_mc1")] == ["samples_grath_mc1.jsonl"]
 
 
 def test_processes_share_the_processors(tiny_llama, tmp_path):
