@@ -63,7 +63,7 @@ def test_every_damaged_output_is_named_and_goes_with_what_was_made_last(kind, co
             shutil.rmtree(path.parent, ignore_errors=True)
             kept.rename(path.parent)
             count += 1
-    assert count == 25
+    assert count == 22
 
 
 def test_what_was_made_from_something_else_is_made_again(copied, capsys):
