@@ -57,7 +57,10 @@ def test_no_import_cycles():
     ("pattern", "most"), [("grath/**/*.py", 250), ("*.py", 200), ("run_grath.sh", 120), ("evaluation.sh", 50)]
 )
 def test_files_are_short(pattern, most):
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PROJECT.glob(pattern)}
+    lengths = {
+        str(path.relative_to(PROJECT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in PROJECT.glob(pattern)
+    }
     assert lengths
     assert {name: length for name, length in lengths.items() if length > most} == {}
 

@@ -163,6 +163,12 @@ def split_by_task(results):
     return found
 
 
+def is_scored(folder, task, log_samples):
+    """Whether a task has its result file in a folder, and, with `log_samples`, those of its logged questions."""
+    scored = (folder / f"{task}.json").is_file()
+    return scored and (not log_samples or all(file.is_file() for file in sample_files(folder, task)))
+
+
 def sample_files(folder, task):
     """List the files of the logged questions of a task that has its result file: one for each member of a group."""
     groups = read_json(folder / f"{task}.json", "result file of lm-evaluation-harness").get("group_subtasks", {})

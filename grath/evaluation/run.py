@@ -18,10 +18,10 @@ from grath.evaluation.harness import MODEL_NAME, patch_fewshot_sampling, registe
 from grath.evaluation.results import (
     QUESTIONS,
     check_numbers,
+    is_scored,
     local_dataset_hashes,
     question_scores,
     record_settings,
-    sample_files,
     split_by_task,
 )
 from grath.evaluation.samples import SAMPLES, write_samples
@@ -90,7 +90,7 @@ def score_model(
     precision = SERVER if backend == SERVER else resolve_precision(precision, "scores")
     if backend == "hf" and precision not in DTYPES:
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {precision}: use {MODEL_NAME}")
-    missing = [task for task in dict.fromkeys(tasks) if not _is_scored(output, task, log_samples)]
+    missing = [task for task in dict.fromkeys(tasks) if not is_scored(output, task, log_samples)]
     sampled = samples and not (output / SAMPLES).is_file()
     template = template_for(load_tokenizer(model), model_type) if chat_template else None
     if missing or sampled:
@@ -150,11 +150,6 @@ def score_model(
     del loaded, evaluate, engine
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _is_scored(output, task, log_samples):
-    scored = (output / f"{task}.json").is_file()
-    return scored and (not log_samples or all(file.is_file() for file in sample_files(output, task)))
 
 
 def _check_server_settings(servers, precision, processes):

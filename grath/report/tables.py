@@ -52,15 +52,16 @@ def _cell(score, base):
     if score is None:
         return "-"
     text, runs = f"{score['score']:.2f}", score.get("runs")
-    if base and base is not score and (found := paired_difference(base, score)):
+    other = None if base is score else base
+    if other and (found := paired_difference(base, score)):
         return f"{text} ({format_difference(*found)}{f'; {runs}' if runs else ''})"
-    if base and base is not score and base[QUESTIONS] and score[QUESTIONS]:
+    if other and other[QUESTIONS] and score[QUESTIONS]:
         return f"{text} (other questions than the base's{f'; {runs}' if runs else ''})"
     if runs:
         return f"{text} ({runs})"
     if score["stderr"] is not None and (not base or not score[QUESTIONS]):
         text += f" ± {score['stderr']:.2f}"
-    return text if not base or base is score else f"{text} ({score['score'] - base['score']:+.2f})"
+    return f"{text} ({score['score'] - other['score']:+.2f})" if other else text
 
 
 def format_difference(difference, low, high):

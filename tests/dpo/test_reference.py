@@ -77,7 +77,7 @@ def test_margins_on_a_quantized_base(tiny_llama, pair_file, tmp_path, precision,
     _, rolling = train(tmp_path / "1", tmp_path / "2", *flags, "rolling", source=source)
     _, fixed = train(tmp_path / "1", tmp_path / "3", *flags, "fixed", source=source)
     # int8 scales activations by the largest value of their batch, so the margin is 0 only to that rounding.
-    logits_eps = {"nf4": 2e-2, "int8": 5e-2}[precision]
+    logits_eps = {"nf4": 1e-3, "int8": 5e-2}[precision]
     assert {str(weight.dtype) for weight in weights(tmp_path / "2").values()} == {"torch.float32"}
     assert abs(margin(first)) < logits_eps and abs(margin(rolling)) < logits_eps
     assert margin(fixed) > 0.5 * margin(first, 2) > 0.1

@@ -23,7 +23,9 @@ def test_files_next_to_the_adapter(first_iteration, tiny_llama, pair_file):
     assert "margin=" in done.stderr and "accuracy=" in done.stderr
     # At this learning rate every chosen answer is preferred within three steps.
     assert "Warning: every chosen answer is preferred already" in done.stdout
-    assert "every chosen answer is preferred already" in {text.partition(" (")[0] for text in record["warnings"]}
+    assert [warning.partition(" (")[0] for warning in record["warnings"]] == [
+        "every chosen answer is preferred already"
+    ]
 
 
 def test_finished_output_is_not_changed(first_iteration, tiny_llama, pair_file, tmp_path):

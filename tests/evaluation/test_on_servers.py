@@ -100,9 +100,8 @@ def test_a_model_whose_weights_only_the_server_has(tiny_llama, tmp_path):
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with InferenceServer(tiny_llama, name=str(bare)) as server:
         env = settings(server, EVAL_BATCH_SIZE="3", SAMPLES="0")
-        server.faults = lambda number: setattr(
-            server, "hold", 4 if number > 1 else 0
-        )  # after the probe, three wait for each other
+        # After the probe, three requests wait for each other.
+        server.faults = lambda number: setattr(server, "hold", 4 if number > 1 else 0)
         call("evaluation.sh", bare, tmp_path / "server", env=env)
         assert server.most_at_once == 3
     call_here("grath.evaluation", tiny_llama, tmp_path / "here", "--tasks", *TASKS, "--limit", 6, "--precision", "fp32")
