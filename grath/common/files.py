@@ -64,13 +64,18 @@ def read_json_lines(path, what):
 
 
 def atomic_write_text(path, text):
-    """Write `text` to `path` in UTF-8, through a temporary file and a rename, so that `path` is never incomplete."""
+    """Write `text` to `path` in UTF-8, as `atomic_write_bytes` does."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path, content):
+    """Write `content` to `path`, through a temporary file and a rename, so that `path` is never incomplete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -1,7 +1,8 @@
 """Plots of scores by iteration and of DPO by step."""
 
-import os
+import io
 
+from grath.common.files import atomic_write_bytes
 from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
 from grath.report.groups import gains, model_label
@@ -198,7 +199,7 @@ def plot_training(log, path):
 
 
 def save_figure(figure, path):
-    """Save a matplotlib figure through a temporary file and a rename, so that `path` is never incomplete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=120)
-    partial.replace(path)
+    """Save a matplotlib figure atomically, in the format of the file's suffix."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=120)
+    atomic_write_bytes(path, content.getvalue())

@@ -27,7 +27,7 @@ FULL_DISK = {
     "a checkpoint's adapter": full(TRAIN, "os.mkdir", r"checkpoint-2$", limit=1000),
     "a checkpoint's other files": full(TRAIN, "os.mkdir", r"checkpoint-4$", limit=25_000),
     "the log": full(TRAIN, "open", r"/\.training_log\.jsonl"),
-    "the training's plot": full(TRAIN, "open", r"/\.training\.png\.\d+\.partial"),
+    "the training's plot": full(TRAIN, "open", r"/\.training\.png\.\w+\.tmp$"),
     "the adapter": full(TRAIN, "os.mkdir", r"/\.partial$", limit=1000),
     "the settings of the scores": full(SCORE, "open", r"/\.settings\.txt"),
     "the scores": full(SCORE, "open", r"/\.grath_mc1\.json"),
