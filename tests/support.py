@@ -9,6 +9,7 @@ import sys
 import tempfile
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -65,11 +66,11 @@ def call(*command, cwd=PROJECT, env=None, status=0):
     return done
 
 
-def call_here(script, *command, cwd=PROJECT, status=0):
+def call_here(script, *command, cwd=PROJECT, env=None, status=0):
     """What `call` does with a script or module, in this process: where imports take longer than the work."""
     from accelerate.state import AcceleratorState
 
-    record([*(() if script.endswith(".py") else ("-m",)), script, *command])
+    record([*(() if script.endswith(".py") else ("-m",)), script, *command], env)
     AcceleratorState._reset_state(reset_partial_state=True)
     module = importlib.import_module(script.removesuffix(".py"))
     if not hasattr(module, "main"):  # a package, run by `python -m`
@@ -77,13 +78,24 @@ def call_here(script, *command, cwd=PROJECT, status=0):
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [script, *map(str, command)]
     try:
-        with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        with (
+            mock.patch.dict(os.environ, env or {}),
+            chdir(cwd),
+            redirect_stdout(out),
+            redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
             module.run_main(module.main)
     finally:
         sys.argv = argv
     done = subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), err.getvalue())
-    assert done.returncode == status, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert status is None or done.returncode == status, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+def evaluate_here(*arguments, **options):
+    """What `evaluation.sh` runs with one process, in this process."""
+    return call_here("grath.pipeline", "evaluate", *arguments, **options)
 
 
 def rows(path):

@@ -1,12 +1,13 @@
 """Every command line: quick help, and one line for bad input."""
 
+import functools
 import json
 import re
 import shutil
 import sys
 
 import pytest
-from support import BUNDLED, PROJECT, call, call_here, pair, write_rows
+from support import BUNDLED, PROJECT, call, call_here, evaluate_here, pair, write_rows
 
 from grath.common.errors import UserError, run_main
 
@@ -259,8 +260,10 @@ EVALUATION = [
 @pytest.mark.parametrize(("arguments", "env", "line"), EVALUATION)
 def test_evaluation_with_bad_input(arguments, env, line, files):
     before = sorted(files["HERE"].rglob("*"))
-    env = {**env, "RUNS_DIR": str(files["FOLDER"])}
-    done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=files["HERE"], env=env, status=2)
+    # The script reads some of the settings.
+    evaluate = functools.partial(call, "evaluation.sh") if env else evaluate_here
+    arguments = [files.get(part, part) for part in arguments]
+    done = evaluate(*arguments, cwd=files["HERE"], env={**env, "RUNS_DIR": str(files["FOLDER"])}, status=2)
     assert matches(done.stderr, f"grath.pipeline: error: {line}\n", files)
     assert sorted(files["HERE"].rglob("*")) == before
 

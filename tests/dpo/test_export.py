@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from support import call
+from support import call, call_here
 
 
 def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
@@ -22,9 +22,9 @@ def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
         base = load_model(first_iteration[2]["base_model"], "fp32").eval()(ids).logits
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
     assert (merged - base).abs().max() > 1e-2
-    done = call(sys.executable, "-m", "grath.export", first_iteration[0], out, status=2)
+    done = call_here("grath.export", first_iteration[0], out, status=2)
     assert "exists already" in done.stderr
-    done = call(sys.executable, "-m", "grath.export", out, tmp_path / "n", status=2)
+    done = call_here("grath.export", out, tmp_path / "n", status=2)
     assert "is not a LoRA adapter folder" in done.stderr
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, call_here, rows, tiny
+from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, call_here, evaluate_here, rows, tiny
 
 from grath.common.errors import UserError
 from grath.evaluation.harness import register_shared_context_model
@@ -223,7 +223,7 @@ def test_two_processes_and_both_backends_give_the_same_scores(llama_run, tiny_ll
     docs = [row for i, row in enumerate(rows(PROJECT / "data" / "truthfulness_mc.jsonl")[:3]) if i != 1]
     share = sum(len(row[f"mc{kind}_targets"]["choices"]) for row in docs for kind in (1, 2))
     assert re.findall(r"Scoring requests: 100%.* (\d+)/\1 ", done.stderr)[-1] == str(share)
-    call("evaluation.sh", tiny_llama, tmp_path / "hf", env={**env, "BACKEND": "hf"})
+    evaluate_here(tiny_llama, tmp_path / "hf", env={**env, "BACKEND": "hf"})
     for task in ("grath_mc1", "grath_mc2"):
         expected = scores(run / "results" / "iter_0", task)
         assert scores(tmp_path / "two", task) == pytest.approx(expected, abs=1e-5)
@@ -317,8 +317,8 @@ def test_a_copy_of_the_model_is_the_same_model(tiny_llama, tmp_path):
     fingerprints = [responses_fingerprint(str(model), [[1, 2]], "fp32", 10) for model in (tiny_llama, copy)]
     assert fingerprints[0] == fingerprints[1]
     env = {"TASKS": "grath_mc1", "LIMIT": "2", "SAMPLES": "0"}
-    call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
-    assert "is up to date" in call("evaluation.sh", copy, tmp_path / "s", env=env).stdout
+    evaluate_here(tiny_llama, tmp_path / "s", env=env)
+    assert "is up to date" in evaluate_here(copy, tmp_path / "s", env=env).stdout
     weights = (copy / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(weights[:8], "little")
     tensors = {name: entry for name, entry in json.loads(weights[8:start]).items() if name != "__metadata__"}
@@ -333,9 +333,7 @@ def test_a_copy_of_the_model_is_the_same_model(tiny_llama, tmp_path):
     assert len(identities) == 1 + 2 * len(tensors)
     assert weights_identity(str(tmp_path)) == str(tmp_path)  # without weights, a folder is no other's twin
     assert responses_fingerprint(str(copy), [[1, 2]], "fp32", 10) != fingerprints[0]
-    assert (
-        "contains scores with weights_sample=" in call("evaluation.sh", copy, tmp_path / "s", env=env, status=2).stderr
-    )
+    assert "contains scores with weights_sample=" in evaluate_here(copy, tmp_path / "s", env=env, status=2).stderr
 
 
 def test_a_tag_is_refused_before_anything_is_scored(tiny_llama, tmp_path):
@@ -399,15 +397,15 @@ def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
     from grath.modeling.chat import TEMPLATES
 
     env = {"TASKS": "grath_mc1", "LIMIT": "2", "CHAT_TEMPLATE": "1", "MODEL_TYPE": "zephyr"}
-    done = call("evaluation.sh", tiny_llama, tmp_path / "s", env=env)
+    done = evaluate_here(tiny_llama, tmp_path / "s", env=env)
     assert "chat template ON" in done.stdout
     assert json.loads((tmp_path / "s" / "grath_mc1.json").read_text())["chat_template"] == TEMPLATES["zephyr"]
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
     dry = {**env, "MODEL_TYPE": "auto", "DRY_RUN": "1"}
-    done = call("evaluation.sh", bare, tmp_path / "bare scores", env=dry, status=2)
+    done = evaluate_here(bare, tmp_path / "bare scores", env=dry, status=2)
     assert "the tokenizer has no chat template" in done.stderr
     for changed, shown in (({"CHAT_TEMPLATE": "0"}, "zephyr, not 0"), ({"MODEL_TYPE": "auto"}, "zephyr, not 1")):
-        done = call("evaluation.sh", tiny_llama, tmp_path / "s", env={**env, **changed}, status=2)
+        done = evaluate_here(tiny_llama, tmp_path / "s", env={**env, **changed}, status=2)
         assert f"chat_template={shown}: choose another folder" in done.stderr
 
 

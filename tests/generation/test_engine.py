@@ -248,9 +248,7 @@ def test_an_adapter_of_virtual_tokens_is_not_supported():
 
 
 @needs_hub
-@pytest.mark.parametrize(
-    ("dtype", "ways"), [("fp32", ["vllm", "engine"]), ("fp32", ["one", "padded"]), ("bf16", ["copied", "engine"])]
-)
+@pytest.mark.parametrize(("dtype", "ways"), [("fp32", ["one", "vllm", "engine"]), ("bf16", ["padded", "copied"])])
 def test_the_generation_benchmark(dtype, ways, tiny_llama):
     env = VLLM_ENV if "vllm" in ways else {}
     done = call(
@@ -261,7 +259,7 @@ def test_the_generation_benchmark(dtype, ways, tiny_llama):
     table = [line.split() for line in done.stdout.splitlines() if re.search(r"\d of 5$", line)]
     assert [line[0] for line in table] == ways
     if dtype == "fp32":
-        assert [line[-3] for line in table] == ["5", "5"]
+        assert [line[-3] for line in table] == ["5"] * 3
     assert ("engine over" in done.stdout) == ("engine" in ways)
 
 

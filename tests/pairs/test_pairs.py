@@ -149,7 +149,7 @@ def test_an_unsupported_model_falls_back_to_generate(tiny_llama, tmp_path):
     config = json.loads((narrow / "config.json").read_text())
     config = {**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
     (narrow / "config.json").write_text(json.dumps(config))
-    done = call(
+    done = call_here(
         "create_pair_responses.py", "--model_name_or_path", narrow, "--save_prefix", "x", "--save_dir",
         tmp_path / "out", "--data_path", BUNDLED, "--num_query", "2", "--precision", "fp32", "--max_new_tokens", "60",
         status=None,
@@ -221,7 +221,7 @@ def test_files_without_a_common_question_are_refused(tmp_path):
 
 
 def test_unparsed_responses_are_dropped_and_counted(tmp_path, tiny_llama):
-    done = call(
+    done = call_here(
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
         tmp_path / "out", "--data_path", BUNDLED, "--num_query", "3", "--precision", "fp32", "--max_new_tokens", "5",
         status=2,

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import BUNDLED, CORRECT, PROJECT, call, rows
+from support import BUNDLED, CORRECT, PROJECT, call, call_here, evaluate_here, rows
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -114,7 +114,7 @@ def test_a_training_can_be_watched_elsewhere():
 def test_a_tracker_that_is_not_there_is_refused_at_the_start(tiny_llama, tmp_path):
     env = {"REPORT_TO": "nobody", "MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "NUM_QUERY": "2"}
     for check in ("1", "0"):
-        done = call("run_llama2.sh", env={**env, "CHECK": check}, status=2)
+        done = call_here("grath.pipeline", "start", env={**env, "CHECK": check}, status=2)
         assert done.stderr.count("\n") == 1 and "there is no tracker nobody" in done.stderr
     assert not any(path.is_dir() for path in tmp_path.iterdir())
 
@@ -189,7 +189,7 @@ def test_other_settings_do_not_mix_into_a_run(copied):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     changes = [("MAX_STEPS", "4", "3"), ("LIMIT", "3", ""), ("DEMOS", "truthfulqa", "halueval")]
     for name, was, value in (*changes, ("ACCELERATE_CONFIG", "", "accelerate_configs/fsdp.yaml")):
-        done = call("run_llama2.sh", env={**settings, name: value}, status=2)
+        done = call_here("grath.pipeline", "start", env={**settings, name: value}, status=2)
         assert done.stderr == (
             f"grath.pipeline: error: {run} contains a run with {name}={was}, not {value}: set another RUN_NAME, "
             "or FRESH=1 to move the old run aside and start again\n"
@@ -215,7 +215,7 @@ def test_a_folder_without_its_manifest_is_not_touched(content, copied):
     (run / "manifest.json").unlink()
     if content is not None:
         (run / "manifest.json").write_text(content)
-    done = call("run_llama2.sh", env=settings, status=2)
+    done = call_here("grath.pipeline", "start", env=settings, status=2)
     what = (
         "is not empty and contains no manifest.json"
         if content is None
@@ -297,7 +297,7 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
     # What is not set is as in the run, the tasks too.
     done = call("evaluation.sh", env={"RUNS_DIR": settings["RUNS_DIR"]})
-    asked = call("evaluation.sh", env={"RUNS_DIR": settings["RUNS_DIR"], "TASKS": "hellaswag", "DRY_RUN": "1"})
+    asked = evaluate_here(env={"RUNS_DIR": settings["RUNS_DIR"], "TASKS": "hellaswag", "DRY_RUN": "1"})
     assert f"newest run: {run}, 3 model(s) to score" in asked.stdout and "hellaswag, 10-shot" in asked.stdout
     limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
     assert limited["effective"] == int(settings["LIMIT"])
@@ -318,8 +318,8 @@ def test_a_model_without_a_chat_template_is_refused_before_it_is_scored(tiny_lla
     done = call("run_llama2.sh", env=env, status=2)
     assert f"grath.pipeline: error: {line}" in done.stderr
     assert not (tmp_path / "r_seed_0").exists()
-    call(sys.executable, "-m", "grath.pipeline", "start", env={**env, "MODEL_TYPE": "llama2"})
-    done = call("evaluation.sh", model, tmp_path / "scores", env={"TASKS": "grath_mc1", "LIMIT": "2"})
+    call_here("grath.pipeline", "start", env={**env, "MODEL_TYPE": "llama2"})
+    done = evaluate_here(model, tmp_path / "scores", env={"TASKS": "grath_mc1", "LIMIT": "2"})
     assert f"no sample answers: {line}" in done.stderr
     assert (tmp_path / "scores" / "grath_mc1.json").is_file() and not (tmp_path / "scores" / "samples.jsonl").exists()
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from support import PROJECT, call
+from support import PROJECT, call, call_here
 
 from grath.common.signals import SIGNALS
 from grath.pipeline.manifest import hashes
@@ -24,7 +24,7 @@ def settings_of(run, **changes):
 
 
 def start(run, status=0, **changes):
-    return call(*PIPELINE, "start", env=settings_of(run, **changes), status=status)
+    return call_here("grath.pipeline", "start", env=settings_of(run, **changes), status=status)
 
 
 def command_of(run, name, script, outputs, inputs=(), number=1):
