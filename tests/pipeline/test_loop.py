@@ -189,7 +189,7 @@ def test_other_settings_do_not_mix_into_a_run(copied):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     changes = [("MAX_STEPS", "4", "3"), ("LIMIT", "3", ""), ("DEMOS", "truthfulqa", "halueval")]
     for name, was, value in (*changes, ("ACCELERATE_CONFIG", "", "accelerate_configs/fsdp.yaml")):
-        done = call_here("grath.pipeline", "start", env={**settings, name: value}, status=2)
+        done = call("run_llama2.sh", env={**settings, name: value}, status=2)
         assert done.stderr == (
             f"grath.pipeline: error: {run} contains a run with {name}={was}, not {value}: set another RUN_NAME, "
             "or FRESH=1 to move the old run aside and start again\n"
@@ -215,7 +215,7 @@ def test_a_folder_without_its_manifest_is_not_touched(content, copied):
     (run / "manifest.json").unlink()
     if content is not None:
         (run / "manifest.json").write_text(content)
-    done = call_here("grath.pipeline", "start", env=settings, status=2)
+    done = call("run_llama2.sh", env=settings, status=2)
     what = (
         "is not empty and contains no manifest.json"
         if content is None
