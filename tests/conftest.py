@@ -11,15 +11,21 @@ from support import BUNDLED, PROJECT, RESPONSE, call, make_tokenizer, pair, put,
 
 
 def pytest_collection_modifyitems(items):
-    """Order the tests so that two processes end together: one makes the whole run, whose readers come last."""
+    """Order the tests so that two processes end together and wait little for what the other one makes.
+
+    One makes the whole run, whose readers come later. The other begins with slow tests that need no tiny model.
+    """
     readers = [item for item in items if "llama_run" in item.fixturenames]
 
     def place(item):
+        slow, reader = item.get_closest_marker("slow"), item in readers
         if item.name == "test_every_quoted_command_was_run":
-            return 4
-        if item in readers:
-            return 0 if item is readers[0] else 3
-        return 1 if item.get_closest_marker("slow") else 2
+            return 6
+        if reader and item is readers[0]:
+            return 0
+        if slow:
+            return 3 if reader else 2 if "tiny_llama" in item.fixturenames else 1
+        return 5 if reader else 4
 
     items.sort(key=place)
 

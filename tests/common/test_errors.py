@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support import BUNDLED, PROJECT, call, call_here
+from support import BUNDLED, PROJECT, call_here
 
 from grath.common.errors import explain_system_error
 
@@ -131,7 +131,7 @@ def test_any_other_error_keeps_its_traceback(kind, tiny_llama, tmp_path, monkeyp
 def test_a_debugger_sees_every_traceback(tmp_path):
     flags = ("--model_name_or_path", tmp_path, "--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED)
     for debug in ("0", "1"):
-        done = call("create_pair_responses.py", *flags, env={"GRATH_DEBUG": debug}, status=2)
+        done = call_here("create_pair_responses.py", *flags, env={"GRATH_DEBUG": debug}, status=2)
         assert ("Traceback (most recent call last)" in done.stderr) == (debug == "1")
         assert done.stderr.splitlines()[-1].startswith("create_pair_responses.py: error: ")
 

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from support import call, call_here
+from support import call_here
 
 
 def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
@@ -13,7 +13,7 @@ def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
     from grath.modeling.loading import load_model
 
     out = tmp_path / "merged model"
-    done = call(sys.executable, "-m", "grath.export", first_iteration[0], out, "--precision", "fp32")
+    done = call_here("grath.export", first_iteration[0], out, "--precision", "fp32")
     assert done.stdout.splitlines()[-1].startswith(f"Wrote {out}")
     ids = AutoTokenizer.from_pretrained(out)("Is ice cold?", return_tensors="pt").input_ids
     with torch.no_grad():

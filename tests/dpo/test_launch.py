@@ -16,14 +16,16 @@ def test_accelerate_launch_gives_the_same_adapter(first_iteration, tiny_llama, p
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_training(tiny_llama, pair_file, tmp_path):
+    """With a configuration file; the tests of the loop use one_gpu.yaml."""
     source, steps = ("--dataset_path", pair_file), ("--max_steps", "7")  # more than two epochs
     _, single = train(tiny_llama, tmp_path / "1", *steps, source=source)
-    two = [*LAUNCH[:3], "2", *LAUNCH[4:], "--multi_gpu", "--num_cpu_threads_per_process", "1"]
+    file = PROJECT / "accelerate_configs" / "data_parallel.yaml"
     done = call(
-        *two, PROJECT / "dpo.py", *source, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m",
-        "--seed", "0", *STEPS, *SMALL, *steps, "--gradient_accumulation_steps", "1",
+        "accelerate", "launch", "--config_file", file, "--num_processes", "2", PROJECT / "dpo.py", *source,
+        "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m", "--seed", "0", *STEPS, *SMALL, *steps,
+        "--gradient_accumulation_steps", "1",
     )  # fmt: skip
-    assert "7 steps of 4 pairs, 2 process(es)" in done.stdout
+    assert "7 steps of 4 pairs, 2 process(es)" in done.stdout and read_training(tmp_path / "m")["processes"] == 2
     assert "The paper trains on 16 pairs per step, not 4" in done.stdout
     for ours, theirs in zip(read_training(tmp_path / "m")["log"][:7], single["log"][:7], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
@@ -47,13 +49,3 @@ def test_accelerate_configurations_load():
         "fsdp": DistributedType.FSDP,
         "deepspeed_zero2": DistributedType.DEEPSPEED,
     }
-
-
-def test_launch_with_a_configuration_file(tiny_llama, pair_file, tmp_path):
-    """Two CPU processes; the tests of the loop use one_gpu.yaml."""
-    call(
-        "accelerate", "launch", "--config_file", PROJECT / "accelerate_configs" / "data_parallel.yaml",
-        "--num_processes", "2", PROJECT / "dpo.py", "--dataset_path", pair_file, "--model_name_or_path", tiny_llama,
-        "--output_dir", tmp_path / "m", "--seed", "0", *STEPS, *SMALL, "--max_steps", "1",
-    )  # fmt: skip
-    assert read_training(tmp_path / "m")["processes"] == 2

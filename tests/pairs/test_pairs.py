@@ -92,7 +92,7 @@ def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
     with kept.open("a") as file:
         file.write('[59, "cut sho')  # what a kill in the middle of a line leaves
 
-    done = call(*command, *flags)
+    done = call_here("create_pair_responses.py", *command[2:], *flags)
     assert f"{finished} of 60 questions were answered before the interruption" in done.stdout
     assert ["asked", "now", str(60 - finished)] in [line.split() for line in done.stdout.splitlines()]
     assert [file.name for file in kept.parent.iterdir()] == [expected.name]

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, call, call_here, pair, rows
+from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, call_here, pair, rows
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
@@ -293,5 +293,5 @@ def test_a_signal_in_the_middle(serve, tiny_llama, tmp_path):
         assert process.wait(timeout=60) == 128 + 15
         assert process.stderr.read().splitlines()[-1] == "create_pair_responses.py: ended by SIGTERM"
     assert len(saved(tmp_path)) == 3
-    call(*command(tiny_llama, tmp_path, serve().url, questions=6))
+    call_here(*command(tiny_llama, tmp_path, serve().url, questions=6))
     assert rows(next(tmp_path.iterdir())) == expected(6)
