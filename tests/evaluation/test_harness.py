@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -385,11 +386,16 @@ def test_questions_are_logged_of_a_task_that_has_its_score(tiny_llama, tmp_path)
     assert [file.name for file in sample_files(tmp_path, "grath_mc1")] == ["samples_grath_mc1.jsonl"]
 
 
-def test_processes_share_the_processors(tiny_llama, tmp_path):
-    env = {"TASKS": "grath_mc1", "NUM_PROCESSES": "2", "DRY_RUN": "1"}
+def test_processes_share_the_processors(tmp_path):
+    """What evaluation.sh launches, where its check in one process, of a `python` that does nothing, has passed."""
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    env = {"NUM_PROCESSES": "2", "DRY_RUN": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    launch = ["accelerate", "launch", "--quiet", "--config_file", f"{PROJECT}/accelerate_configs/data_parallel.yaml"]
     for threads, share in (("6", "3"), ("1", "1")):
-        done = call("evaluation.sh", tiny_llama, tmp_path, env={**env, "OMP_NUM_THREADS": threads})
-        assert f"--num_processes 2 --num_cpu_threads_per_process {share} " in done.stdout
+        done = call("evaluation.sh", "m", env={**env, "OMP_NUM_THREADS": threads})
+        launch[5:] = ["--num_processes", "2", "--num_cpu_threads_per_process", share]
+        assert shlex.split(done.stdout) == [*launch, "-m", "grath.pipeline", "evaluate", "m"]
 
 
 def test_the_chat_template_is_recorded_and_shown(tiny_llama, tmp_path):
