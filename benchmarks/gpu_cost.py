@@ -45,7 +45,7 @@ from grath.pairs.prompts import build_messages, load_demos
 INT8_LINEAR = (16, 2, (154.55 - 32.89) / 224)
 # Starting a process with its imports, and reading weights from a local disk.
 START_SECONDS, READ_GB_PER_SECOND = 20, 2
-STEPS, PAIRS_PER_STEP, ROWS = 1000, 16, 64
+STEPS, PAIRS_PER_STEP, ROWS, QUESTIONS = 1000, 16, 64, 1119
 # Iterations, and training steps of each.
 PRESETS = {
     "`./run_llama2.sh`": (2, 1000),
@@ -148,22 +148,28 @@ def scores(shared, tokenizer, requests, questions):
     return count
 
 
+def made_pairs(tokenizer, questions):
+    """Return tokenized pairs of the questions, with answers of 12 to 28 words."""
+    from grath.dpo.dataset import filter_pairs, tokenize_pairs
+    from grath.modeling.chat import template_for
+
+    draw = random.Random(0)
+    words = " ".join(question["question"] for question in questions).split()
+    answer = lambda: text(draw, words, draw.randint(12, 28))  # noqa: E731
+    rows = [{"question": q["question"], "correct": answer(), "incorrect": answer()} for q in questions]
+    return filter_pairs(tokenize_pairs(rows, tokenizer, template_for(tokenizer, "llama2")), 1024)[0]
+
+
 def dpo(tokenizer, questions, steps, batch):
     """Count the training in 4 bit on a narrow model: the reference's pass, and steps in passes of `batch` pairs."""
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
     from grath.dpo.config import GrathDPOConfig
-    from grath.dpo.dataset import filter_pairs, tokenize_pairs
     from grath.dpo.trainer import GrathDPOTrainer, lora_config
-    from grath.modeling.chat import template_for
     from grath.modeling.loading import load_model
 
     count = Count(len(questions))
-    draw = random.Random(0)
-    words = " ".join(question["question"] for question in questions).split()
-    answer = lambda: text(draw, words, draw.randint(12, 28))  # noqa: E731
-    rows = [{"question": q["question"], "correct": answer(), "incorrect": answer()} for q in questions]
-    dataset, _ = filter_pairs(tokenize_pairs(rows, tokenizer, template_for(tokenizer, "llama2")), 1024)
+    dataset = made_pairs(tokenizer, questions)
     sample = dataset.select(range(0, len(dataset), max(1, len(dataset) // 128)))
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(**LLAMA_2_7B | NARROW | {"vocab_size": len(tokenizer)})

@@ -1,0 +1,245 @@
+"""Measure the stages of a 7B model on this GPU, beside which benchmarks/gpu_cost.py puts what it computes.
+
+    DATASETS_ROOT=../shared/hub python benchmarks/gpu_stages.py
+
+The model has Llama-2-7B's shape, the vocabulary of the tokenizer and random weights. It is saved in a temporary folder
+and loaded from there. Its completions mean nothing, so their lengths are drawn: 40 to 100 tokens, and no drafted token
+is accepted. Everything else is what a stage does, tokenization included. `minutes` is for all questions of the
+published task, or for the paper's 1,000 steps; `peak` is the GPU's memory.
+
+`pairs, copied` is `model.generate` from copies of the few-shot examples' KV cache, in batches that take as long as
+their longest completion.
+"""
+
+import json
+import random
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from generation import copied
+from gpu_cost import LLAMA_2_7B, PAIRS_PER_STEP, PUBLISHED, QUESTIONS, ROWS, STEPS, made_pairs
+from made_requests import arc_requests, hellaswag_requests, load_data, mmlu_requests, truthfulqa_requests
+
+from grath.common.arguments import Parser, positive_int
+from grath.common.errors import UserError, run_main
+from grath.common.paths import PROJECT
+from grath.modeling.chat import prompt_ids, template_for
+from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
+from grath.pairs.prompts import build_messages, load_demos
+
+STAGES = ("pairs", "peer", "pairs in int8", "dpo", "scores")
+SHORTEST, LONGEST = 40, 100
+
+
+def save_model(folder, layers, tokenizer):
+    """Save a Llama with Llama-2-7B's shape and random weights in float16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**LLAMA_2_7B | {"vocab_size": len(tokenizer), "num_hidden_layers": layers})
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def drawn_lengths(end):
+    """Let the engine compute its tokens, and replace them: token k says that k more follow, and 0 ends a completion."""
+    from grath.generation.cache import SharedPrefixCache
+    from grath.generation.engine import _ActiveBatch
+
+    draw, forward, greedy = random.Random(0), SharedPrefixCache.forward, _ActiveBatch._greedy_tokens
+
+    def noted(cache, model, tokens, first, cache_lengths):
+        cache.noted = [token for row in tokens for token in row] if any(cache_lengths) else []
+        return forward(cache, model, tokens, first, cache_lengths)
+
+    def replaced(batch, hidden):
+        found = greedy(batch, hidden)
+        if not batch.cache.noted:
+            return [draw.randint(SHORTEST - 1, LONGEST - 1) for _ in found]
+        return [token - 1 if token else end for token in batch.cache.noted]
+
+    SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = noted, replaced
+    try:
+        yield
+    finally:
+        SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = forward, greedy
+
+
+class Table:
+    """Measures stages, and prints a row for each."""
+
+    def __init__(self):
+        self.rows = {}
+        print(f"{'stage':16}{'load s':>8}{'questions':>11}{'seconds':>9}{'minutes':>9}{'peak GB':>9}", flush=True)
+
+    def row(self, name, load, questions, seconds, minutes, **more):
+        import torch
+
+        peak = torch.cuda.max_memory_allocated() * 1e-9 if torch.cuda.is_available() else 0.0
+        self.rows[name] = {
+            "load": load, "questions": questions, "seconds": seconds, "minutes": minutes, "peak_gb": peak, **more
+        }  # fmt: skip
+        extra = "".join(f"  {key} {value:.2f}" for key, value in more.items())
+        print(f"{name:16}{load:8.1f}{questions:11}{seconds:9.1f}{minutes:9.2f}{peak:9.1f}{extra}", flush=True)
+
+
+def timed(work):
+    """Run work; return its seconds, until the GPU has finished."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def loaded(load, *args):
+    """Return a model and the seconds that its loading took."""
+    models = []
+    seconds = timed(lambda: models.append(load(*args)))
+    return models.pop(), seconds
+
+
+def measure_pairs(table, name, model, load, prompts, rows):
+    from grath.generation.engine import generate_shared_prefix
+
+    end, lengths = model.config.vocab_size - 1, []
+    with drawn_lengths(end):
+        generate_shared_prefix(model, prompts[:8], LONGEST, rows, [end], lambda *_: None)
+        seconds = timed(
+            lambda: generate_shared_prefix(
+                model, prompts, LONGEST, rows, [end], lambda _, ids: lengths.append(len(ids))
+            )
+        )
+    tokens = sum(lengths)
+    minutes = seconds / len(prompts) * QUESTIONS / 60
+    table.row(name, load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
+
+
+def measure_peer(table, model, load, prompts):
+    settings = {"batch_size": ROWS, "max_new_tokens": LONGEST, "eos_ids": [model.config.vocab_size - 1]}
+    copied(model, prompts[:8], settings | {"max_new_tokens": 2})
+    seconds = timed(lambda: copied(model, prompts, settings))
+    minutes = seconds / len(prompts) * QUESTIONS / 60
+    # The completions that the rows need, of batches as long as their longest one.
+    tokens = len(prompts) * (SHORTEST + LONGEST) / 2
+    table.row("pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
+
+
+def measure_dpo(table, folder, tokenizer, questions, steps):
+    from transformers import TrainerCallback
+
+    from grath.dpo.config import GrathDPOConfig
+    from grath.dpo.trainer import GrathDPOTrainer, lora_config
+
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            timed(lambda: ends.append(time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as out:
+        config = GrathDPOConfig(
+            output_dir=out, precision="fp4", max_steps=steps, per_device_train_batch_size=PAIRS_PER_STEP,
+            gradient_accumulation_steps=1, save_strategy="no", disable_tqdm=True, logging_steps=10**6,
+        )  # fmt: skip
+        model, load = loaded(load_model, folder, "fp4", True)
+        dataset = made_pairs(tokenizer, questions)
+        trainers = []
+        reference = timed(
+            lambda: trainers.append(
+                GrathDPOTrainer(
+                    model=model,
+                    args=config,
+                    train_dataset=dataset,
+                    processing_class=tokenizer,
+                    peft_config=lora_config(),
+                    reference="rolling",
+                )  # fmt: skip
+            )
+        )
+        trainers[0].add_callback(Clock())
+        trainers[0].train()
+    # The first two steps choose kernels and allocate.
+    step = (ends[-1] - ends[1]) / (len(ends) - 2)
+    minutes = (reference / len(dataset) * QUESTIONS + STEPS * step) / 60
+    table.row("dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
+
+
+def measure_scores(table, model, load, tokenizer, requests):
+    from lm_eval.api.instance import Instance
+
+    from grath.evaluation.harness import register_shared_context_model
+
+    shared = register_shared_context_model()
+    lm = shared(pretrained=model, tokenizer=tokenizer, max_length=LLAMA_2_7B["max_position_embeddings"])
+    for name, (asked, questions) in requests.items():
+        instances = [Instance("loglikelihood", {}, request, 0) for request in asked]
+        lm.loglikelihood(instances[:8], disable_tqdm=True)
+        seconds = timed(lambda asked=instances: lm.loglikelihood(asked, disable_tqdm=True))
+        table.row(name, load, questions, seconds, seconds / questions * PUBLISHED[name] / 60)
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--limit", type=positive_int, default=512, help="questions of each stage; pairs in int8 take a quarter of them")
+    add("--dpo_steps", type=positive_int, default=20, help="training steps that are measured")
+    add("--rows", type=positive_int, nargs="+", default=[ROWS], help="rows of the pairs, to compare")
+    add("--layers", type=positive_int, default=LLAMA_2_7B["num_hidden_layers"], help="layers of the model")
+    add("--model", help="folder of a 7B Llama, instead of one with random weights")
+    add("--tokenizer", default=str(PROJECT / "models" / "smollm2"), help="hub name or folder of the tokenizer")
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to measure")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to a JSON file")
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available() and args.layers == LLAMA_2_7B["num_hidden_layers"]:
+        raise UserError("torch sees no GPU")
+    tokenizer = load_tokenizer(args.tokenizer)
+    questions, test, rows, shots_from = load_data(args.limit)
+    words = " ".join(question["question"] for question in shots_from).split()
+    template, demos = template_for(tokenizer, "llama2"), load_demos("truthfulqa")
+    prompts = [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
+    requests = {
+        "arc_challenge": (arc_requests(test, shots_from), len(test)),
+        "hellaswag": (hellaswag_requests(args.limit, words), args.limit),
+        "mmlu": (mmlu_requests(args.limit, words), args.limit),
+        "truthfulqa": (truthfulqa_requests(rows, words), len(rows)),
+    }
+    table = Table()
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.model:
+            save_model(folder, args.layers, tokenizer)
+        folder = args.model or folder
+        model, load = loaded(load_for_inference, folder, "fp16")
+        if "pairs" in args.stages:
+            for number in args.rows:
+                measure_pairs(table, f"pairs, {number} rows", model, load, prompts, number)
+        if "peer" in args.stages:
+            measure_peer(table, model, load, prompts[: 2 * ROWS])
+        if "scores" in args.stages:
+            measure_scores(table, model, load, tokenizer, requests)
+        del model
+        if "pairs in int8" in args.stages:
+            model, load = loaded(load_for_inference, folder, "int8")
+            measure_pairs(table, "pairs in int8", model, load, prompts[: len(prompts) // 4], ROWS)
+            del model
+        if "dpo" in args.stages:
+            measure_dpo(table, folder, tokenizer, questions, args.dpo_steps)
+    if args.json:
+        args.json.write_text(json.dumps(table.rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
