@@ -61,7 +61,12 @@ def parse_args():
     add("--seed", type=int, default=0, help="draws the incorrect candidate for --useGT")
     add("--save_dir", type=Path, default=Path("data/truthfulness"), help="folder of the pair file")
     add("--max_new_tokens", type=positive_int, default=100, help="maximum tokens of a response")
-    add("--batch_size", type=positive_int, help="questions in a batch, in each process (64), or at each server (512)")
+    add(
+        "--batch_size",
+        type=positive_int,
+        help="questions in a batch, in each process (as many as a GPU's memory takes, at most 256; 64 on a CPU), or at "
+        "each server (512)",
+    )
     add(
         "--engine",
         choices=("shared_prefix", "generate", SERVER),

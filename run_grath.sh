@@ -44,7 +44,7 @@ if [[ -n $SERVER_URL ]]; then
     read -ra servers <<<"$SERVER_URL"
     pairs_args+=(--engine server --server_url "${servers[@]}" --server_timeout "$SERVER_TIMEOUT")
 else
-    pairs_args+=(--batch_size "$PAIRS_BATCH_SIZE" --precision "$PAIRS_PRECISION")
+    pairs_args+=(${PAIRS_BATCH_SIZE:+--batch_size "$PAIRS_BATCH_SIZE"} --precision "$PAIRS_PRECISION")
 fi
 if [[ $USE_FS == 1 ]]; then pairs_args+=(--useFS); fi
 if [[ $USE_GT == 1 ]]; then pairs_args+=(--useGT); fi

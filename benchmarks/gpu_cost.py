@@ -37,7 +37,7 @@ from grath.common.errors import run_main
 from grath.common.files import atomic_write_text
 from grath.common.paths import PROJECT
 from grath.modeling.loading import load_tokenizer
-from grath.modeling.memory import CARDS, CONTEXT, USABLE, dpo_memory, fitting_pairs, llama_2, weight_bytes
+from grath.modeling.memory import CARDS, CONTEXT, USABLE, dpo_memory, fitting_pairs, fitting_rows, llama_2, weight_bytes
 from grath.pairs.prompts import build_messages, load_demos
 
 # An 8-bit linear layer on a GPU: operators and host synchronizations (bitsandbytes 0.50, backends/cuda/ops.py), and the
@@ -45,7 +45,9 @@ from grath.pairs.prompts import build_messages, load_demos
 INT8_LINEAR = (16, 2, (154.55 - 32.89) / 224)
 # Starting a process with its imports, and reading weights from a local disk.
 START_SECONDS, READ_GB_PER_SECOND = 20, 2
-STEPS, PAIRS_PER_STEP, ROWS, QUESTIONS = 1000, 16, 64, 1119
+STEPS, PAIRS_PER_STEP, QUESTIONS = 1000, 16, 1119
+# Names the stages whose batches are smaller on a card of 24 GB.
+SMALL = " on 24 GB"
 # Iterations, and training steps of each.
 PRESETS = {
     "`./run_llama2.sh`": (2, 1000),
@@ -89,8 +91,8 @@ def count_7b(questions, run):
     return Count(questions, forwards, two.peak_bytes + more * (three.peak_bytes - two.peak_bytes))
 
 
-def pairs(tokenizer, questions):
-    """Count one iteration's pairs: 64 rows, six few-shot examples, completions of 40 to 100 tokens."""
+def pairs(tokenizer, questions, rows):
+    """Count one iteration's pairs: six few-shot examples, completions of 40 to 100 tokens, `rows` at once."""
     from grath.generation.engine import generate_shared_prefix
     from grath.modeling.chat import prompt_ids, template_for
 
@@ -110,7 +112,7 @@ def pairs(tokenizer, questions):
             return [draw.randint(39, 99) for _ in range(shape[0])]
 
         python.answer = next_tokens
-        generate_shared_prefix(model, prompts, 100, ROWS, [end], lambda _, ids: lengths.append(len(ids)))
+        generate_shared_prefix(model, prompts, 100, rows, [end], lambda _, ids: lengths.append(len(ids)))
         assert len(lengths) == len(prompts) and set(lengths) <= set(range(40, 101))
 
     count = count_7b(len(questions), run)
@@ -255,14 +257,12 @@ def total_minutes(counts, gpu, iterations, steps, pairs_count="pairs"):
     """Return the minutes of a preset: its iterations, and one model more than these, scored by a process each."""
     models = iterations + 1
     loads = (2 * iterations + models) * (START_SECONDS + weight_bytes(SHAPE, "fp16") * 1e-9 / READ_GB_PER_SECOND)
-    made = minutes("pairs", counts[pairs_count], gpu) + steps / STEPS * minutes("dpo", dpo_of(counts, gpu), gpu)
+    made = sum(
+        share * minutes(name, counts[f"{name}{SMALL if '24 GB' in gpu else ''}"], gpu)
+        for name, share in ((pairs_count, 1), ("dpo", steps / STEPS))
+    )
     scored = sum(minutes(name, counts[name], gpu) for name in PUBLISHED)
     return round(iterations * made + models * scored + loads / 60, 1)
-
-
-def dpo_of(counts, gpu):
-    """Return the count of DPO with as many pairs in a forward pass as the memory of a GPU takes."""
-    return counts["dpo" if "24 GB" not in gpu else "dpo on 24 GB"]
 
 
 def markdown(counts):
@@ -322,12 +322,14 @@ def main():
     def with_weights(count, precision):
         return replace(count, peak_bytes=count.peak_bytes + CONTEXT + weight_bytes(SHAPE, precision))
 
-    in_fp16 = pairs(tokenizer, questions)
-    add_count("pairs", with_weights(with_int8(in_fp16), "int8"))
-    add_count("pairs in fp16", with_weights(in_fp16, "fp16"))
-    small = fitting_pairs(SHAPE, "fp4", USABLE * CARDS["24 GB"])
-    for name, batch in (("dpo", PAIRS_PER_STEP), ("dpo on 24 GB", small)):
-        add_count(name, dpo(tokenizer, questions, args.dpo_steps, batch))
+    cards = {"": USABLE * CARDS["80 GB"], SMALL: USABLE * CARDS["24 GB"]}
+    for card, room in cards.items():
+        rows = {precision: fitting_rows(SHAPE, precision, room) for precision in ("int8", "fp16")}
+        add_count(f"pairs{card}", with_weights(with_int8(pairs(tokenizer, questions, rows["int8"])), "int8"))
+        add_count(f"pairs in fp16{card}", with_weights(pairs(tokenizer, questions, rows["fp16"]), "fp16"))
+    for card, room in cards.items():
+        batch = fitting_pairs(SHAPE, "fp4", room)
+        add_count(f"dpo{card}", dpo(tokenizer, questions, args.dpo_steps, batch))
     shared = register_shared_context_model()
     for name, (asked, number) in requests.items():
         add_count(name, with_weights(scores(shared, tokenizer, asked, number), "fp16"))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from generation import copied
-from gpu_cost import LLAMA_2_7B, PAIRS_PER_STEP, PUBLISHED, QUESTIONS, ROWS, STEPS, made_pairs
+from gpu_cost import LLAMA_2_7B, PAIRS_PER_STEP, PUBLISHED, QUESTIONS, STEPS, made_pairs
 from made_requests import arc_requests, hellaswag_requests, load_data, mmlu_requests, truthfulqa_requests
 
 from grath.common.arguments import Parser, positive_int
@@ -30,7 +30,8 @@ from grath.modeling.loading import load_for_inference, load_model, load_tokenize
 from grath.pairs.prompts import build_messages, load_demos
 
 STAGES = ("pairs", "peer", "pairs in int8", "dpo", "scores")
-SHORTEST, LONGEST = 40, 100
+SHORTEST, LONGEST, ROWS = 40, 100, 64
+WARM_UP = 4
 
 
 def save_model(folder, layers, tokenizer):
@@ -137,6 +138,7 @@ def measure_peer(table, model, load, prompts):
 
 
 def measure_dpo(table, folder, tokenizer, questions, steps):
+    import torch
     from transformers import TrainerCallback
 
     from grath.dpo.config import GrathDPOConfig
@@ -146,7 +148,9 @@ def measure_dpo(table, folder, tokenizer, questions, steps):
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            timed(lambda: ends.append(time.perf_counter()))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as out:
         config = GrathDPOConfig(
@@ -170,8 +174,8 @@ def measure_dpo(table, folder, tokenizer, questions, steps):
         )
         trainers[0].add_callback(Clock())
         trainers[0].train()
-    # The first two steps choose kernels and allocate.
-    step = (ends[-1] - ends[1]) / (len(ends) - 2)
+    # The first steps choose kernels and allocate.
+    step = (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
     minutes = (reference / len(dataset) * QUESTIONS + STEPS * step) / 60
     table.row("dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
 
@@ -193,9 +197,9 @@ def measure_scores(table, model, load, tokenizer, requests):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--limit", type=positive_int, default=512, help="questions of each stage; pairs in int8 take a quarter of them")
+    add("--limit", type=positive_int, default=512, help="questions of each stage; MMLU has four times as many")
     add("--dpo_steps", type=positive_int, default=20, help="training steps that are measured")
-    add("--rows", type=positive_int, nargs="+", default=[ROWS], help="rows of the pairs, to compare")
+    add("--rows", type=positive_int, nargs="+", default=[ROWS, 256], help="rows of the pairs, to compare")
     add("--layers", type=positive_int, default=LLAMA_2_7B["num_hidden_layers"], help="layers of the model")
     add("--model", help="folder of a 7B Llama, instead of one with random weights")
     add("--tokenizer", default=str(PROJECT / "models" / "smollm2"), help="hub name or folder of the tokenizer")
@@ -214,7 +218,7 @@ def main():
     requests = {
         "arc_challenge": (arc_requests(test, shots_from), len(test)),
         "hellaswag": (hellaswag_requests(args.limit, words), args.limit),
-        "mmlu": (mmlu_requests(args.limit, words), args.limit),
+        "mmlu": (mmlu_requests(4 * args.limit, words), 4 * args.limit),
         "truthfulqa": (truthfulqa_requests(rows, words), len(rows)),
     }
     table = Table()
@@ -233,7 +237,7 @@ def main():
         del model
         if "pairs in int8" in args.stages:
             model, load = loaded(load_for_inference, folder, "int8")
-            measure_pairs(table, "pairs in int8", model, load, prompts[: len(prompts) // 4], ROWS)
+            measure_pairs(table, "pairs in int8", model, load, prompts, args.rows[-1])
             del model
         if "dpo" in args.stages:
             measure_dpo(table, folder, tokenizer, questions, args.dpo_steps)

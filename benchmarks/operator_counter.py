@@ -107,7 +107,9 @@ def counter(count, model, width=1, products=None):
             # A view launches nothing, and neither does memory without a value.
             if func._schema.is_mutable or (new and "empty" not in func._schema.name):
                 flops = 0
-                if name in flop_registry and not products:
+                if name is aten.linear:  # in inference mode it is one operator, which torch's registry lacks
+                    flops = 2 * inputs[0].numel() * inputs[1].shape[0]
+                elif name in flop_registry and not products:
                     flops = flop_registry[name](*args, **(kwargs or {}), out_val=out)
                 moved = width * sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
                 self.launch(flops, moved, any(tensor.dtype == torch.float32 for tensor in inputs))

@@ -1,12 +1,13 @@
 """Log-likelihoods of answers. Every context and every shared prefix is computed once."""
 
 from bisect import bisect_left
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, chain, pairwise
 
 import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits
-from grath.generation.cache import NO_END, common_prefix_length, prefill_prefix
+from grath.generation.cache import NO_END, common_prefix_length, prefill_prefix, upload
 from grath.modeling.memory import LOGITS_CHUNK
 
 # Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
@@ -49,10 +50,17 @@ def window_loglikelihoods(model, windows, batch_tokens, max_rows=None):
     groups = group_by_prefix(rows, LONG_CONTEXT if model.device.type == "cpu" else None)
     # The largest first: if the memory is too small, the first batch shows it.
     groups.sort(key=lambda group: group[0] + max(rows[context] for context in group[1]), reverse=True)
-    with engine_attention(model):
+
+    def batches():
         for length, members in groups:
             trees = [(context[length:], list(contexts[context])) for context in members]
-            for tree, results in loglikelihoods(model, list(members[0][:length]), trees, batch_tokens, max_rows):
+            for read in loglikelihoods(model, list(members[0][:length]), trees, batch_tokens, max_rows):
+                yield members, read
+
+    with engine_attention(model):
+        # A batch is read when the next one has been launched, so that a GPU does not wait for the host.
+        for (members, read), _ in pairwise(chain(batches(), [None])):
+            for tree, results in read():
                 yield from zip(contexts[members[tree]].values(), results, strict=True)
 
 
@@ -104,7 +112,8 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
         batch_tokens, max_rows: as in `window_loglikelihoods`; the prefix does not count.
 
     Yields:
-        (index of the tree, list with one (log-likelihood, whether greedy decoding gives the answer) per answer).
+        for each batch a function that waits for its results and returns them: a list of (index of the tree, list with
+        one (log-likelihood, whether greedy decoding gives the answer) per answer).
     """
     cache = prefill_prefix(model, prefix_ids, 0, 0)
     all_rows = [_tree_row(*tree) for tree in trees]
@@ -116,10 +125,24 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
         ]
         targets = _Targets(targets, model.device)
         hidden = cache.forward_trees(model, [row[:3] for row in rows])
-        log_probs = iter(_token_log_probs(model, hidden, targets))
-        for i in batch:
-            tokens = [[next(log_probs) for _ in answer] for answer in trees[i][1]]
-            yield i, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]
+        yield partial(_read, {i: trees[i][1] for i in batch}, targets, _token_log_probs(model, hidden, targets))
+
+
+def _read(answers_of, targets, found):
+    """Return the results of a batch from the log-probabilities of its tokens, for which it waits.
+
+    Args:
+        answers_of: dict of the index of a tree -> its answers.
+        targets: `_Targets`.
+        found: what `_token_log_probs` returned.
+    """
+    ordered = sorted(zip(targets.order, *found.tolist(), strict=True))
+    log_probs = ((log_prob, bool(greedy)) for _, log_prob, greedy in ordered)
+    results = []
+    for tree, answers in answers_of.items():
+        tokens = [[next(log_probs) for _ in answer] for answer in answers]
+        results.append((tree, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]))
+    return results
 
 
 def _batches(lengths, batch_tokens, max_rows):
@@ -168,8 +191,6 @@ def _tree_row(context, answers):
 class _Targets:
     """The tokens whose log-probabilities are wanted, in the order of the hidden states that predict them.
 
-    It is made before the forward pass: a transfer to a GPU waits for what runs there.
-
     Args:
         targets: list of (index of the hidden state that predicts the token, token id).
     """
@@ -180,8 +201,8 @@ class _Targets:
         index = {state: i for i, state in enumerate(states)}
         self.order = sorted(range(len(targets)), key=lambda i: targets[i][0])
         self.state_of = [index[targets[i][0]] for i in self.order]
-        self.states = torch.tensor(states, device=device)
-        self.state, self.token = torch.tensor([self.state_of, [targets[i][1] for i in self.order]], device=device)
+        self.states = upload(states, device)
+        self.state, self.token = upload([self.state_of, [targets[i][1] for i in self.order]], device)
 
 
 def _token_log_probs(model, hidden, targets):
@@ -192,7 +213,8 @@ def _token_log_probs(model, hidden, targets):
         targets: `_Targets`.
 
     Returns:
-        list of (log-probability, whether the token is the greedy one), one per target.
+        (2, targets) float32: the log-probabilities in the order of `targets.order`, and 1 where the token is the
+        greedy one.
     """
     found, start = [], 0
     for first in range(0, len(targets.states), LOGITS_CHUNK):
@@ -204,8 +226,4 @@ def _token_log_probs(model, hidden, targets):
         at, token = targets.state[start:end] - first, targets.token[start:end]
         found.append(torch.stack((log_probs[at, token], log_probs.argmax(-1)[at] == token)))
         start = end
-    results = [None] * len(targets.order)
-    # One transfer from the device for all targets.
-    for i, log_prob, greedy in zip(targets.order, *torch.cat(found, 1).tolist(), strict=True):
-        results[i] = (log_prob, bool(greedy))
-    return results
+    return torch.cat(found, 1)

@@ -127,7 +127,7 @@ def score_model(
             arguments = {"model": served.name, "servers": list(served.urls)}
         else:
             loaded, arguments = _load_harness(model, precision, batch_size, backend)
-            engine = partial(generate_here, "shared_prefix", loaded.model)
+            engine = partial(generate_here, "shared_prefix", loaded.model, precision)
         if chat_template:
             loaded.tokenizer.chat_template = template
         evaluate = partial(_evaluate, loaded, backend, arguments, batch_size, manager)

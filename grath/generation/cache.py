@@ -86,11 +86,11 @@ class SharedPrefixCache:
     def _upload(self, device, counts, *fields):
         """Upload lists of N ints, and what `_pad` needs for rows of `counts` tokens; return a tensor for each list.
 
-        It is one upload before the forward pass, because a transfer to a GPU waits for what runs there.
+        It is one upload, because each costs a launch.
         """
         self.padded_shape = (len(counts), max(counts))
         lists = [*fields, *padding(counts)]
-        uploaded = torch.tensor([number for numbers in lists for number in numbers], device=device)
+        uploaded = upload([number for numbers in lists for number in numbers], device)
         *fields, self.token_at, self.place_of = uploaded.split([len(numbers) for numbers in lists])
         return fields
 
@@ -181,6 +181,12 @@ def _zeros(shape, like):
         return like.new_zeros(shape)
     pages = mmap(-1, prod(shape) * like.element_size(), flags=MAP_PRIVATE | MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+def upload(numbers, device):
+    """Return a tensor of a (nested) list of ints on a device, without waiting for what runs there."""
+    numbers = torch.tensor(numbers)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 def padding(counts):

@@ -6,7 +6,7 @@ from itertools import accumulate, islice
 import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits, unsupported_reason
-from grath.generation.cache import common_prefix_length, prefill_prefix
+from grath.generation.cache import common_prefix_length, prefill_prefix, upload
 from grath.generation.hf import generate_hf, truncate_at_eos
 from grath.generation.prompt_lookup import LONGEST_DRAFT, NgramIndex
 from grath.modeling.memory import DRAFT_TOKENS, PREFILL_BATCH
@@ -69,8 +69,7 @@ class _ActiveBatch:
     def prefill(self, prompts, suffixes):
         """Add rows for new prompts, and run their tokens after the prefix (`suffixes`) through the model."""
         first = len(self.prompts)
-        # Before the forward pass: a transfer to a GPU waits for what runs there.
-        last = torch.tensor([end - 1 for end in accumulate(map(len, suffixes))], device=self.model.device)
+        last = upload([end - 1 for end in accumulate(map(len, suffixes))], self.model.device)
         hidden = self.cache.forward(self.model, suffixes, first, [0] * len(suffixes))
         self.prompts += prompts
         self.completions += [[] for _ in suffixes]

@@ -81,6 +81,8 @@ def load_model(name, precision, trainable=False):
         options["dtype"] = torch.float16 if precision == "int8" and not trainable else compute_dtype()
         options["quantization_config"] = quantization_config(precision)
     device = PartialState().device
+    # cuDNN makes a plan for every new shape of attention, which takes up to a second, and every batch has a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type != "cpu" or precision not in DTYPES:
         # Load the weights straight to the device, not into main memory once for each process.
         options["device_map"] = {"": device}

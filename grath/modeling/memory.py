@@ -198,6 +198,7 @@ def fitting(memory, batches, shape, precision, room, **sizes):
 
 
 # Each takes a shape, a precision and a number of bytes; see `fitting`.
+fitting_rows = partial(fitting, pairs_memory, ROWS)
 fitting_batch_tokens = partial(fitting, scores_memory, BATCH_TOKENS)
 fitting_pairs = partial(fitting, dpo_memory, PAIRS)
 

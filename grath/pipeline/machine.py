@@ -1,5 +1,6 @@
 """Check the machine for a run: packages, GPU, driver and memory."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from grath.modeling.memory import (
     fitting,
     fitting_batch_tokens,
     fitting_pairs,
+    fitting_rows,
     pairs_memory,
     scores_memory,
 )
@@ -99,7 +101,7 @@ def check_device(num_processes):
         return describe_device()
     major, minor = torch.cuda.get_device_capability(0)
     built = [arch for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+[a-z]?", arch)]
-    driver = torch._C._cuda_getDriverVersion()
+    driver = driver_cuda_version()
     text = (
         f"{describe_device()}, compute capability {major}.{minor}; "
         f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}; "
@@ -109,6 +111,13 @@ def check_device(num_processes):
     if built and not any(int(re.sub(r"\D", "", arch)) // 10 == major for arch in built):
         raise UserError(f"{text}: this torch has no code for the GPU; install the build for it from pytorch.org")
     return text
+
+
+def driver_cuda_version():
+    """Return the newest CUDA version that NVIDIA's driver runs: int, 1000 times the major and 10 times the minor."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def check_memory(parameters, precisions, num_processes):
@@ -143,7 +152,9 @@ def planned_batch(stage, shape, values, precision, total):
     if stage == "scores":  # a number of contexts limits the tokens
         tokens = fitting_batch_tokens(shape, precision, USABLE * total) or BATCH_TOKENS[-1]
         return min(tokens, int(given) * SCORES_ROW) if given.isdigit() else tokens
-    return min(int(given), int(values["NUM_QUERY"]))
+    own = PAIRS_PROMPT + int(values["MAX_NEW_TOKENS"])
+    rows = int(given or 0) or fitting_rows(shape, precision, USABLE * total, own=own) or 1
+    return min(rows, int(values["NUM_QUERY"]))
 
 
 def check_gpu_memory(stage, shape, values):

@@ -111,23 +111,17 @@ def test_the_engine_gives_the_same_with_the_kernels_of_a_gpu(kernels, monkeypatc
 
 
 def test_one_synchronization_for_each_forward_pass(monkeypatch):
-    """On a GPU, reading a number or a list waits for all kernels, and so does an upload after the forward pass."""
+    """On a GPU, reading a number or a list waits for all kernels, and so does an upload from ordinary memory."""
     model, prompts = tiny("llama"), [[*range(1, 45), i, *range(1, 2 + i % 5)] for i in range(40)]
     windows = [((*prompt, 3), (i, 4)) for prompt in prompts for i in (1, 2)]
     reads, forwards = [], []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(1) or tolist(tensor))
     model.model.register_forward_pre_hook(lambda *_: forwards.append(len(reads)))
-    tensor = torch.tensor
-
-    def upload(*args, **kwargs):
-        # While a pass runs whose result has not been read; the prefix's is never read.
-        if len(forwards) > 1 and forwards[-1] == len(reads):
-            late.append(args)
-        return tensor(*args, **kwargs)
-
-    late = []
-    monkeypatch.setattr(torch, "tensor", upload)
+    tensor, uploads = torch.tensor, []
+    monkeypatch.setattr(
+        torch, "tensor", lambda *args, **more: uploads.extend(more.keys() & {"device"}) or tensor(*args, **more)
+    )
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -137,11 +131,13 @@ def test_one_synchronization_for_each_forward_pass(monkeypatch):
 
     for work in (lambda: completions(model, prompts), lambda: scored(model, windows)):
         work()  # what is done once, such as choosing the attention, is not counted
-        reads.clear(), forwards.clear(), late.clear()
+        reads.clear(), forwards.clear(), uploads.clear()
         with Reads():
             work()
         # The prefix's own forward pass is not read.
-        assert len(reads) == len(forwards) - 1 > 2 and not late
+        assert len(reads) == len(forwards) - 1 > 2 and not uploads
+    # A batch of scores is read when the next one has been launched.
+    assert forwards == [0, 0, *range(len(forwards) - 2)]
 
 
 def test_a_prefill_waits_until_an_eighth_of_the_rows_are_free(monkeypatch):

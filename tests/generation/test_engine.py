@@ -3,18 +3,22 @@
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, needs_hub, tiny
+from transformers import LlamaConfig
 
 from grath.evaluation.loglikelihood import loglikelihoods
 from grath.generation.attention import engine_attention, unsupported_reason
 from grath.generation.cache import common_prefix_length
 from grath.generation.engine import generate_shared_prefix
+from grath.generation.engines import BATCH_SIZE, select_rows
 from grath.generation.hf import generate_hf
 from grath.generation.prompt_lookup import NgramIndex
 from grath.modeling.cpu_matmul import prepare_linear_layers, time_products
+from grath.modeling.memory import PAIRS_PREFIX, PAIRS_PROMPT
 
 
 def plain(model, prompts, max_new_tokens, eos_ids):
@@ -198,7 +202,8 @@ def test_log_likelihoods_of_answers(family, batch_size, prefix):
     answers += [[7, 8, 9, 1], [7], [7, 3, 1], [7, 8, 9, 2, 4], [7, 8], [7, 8, 9, 1]]
     trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
     with engine_attention(model):
-        results = dict(loglikelihoods(model, common, trees, 40 * batch_size, batch_size))
+        batches = loglikelihoods(model, common, trees, 40 * batch_size, batch_size)
+        results = {tree: found for read in batches for tree, found in read()}
     assert sorted(results) == list(range(5))
     for i, (context, answers) in enumerate(trees):
         for answer, (log_prob, greedy) in zip(answers, results[i], strict=True):
@@ -208,6 +213,19 @@ def test_log_likelihoods_of_answers(family, batch_size, prefix):
             best = logits.topk(2).values
             ties = (best[:, 0] - best[:, 1]).min() <= 1e-5 * logits.abs().max()
             assert ties or greedy == (logits.argmax(-1).tolist() == answer)
+
+
+@pytest.mark.parametrize(
+    ("precision", "memory", "rows"),
+    [("fp16", 23.6e9, 48), ("int8", 23.6e9, 96), ("fp16", 84.9e9, 256), ("fp16", 9e9, 1)],
+)
+def test_a_batch_has_as_many_rows_as_the_memory_of_a_gpu_takes(precision, memory, rows, monkeypatch):
+    """The table in docs/hardware.md, for prompts of the lengths that it assumes."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    prompts = [[1] * PAIRS_PREFIX + [2] * PAIRS_PROMPT, [1] * PAIRS_PREFIX + [3]]
+    for device, expected in (("cuda", rows), ("cpu", BATCH_SIZE)):
+        model = SimpleNamespace(device=torch.device(device), config=LlamaConfig())  # Llama-2-7B's sizes
+        assert select_rows(model, precision, prompts, 100) == expected
 
 
 @pytest.mark.parametrize("configured", [{}, {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}])

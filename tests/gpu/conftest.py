@@ -34,7 +34,9 @@ def pytest_terminal_summary(terminalreporter, config):
     on_gpu = [report for report in calls if "[cpu" not in report.nodeid]
     if not on_gpu:
         return
-    name, driver = torch.cuda.get_device_name(0), torch._C._cuda_getDriverVersion()
+    from grath.pipeline.machine import driver_cuda_version
+
+    name, driver = torch.cuda.get_device_name(0), driver_cuda_version()
     terminalreporter.write_line(f"\n| {name}, torch {torch.__version__}, driver for CUDA {driver} | |")
     terminalreporter.write_line("| --- | --- |")
     for report in on_gpu:

@@ -4,6 +4,7 @@ make gpu-test      prints a table to paste into an issue
 """
 
 import json
+import re
 import sys
 import time
 
@@ -116,6 +117,15 @@ def test_scores_of_quantized_models(device, precision, tiny_llama, tmp_path):
     exact, rounded = likely
     assert all(one != other for one, other in zip(exact, rounded, strict=True))
     assert rounded == pytest.approx(exact, rel=0.2, abs=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no driver")
+def test_the_check_describes_the_gpu(monkeypatch):
+    from grath.pipeline.machine import check_device
+
+    monkeypatch.setenv("DEVICE", "")
+    assert re.search(r"compute capability \d+\.\d; driver for CUDA \d\d\.\d; torch .* for CUDA", check_device(1))
 
 
 @pytest.mark.gpu

@@ -172,3 +172,14 @@ import torch
         [sys.executable, "-c", code], cwd=PROJECT, env=environment | given, capture_output=True, text=True, check=True
     )
     assert ast.literal_eval(done.stdout) == expected
+
+
+def test_no_attention_is_computed_by_cudnn(tiny_llama):
+    """It makes a plan for every new shape, and in training every step has a new one."""
+    import torch
+
+    from grath.modeling.loading import load_model
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_model(str(tiny_llama), "fp32")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -126,7 +126,7 @@ def test_driver_cuda_and_capability_are_shown_side_by_side(capability, fits, mon
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120"])
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    monkeypatch.setattr(machine, "driver_cuda_version", lambda: 12080)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     if not fits:
         with pytest.raises(UserError, match="compute capability 6.1; .* this torch has no code for the GPU"):
@@ -164,7 +164,7 @@ def plan_of(stage, size, **settings):
 
 @pytest.mark.parametrize(
     ("stage", "start"),
-    [("pairs", "int8, 64 rows"), ("dpo", "fp4, 8 pairs"), ("scores", "fp16, 16,384 tokens")],
+    [("pairs", "int8, 96 rows"), ("dpo", "fp4, 8 pairs"), ("scores", "fp16, 16,384 tokens")],
 )
 def test_the_memory_of_each_stage_is_shown_by_part(stage, start, gpu):
     gpu(23.6e9)
@@ -179,8 +179,15 @@ def test_the_memory_of_each_stage_is_shown_by_part(stage, start, gpu):
 @pytest.mark.parametrize(
     ("free", "stage", "size", "settings", "advice"),
     [
-        (23.6e9, "pairs", "13B", {}, "set PAIRS_BATCH_SIZE=32"),
-        (23.6e9, "pairs", "13B", {"PAIRS_PRECISION": "fp16"}, "set PAIRS_PRECISION=int8 and PAIRS_BATCH_SIZE=32"),
+        (23.6e9, "pairs", "13B", {"PAIRS_BATCH_SIZE": "64"}, "set PAIRS_BATCH_SIZE=32"),
+        (23.6e9, "pairs", "13B", {"PAIRS_PRECISION": "fp16"}, "set PAIRS_PRECISION=int8"),
+        (
+            23.6e9,
+            "pairs",
+            "13B",
+            {"PAIRS_PRECISION": "fp16", "PAIRS_BATCH_SIZE": "64"},
+            "set PAIRS_PRECISION=int8 and PAIRS_BATCH_SIZE=32",
+        ),
         (47.6e9, "pairs", "70B", {"PAIRS_BATCH_SIZE": "16"}, "set PAIRS_PRECISION=nf4"),
         (23.6e9, "dpo", "7B", {"DPO_BATCH_SIZE": "16"}, "set DPO_BATCH_SIZE=8"),
         (23.6e9, "scores", "13B", {}, "set EVAL_PRECISION=int8"),
