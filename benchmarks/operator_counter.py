@@ -10,9 +10,9 @@ GPUS = {
     "A100 80 GB": (0.75 * 312, 0.8 * 19.5, 0.8 * 2.04),
     "RTX 4090 24 GB": (0.85 * 165, 0.7 * 82.6, 0.8 * 1.01),
 }
-# Microseconds of the host for an operator. transformers' `generate` takes about 25 ms a token on a 7B model in 16 bit
-# (NVIDIA/FasterTransformer#506), in about 1,600 operators. Backward passes run in C++: assumed.
-HOST_US = {"forward": 16, "backward": 6}
+# Microseconds of the host for an operator. Forward: measured beside an H200, where a step of the engine has 1,597
+# kernels and takes 38 ms (docs/hardware.md). Backward passes run in C++: assumed.
+HOST_US = {"forward": 24, "backward": 6}
 
 
 # What runs between two forward passes belongs to the first.

@@ -75,3 +75,24 @@ def test_the_layers_that_are_not_run_are_counted(monkeypatch, llama_tokenizer):
         assert ours.total(name) == pytest.approx(direct.total(name), rel=1e-9), name
     assert ours.seconds("H100 80 GB") == pytest.approx(direct.seconds("H100 80 GB"), rel=1e-9)
     assert ours.peak_bytes == direct.peak_bytes
+
+
+@pytest.mark.slow
+def test_the_stages_are_measured(monkeypatch, tiny_llama, tmp_path):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    import gpu_cost
+    import gpu_stages
+
+    for name, size in gpu_cost.NARROW.items():
+        monkeypatch.setitem(gpu_cost.LLAMA_2_7B, name, size)
+    file = tmp_path / "stages.json"
+    small = ["--limit", "3", "--layers", "2", "--rows", "4", "--dpo_steps", "6", "--tokenizer", str(tiny_llama)]
+    monkeypatch.setattr(sys, "argv", ["gpu_stages.py", *small, "--json", str(file)])
+    gpu_stages.main()
+    stages = json.loads(file.read_text())
+    of_pairs = {"pairs, 4 rows", "pairs, copied", "pairs in int8"}
+    assert set(stages) == {*of_pairs, "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa"}
+    assert all(stage["minutes"] > 0 for stage in stages.values())
+    for name in of_pairs:
+        tokens = stages[name]["tokens_per_s"] * stages[name]["seconds"]
+        assert 40 <= tokens / stages[name]["questions"] <= 100

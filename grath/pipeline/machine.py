@@ -207,8 +207,8 @@ def precision_hint(name, values):
     except (UserError, RuntimeError):  # torch raises the latter where the memory cannot be asked
         return None
     return (
-        "PAIRS_PRECISION=fp16 fits too, and is faster: the host limits decoding in int8 (for 7B, about 100 ms a step "
-        "against 27 ms in fp16, estimated)"
+        "PAIRS_PRECISION=fp16 fits too, and is faster: the host limits decoding in int8 (for 7B, 155 ms a step "
+        "against 38 ms in fp16, measured on an H200)"
     )
 
 
