@@ -131,7 +131,11 @@ def best_iteration(rows):
     tasks = tasks_of(rows)
     lines = []
     for pair in (("truthfulqa_mc1", "truthfulqa_mc2"), ("grath_mc1", "grath_mc2")):
-        sums = {name: sum(scores[task]["score"] for task in pair) for name, scores in rows if set(pair) <= set(scores)}
+        sums = {
+            name: round(sum(scores[task]["score"] for task in pair), 2)
+            for name, scores in rows
+            if set(pair) <= set(scores)
+        }
         if len(sums) < 2:
             continue
         names = list(sums)

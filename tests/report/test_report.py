@@ -49,6 +49,16 @@ def made_run(tmp_path):
     return run
 
 
+def test_what_is_printed_equal_is_not_called_lower():
+    from grath.report.tables import best_iteration
+
+    rows = [
+        (name, {"grath_mc1": {"score": 33.0}, "grath_mc2": {"score": score}})
+        for name, score in [("M_0", 40.241), ("M_1", 40.239)]
+    ]
+    assert best_iteration(rows) == ["Best by MC1 (bundled) + MC2 (bundled): M_0 (73.24)."]
+
+
 def test_report_of_a_run(made_run):
     done = call_here("grath.report", made_run)
     text = (made_run / "report.md").read_text(encoding="utf-8")
