@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,27 @@ def call_here(script, *command, cwd=PROJECT, env=None, status=0):
 def evaluate_here(*arguments, **options):
     """What `evaluation.sh` runs with one process, in this process."""
     return call_here("grath.pipeline", "evaluate", *arguments, **options)
+
+
+def preset():
+    """The settings of run_llama2.sh."""
+    lines = (PROJECT / "run_llama2.sh").read_text(encoding="utf-8")
+    return dict(re.findall(r'^export (\w+)="\$\{\1:-(.*)\}"', lines, re.MULTILINE))
+
+
+def start_here(env, status=0):
+    """The start of `run_llama2.sh`, in this process."""
+    return call_here("grath.pipeline", "start", env={**preset(), **env}, status=status)
+
+
+def check_here(env, status=0):
+    """What `CHECK=1 ./run_llama2.sh` runs, in this process, with a plan of one stage."""
+    env = {**preset(), **env, "CHECK": "1"}
+    started = call_here("grath.pipeline", "start", env=env, status=None)
+    if started.returncode:
+        assert status in (None, started.returncode), started.stderr
+        return started
+    return call_here("grath.pipeline", "check", "--", "scores=scores of M_0", env=env, status=status)
 
 
 def rows(path):

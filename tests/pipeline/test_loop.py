@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import BUNDLED, CORRECT, PROJECT, call, call_here, evaluate_here, rows
+from support import BUNDLED, CORRECT, PROJECT, call, call_here, check_here, evaluate_here, rows, start_here
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -189,7 +189,7 @@ def test_other_settings_do_not_mix_into_a_run(copied):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     changes = [("MAX_STEPS", "4", "3"), ("LIMIT", "3", ""), ("DEMOS", "truthfulqa", "halueval")]
     for name, was, value in (*changes, ("ACCELERATE_CONFIG", "", "accelerate_configs/fsdp.yaml")):
-        done = call("run_llama2.sh", env={**settings, name: value}, status=2)
+        done = start_here({**settings, name: value}, status=2)
         assert done.stderr == (
             f"grath.pipeline: error: {run} contains a run with {name}={was}, not {value}: set another RUN_NAME, "
             "or FRESH=1 to move the old run aside and start again\n"
@@ -215,7 +215,7 @@ def test_a_folder_without_its_manifest_is_not_touched(content, copied):
     (run / "manifest.json").unlink()
     if content is not None:
         (run / "manifest.json").write_text(content)
-    done = call("run_llama2.sh", env=settings, status=2)
+    done = start_here(settings, status=2)
     what = (
         "is not empty and contains no manifest.json"
         if content is None
@@ -306,10 +306,10 @@ def test_a_model_without_a_chat_template_is_refused_before_it_is_scored(tiny_lla
     model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
     env = {"MODEL_NAME_OR_PATH": str(model), "RUNS_DIR": str(tmp_path), "RUN_NAME": "r", "MODEL_TYPE": "auto"}
     env |= {"NUM_QUERY": "2", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1", "SAMPLES": "0"}
-    checked = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=2)
+    checked = check_here(env, status=2)
     line = "the tokenizer has no chat template: set --model_type (MODEL_TYPE) to llama2, zephyr, smollm2"
     assert f"FAIL  chat template: {line}" in checked.stdout
-    done = call("run_llama2.sh", env=env, status=2)
+    done = start_here(env, status=2)
     assert f"grath.pipeline: error: {line}" in done.stderr
     assert not (tmp_path / "r_seed_0").exists()
     call_here("grath.pipeline", "start", env={**env, "MODEL_TYPE": "llama2"})

@@ -6,7 +6,7 @@ import shutil
 import sysconfig
 
 import pytest
-from support import BUNDLED, call
+from support import BUNDLED, call, check_here
 
 
 def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
@@ -26,15 +26,15 @@ def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
 
 
 def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
-    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "CHECK": "1"}
-    done = call("run_llama2.sh", env={**env, "RUNS_DIR": "/proc/runs", "TASKS": "hellaswag"}, status=2)
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED)}
+    done = check_here({**env, "RUNS_DIR": "/proc/runs", "TASKS": "hellaswag"}, status=2)
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert failed[0] == "FAIL  data: NUM_QUERY=500, but there are only 160 questions"
     assert failed[1].startswith("FAIL  disk: ") and "/proc" in failed[1]
     assert done.stderr == "grath.pipeline: error: not ready: data, disk; see above\n"
-    done = call("run_llama2.sh", env={**env, "NUM_QUERY": "5", "TASKS": "hellaswag"}, status=2)
+    done = check_here({**env, "NUM_QUERY": "5", "TASKS": "hellaswag"}, status=2)
     assert "FAIL  data: Rowan/hellaswag: " in done.stdout
-    done = call("run_llama2.sh", env={**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
+    done = check_here({**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
     assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import RESPONSE, call, rows
+from support import RESPONSE, call, check_here, rows, start_here
 
 from grath.common.errors import UserError
 from grath.pipeline.settings import normalize_settings, read_settings, served_stages
@@ -23,7 +23,7 @@ def test_two_iterations(server, llama_run, tmp_path):
     """The run equals one without a server: its pairs byte for byte, its scores to rounding; then nothing is left."""
     run, settings, _ = llama_run
     env = {**settings, "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url, "OPENAI_API_KEY": KEY}
-    ready = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=None)
+    ready = check_here(env, status=None)
     assert f"ok    servers: {server.url} has {settings['MODEL_NAME_OR_PATH']}, at most 4096 tokens" in ready.stdout
     done = call("run_llama2.sh", env=env)
     ours = tmp_path / "llama2_seed_0"
@@ -47,21 +47,21 @@ def test_two_iterations(server, llama_run, tmp_path):
     asked = len(server.seen)
     again = call("run_llama2.sh", env=env)
     assert len(server.seen) == asked and again.stdout.count("is up to date") == 8
-    other = call("run_llama2.sh", env={**env, "SERVER_URL": ""}, status=2)
+    other = start_here({**env, "SERVER_URL": ""}, status=2)
     assert "contains a run with" in other.stderr and "=server, not" in other.stderr
 
 
 def test_a_server_that_is_not_there(tiny_llama, tmp_path):
     env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": "http://127.0.0.1:9"}
-    done = call("run_llama2.sh", env={**env, "CHECK": "1"}, status=2)
+    done = check_here(env, status=2)
     assert "FAIL  servers: [Errno 110] no response from http://127.0.0.1:9" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_cannot_load_adapters_fails_the_check(tiny_llama, tmp_path):
     with InferenceServer(tiny_llama, loras=False) as server:
-        env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url, "CHECK": "1"}
-        done = call("run_llama2.sh", env=env, status=2)
+        env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url}
+        done = check_here(env, status=2)
     assert f"FAIL  servers: {server.url} cannot load adapters" in done.stdout
 
 
