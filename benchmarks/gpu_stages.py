@@ -1,4 +1,4 @@
-"""Measure the stages of a 7B model on this GPU, beside which benchmarks/gpu_cost.py puts what it computes.
+"""Measure on a GPU the stages of a 7B model, whose minutes benchmarks/gpu_cost.py computes.
 
     DATASETS_ROOT=../shared/hub python benchmarks/gpu_stages.py
 
