@@ -275,6 +275,9 @@ def test_a_start_says_when_fp16_fits(gpu, tmp_path):
     assert precision_hint(tmp_path, read_settings(environment={**given, "PAIRS_PRECISION": "nf4"})) is None
     gpu(16e9, 80e9)
     assert precision_hint(tmp_path, values) is None
+    gpu(17e9)  # four rows in fp16, 64 in int8
+    assert "fp16, 4 rows" in plan_of("pairs", "7B", PAIRS_PRECISION="fp16")
+    assert precision_hint(tmp_path, values) is None
 
 
 def test_the_disk_must_have_room_for_every_iteration(tiny_llama, tmp_path, monkeypatch):
