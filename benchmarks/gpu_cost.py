@@ -19,17 +19,11 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 
-from made_requests import (
-    arc_requests,
-    hellaswag_requests,
-    load_data,
-    mmlu_requests,
-    text,
-    truthfulqa_requests,
-)
+from made_requests import load_data, pair_prompts, task_requests, text
 from operator_counter import GPUS, HOST_US, Count, Forward, counter
 
 from grath.common.arguments import Parser, positive_int
@@ -38,7 +32,6 @@ from grath.common.files import atomic_write_text
 from grath.common.paths import PROJECT
 from grath.modeling.loading import load_tokenizer
 from grath.modeling.memory import CARDS, CONTEXT, USABLE, dpo_memory, fitting_pairs, fitting_rows, llama_2, weight_bytes
-from grath.pairs.prompts import build_messages, load_demos
 
 # An 8-bit linear layer on a GPU: operators and host synchronizations (bitsandbytes 0.50, backends/cuda/ops.py), and the
 # milliseconds that it adds: a step of a 7B model takes 155 ms instead of 33 (bitsandbytes-foundation/bitsandbytes#347).
@@ -46,6 +39,8 @@ INT8_LINEAR = (16, 2, (154.55 - 32.89) / 224)
 # Starting a process with its imports, and reading weights from a local disk.
 START_SECONDS, READ_GB_PER_SECOND = 20, 2
 STEPS, PAIRS_PER_STEP, QUESTIONS = 1000, 16, 1119
+# Tokens of a completion.
+SHORTEST, LONGEST = 40, 100
 # Names the stages whose batches are smaller on a card of 24 GB.
 SMALL = " on 24 GB"
 # Iterations, and training steps of each.
@@ -91,14 +86,22 @@ def count_7b(questions, run):
     return Count(questions, forwards, two.peak_bytes + more * (three.peak_bytes - two.peak_bytes))
 
 
+def first_tokens(draw, count):
+    """Draw the first tokens of completions: the token k says that k more follow."""
+    return [draw.randint(SHORTEST - 1, LONGEST - 1) for _ in range(count)]
+
+
+def following(tokens, end):
+    """Return the tokens after these, with `end` after 0."""
+    return [token - 1 if token else end for token in tokens]
+
+
 def pairs(tokenizer, questions, rows):
     """Count one iteration's pairs: six few-shot examples, completions of 40 to 100 tokens, `rows` at once."""
     from grath.generation.engine import generate_shared_prefix
-    from grath.modeling.chat import prompt_ids, template_for
 
-    template, demos = template_for(tokenizer, "llama2"), load_demos("truthfulqa")
     start = time.process_time()
-    prompts = [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
+    prompts = pair_prompts(tokenizer, questions)
     spent = time.process_time() - start
     end = LLAMA_2_7B["vocab_size"] - 1
 
@@ -106,14 +109,13 @@ def pairs(tokenizer, questions, rows):
         draw, lengths = random.Random(0), []
 
         def next_tokens(shape):
-            """The token k says that k more follow; after 0 the completion ends."""
             if shape[0] == python.shape[1]:  # a step: the engine has uploaded the new tokens first
-                return [token - 1 if token else end for token in python.uploaded[: shape[0]]]
-            return [draw.randint(39, 99) for _ in range(shape[0])]
+                return following(python.uploaded[: shape[0]], end)
+            return first_tokens(draw, shape[0])
 
         python.answer = next_tokens
-        generate_shared_prefix(model, prompts, 100, rows, [end], lambda _, ids: lengths.append(len(ids)))
-        assert len(lengths) == len(prompts) and set(lengths) <= set(range(40, 101))
+        generate_shared_prefix(model, prompts, LONGEST, rows, [end], lambda _, ids: lengths.append(len(ids)))
+        assert len(lengths) == len(prompts) and set(lengths) <= set(range(SHORTEST, LONGEST + 1))
 
     count = count_7b(len(questions), run)
     count.tokenizer_seconds = spent
@@ -305,14 +307,8 @@ def main():
     attention.fused_kernels_differ = lambda *_: None
     tokenizer = load_tokenizer(args.tokenizer)
     questions, test, rows, shots_from = load_data(args.limit)
-    words = " ".join(question["question"] for question in shots_from).split()
-    swag, mmlu = (args.limit or PUBLISHED[name] for name in ("hellaswag", "mmlu"))
-    requests = {
-        "arc_challenge": (arc_requests(test, shots_from), len(test)),
-        "hellaswag": (hellaswag_requests(swag, words), swag),
-        "mmlu": (mmlu_requests(mmlu, words), mmlu),
-        "truthfulqa": (truthfulqa_requests(rows, words), len(rows)),
-    }
+    made = (args.limit or PUBLISHED[name] for name in ("hellaswag", "mmlu"))
+    requests = task_requests(test, shots_from, rows, *made)
     counts = {}
 
     def add_count(name, count):
@@ -323,10 +319,11 @@ def main():
         return replace(count, peak_bytes=count.peak_bytes + CONTEXT + weight_bytes(SHAPE, precision))
 
     cards = {"": USABLE * CARDS["80 GB"], SMALL: USABLE * CARDS["24 GB"]}
+    pairs_with = cache(lambda rows: pairs(tokenizer, questions, rows))
     for card, room in cards.items():
-        rows = {precision: fitting_rows(SHAPE, precision, room) for precision in ("int8", "fp16")}
-        add_count(f"pairs{card}", with_weights(with_int8(pairs(tokenizer, questions, rows["int8"])), "int8"))
-        add_count(f"pairs in fp16{card}", with_weights(pairs(tokenizer, questions, rows["fp16"]), "fp16"))
+        in_int8, in_fp16 = (pairs_with(fitting_rows(SHAPE, precision, room)) for precision in ("int8", "fp16"))
+        add_count(f"pairs{card}", with_weights(with_int8(in_int8), "int8"))
+        add_count(f"pairs in fp16{card}", with_weights(in_fp16, "fp16"))
     for card, room in cards.items():
         batch = fitting_pairs(SHAPE, "fp4", room)
         add_count(f"dpo{card}", dpo(tokenizer, questions, args.dpo_steps, batch))

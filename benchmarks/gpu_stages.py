@@ -19,18 +19,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from generation import copied
-from gpu_cost import LLAMA_2_7B, PAIRS_PER_STEP, PUBLISHED, QUESTIONS, STEPS, made_pairs
-from made_requests import arc_requests, hellaswag_requests, load_data, mmlu_requests, truthfulqa_requests
+from gpu_cost import (
+    LLAMA_2_7B,
+    LONGEST,
+    PAIRS_PER_STEP,
+    PUBLISHED,
+    QUESTIONS,
+    SHORTEST,
+    STEPS,
+    first_tokens,
+    following,
+    made_pairs,
+)
+from made_requests import load_data, pair_prompts, task_requests
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
+from grath.common.files import atomic_write_text
 from grath.common.paths import PROJECT
-from grath.modeling.chat import prompt_ids, template_for
 from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
-from grath.pairs.prompts import build_messages, load_demos
 
 STAGES = ("pairs", "peer", "pairs in int8", "dpo", "scores")
-SHORTEST, LONGEST, ROWS = 40, 100, 64
+ROWS = 64
+# The first steps of a training choose kernels and allocate.
 WARM_UP = 4
 
 
@@ -50,7 +61,7 @@ def save_model(folder, layers, tokenizer):
 
 @contextmanager
 def drawn_lengths(end):
-    """Let the engine compute its tokens, and replace them: token k says that k more follow, and 0 ends a completion."""
+    """Let the engine compute its tokens, and replace them by those of completions whose lengths are drawn."""
     from grath.generation.cache import SharedPrefixCache
     from grath.generation.engine import _ActiveBatch
 
@@ -63,8 +74,8 @@ def drawn_lengths(end):
     def replaced(batch, hidden):
         found = greedy(batch, hidden)
         if not batch.cache.noted:
-            return [draw.randint(SHORTEST - 1, LONGEST - 1) for _ in found]
-        return [token - 1 if token else end for token in batch.cache.noted]
+            return first_tokens(draw, len(found))
+        return following(batch.cache.noted, end)
 
     SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = noted, replaced
     try:
@@ -73,22 +84,21 @@ def drawn_lengths(end):
         SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = forward, greedy
 
 
-class Table:
-    """Measures stages, and prints a row for each."""
+def add_row(table, name, load, questions, seconds, minutes, **more):
+    """Add a stage's figures to `table` (dict), and print them."""
+    import torch
 
-    def __init__(self):
-        self.rows = {}
-        print(f"{'stage':16}{'load s':>8}{'questions':>11}{'seconds':>9}{'minutes':>9}{'peak GB':>9}", flush=True)
-
-    def row(self, name, load, questions, seconds, minutes, **more):
-        import torch
-
-        peak = torch.cuda.max_memory_allocated() * 1e-9 if torch.cuda.is_available() else 0.0
-        self.rows[name] = {
-            "load": load, "questions": questions, "seconds": seconds, "minutes": minutes, "peak_gb": peak, **more
-        }  # fmt: skip
-        extra = "".join(f"  {key} {value:.2f}" for key, value in more.items())
-        print(f"{name:16}{load:8.1f}{questions:11}{seconds:9.1f}{minutes:9.2f}{peak:9.1f}{extra}", flush=True)
+    peak = torch.cuda.max_memory_allocated() * 1e-9 if torch.cuda.is_available() else 0.0
+    table[name] = {
+        "load": load,
+        "questions": questions,
+        "seconds": seconds,
+        "minutes": minutes,
+        "peak_gb": peak,
+        **more,
+    }
+    extra = "".join(f"  {key} {value:.2f}" for key, value in more.items())
+    print(f"{name:16}{load:8.1f}{questions:11}{seconds:9.1f}{minutes:9.2f}{peak:9.1f}{extra}", flush=True)
 
 
 def timed(work):
@@ -124,7 +134,7 @@ def measure_pairs(table, name, model, load, prompts, rows):
         )
     tokens = sum(lengths)
     minutes = seconds / len(prompts) * QUESTIONS / 60
-    table.row(name, load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
+    add_row(table, name, load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
 
 
 def measure_peer(table, model, load, prompts):
@@ -134,7 +144,7 @@ def measure_peer(table, model, load, prompts):
     minutes = seconds / len(prompts) * QUESTIONS / 60
     # The completions that the rows need, of batches as long as their longest one.
     tokens = len(prompts) * (SHORTEST + LONGEST) / 2
-    table.row("pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
+    add_row(table, "pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
 
 
 def measure_dpo(table, folder, tokenizer, questions, steps):
@@ -169,15 +179,14 @@ def measure_dpo(table, folder, tokenizer, questions, steps):
                     processing_class=tokenizer,
                     peft_config=lora_config(),
                     reference="rolling",
-                )  # fmt: skip
+                )
             )
         )
         trainers[0].add_callback(Clock())
         trainers[0].train()
-    # The first steps choose kernels and allocate.
     step = (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
     minutes = (reference / len(dataset) * QUESTIONS + STEPS * step) / 60
-    table.row("dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
+    add_row(table, "dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
 
 
 def measure_scores(table, model, load, tokenizer, requests):
@@ -191,7 +200,7 @@ def measure_scores(table, model, load, tokenizer, requests):
         instances = [Instance("loglikelihood", {}, request, 0) for request in asked]
         lm.loglikelihood(instances[:8], disable_tqdm=True)
         seconds = timed(lambda asked=instances: lm.loglikelihood(asked, disable_tqdm=True))
-        table.row(name, load, questions, seconds, seconds / questions * PUBLISHED[name] / 60)
+        add_row(table, name, load, questions, seconds, seconds / questions * PUBLISHED[name] / 60)
 
 
 def main():
@@ -212,29 +221,24 @@ def main():
         raise UserError("torch sees no GPU")
     tokenizer = load_tokenizer(args.tokenizer)
     questions, test, rows, shots_from = load_data(args.limit)
-    words = " ".join(question["question"] for question in shots_from).split()
-    template, demos = template_for(tokenizer, "llama2"), load_demos("truthfulqa")
-    prompts = [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
-    requests = {
-        "arc_challenge": (arc_requests(test, shots_from), len(test)),
-        "hellaswag": (hellaswag_requests(args.limit, words), args.limit),
-        "mmlu": (mmlu_requests(4 * args.limit, words), 4 * args.limit),
-        "truthfulqa": (truthfulqa_requests(rows, words), len(rows)),
-    }
-    table = Table()
+    prompts = pair_prompts(tokenizer, questions)
+    table = {}
+    print(f"{'stage':16}{'load s':>8}{'questions':>11}{'seconds':>9}{'minutes':>9}{'peak GB':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if not args.model:
             save_model(folder, args.layers, tokenizer)
         folder = args.model or folder
-        model, load = loaded(load_for_inference, folder, "fp16")
-        if "pairs" in args.stages:
-            for number in args.rows:
-                measure_pairs(table, f"pairs, {number} rows", model, load, prompts, number)
-        if "peer" in args.stages:
-            measure_peer(table, model, load, prompts[: 2 * ROWS])
-        if "scores" in args.stages:
-            measure_scores(table, model, load, tokenizer, requests)
-        del model
+        if {"pairs", "peer", "scores"} & set(args.stages):
+            model, load = loaded(load_for_inference, folder, "fp16")
+            if "pairs" in args.stages:
+                for number in args.rows:
+                    measure_pairs(table, f"pairs, {number} rows", model, load, prompts, number)
+            if "peer" in args.stages:
+                measure_peer(table, model, load, prompts[: 2 * ROWS])
+            if "scores" in args.stages:
+                requests = task_requests(test, shots_from, rows, args.limit, 4 * args.limit)
+                measure_scores(table, model, load, tokenizer, requests)
+            del model
         if "pairs in int8" in args.stages:
             model, load = loaded(load_for_inference, folder, "int8")
             measure_pairs(table, "pairs in int8", model, load, prompts, args.rows[-1])
@@ -242,7 +246,7 @@ def main():
         if "dpo" in args.stages:
             measure_dpo(table, folder, tokenizer, questions, args.dpo_steps)
     if args.json:
-        args.json.write_text(json.dumps(table.rows, indent=2) + "\n")
+        atomic_write_text(args.json, json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

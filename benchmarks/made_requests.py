@@ -5,6 +5,8 @@ import random
 
 from grath.common.files import read_json_lines
 from grath.common.paths import PROJECT
+from grath.modeling.chat import prompt_ids, template_for
+from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_hub_split, load_questions
 
 SUBJECTS = 57
@@ -60,6 +62,32 @@ def mmlu_requests(count, words, shots=5):
             question = head + ask()
             requests += [(question, f" {letter}") for letter in "ABCD"]
     return requests
+
+
+def task_requests(test, shots_from, rows, swag, mmlu):
+    """Build the requests of all tasks.
+
+    Args:
+        test, shots_from: ARC's questions, and those from which its examples are drawn.
+        rows: TruthfulQA's rows.
+        swag, mmlu: numbers of questions to make.
+
+    Returns:
+        dict: task -> (requests, number of its questions).
+    """
+    words = " ".join(question["question"] for question in shots_from).split()
+    return {
+        "arc_challenge": (arc_requests(test, shots_from), len(test)),
+        "hellaswag": (hellaswag_requests(swag, words), swag),
+        "mmlu": (mmlu_requests(mmlu, words), mmlu),
+        "truthfulqa": (truthfulqa_requests(rows, words), len(rows)),
+    }
+
+
+def pair_prompts(tokenizer, questions):
+    """Tokenize the prompts of the pairs as for Llama-2, with six few-shot examples: lists of ids."""
+    template, demos = template_for(tokenizer, "llama2"), load_demos("truthfulqa")
+    return [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
 
 
 def load_data(limit):
