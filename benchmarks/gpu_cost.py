@@ -32,6 +32,7 @@ from grath.common.files import atomic_write_text
 from grath.common.paths import PROJECT
 from grath.modeling.loading import load_tokenizer
 from grath.modeling.memory import CARDS, CONTEXT, USABLE, dpo_memory, fitting_pairs, fitting_rows, llama_2, weight_bytes
+from grath.modeling.norms import fuse_norms
 
 # An 8-bit linear layer on a GPU: operators and host synchronizations (bitsandbytes 0.50, backends/cuda/ops.py), and the
 # milliseconds that it adds: a step of a 7B model takes 155 ms instead of 33 (bitsandbytes-foundation/bitsandbytes#347).
@@ -74,7 +75,7 @@ def count_7b(questions, run):
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**LLAMA_2_7B | {"num_hidden_layers": layers})).half().eval()
         count = Count(questions)
-        operators, python = counter(count, model)
+        operators, python = counter(count, fuse_norms(model))
         with python, operators:
             run(model, python)
         counts.append(count)

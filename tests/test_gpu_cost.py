@@ -67,7 +67,7 @@ def test_the_layers_that_are_not_run_are_counted(monkeypatch, llama_tokenizer):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**gpu_cost.LLAMA_2_7B)).half().eval()
     direct = gpu_cost.Count(10)
-    operators, python = gpu_cost.counter(direct, model)
+    operators, python = gpu_cost.counter(direct, gpu_cost.fuse_norms(model))
     with python, operators:
         run(model, python)
     assert len(ours.forwards) == len(direct.forwards) > 2

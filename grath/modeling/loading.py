@@ -9,6 +9,7 @@ from grath.common.files import hash_of, read_json, sha256
 from grath.common.paths import ADAPTER, resolve_local
 from grath.modeling.cpu_matmul import prepare_linear_layers
 from grath.modeling.memory import read_shape
+from grath.modeling.norms import fuse_norms
 from grath.modeling.precision import DTYPES, compute_dtype, quantization_config
 
 # What is read of each end of a tensor to identify a model.
@@ -102,11 +103,11 @@ def load_model(name, precision, trainable=False):
 
 
 def load_for_inference(name, precision):
-    """Load a model as `load_model` does, in evaluation mode and with the fastest matrix products of this CPU.
+    """Load a model as `load_model` does, in evaluation mode, with fused norms and the fastest products of this CPU.
 
     The model can neither be trained nor saved, see `prepare_linear_layers`.
     """
-    return prepare_linear_layers(load_model(name, precision)).eval()
+    return fuse_norms(prepare_linear_layers(load_model(name, precision))).eval()
 
 
 def check_model(name, weights=True):
