@@ -64,8 +64,8 @@ def parse_args():
     add(
         "--batch_size",
         type=positive_int,
-        help="questions in a batch, in each process (as many as a GPU's memory takes, at most 256; 64 on a CPU), or at "
-        "each server (512)",
+        help="questions in a batch, in each process (as many as a GPU's memory takes, at most 256; 64 on a CPU or with "
+        "`generate`), or at each server (512)",
     )
     add(
         "--engine",

@@ -18,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -186,7 +187,7 @@ def dpo(tokenizer, questions, steps, batch):
         model = load_model(f"{folder}/model", "fp4", trainable=True)
         width = LLAMA_2_7B["hidden_size"] / NARROW["hidden_size"]
         operators, python = counter(count, model, width, products_of_a_pass)
-        with python, operators:
+        with python, operators, redirect_stdout(sys.stderr):
             trainer = GrathDPOTrainer(
                 model=model, args=arguments, train_dataset=sample, processing_class=tokenizer,
                 peft_config=lora_config(), reference="rolling",
@@ -207,7 +208,8 @@ def dpo(tokenizer, questions, steps, batch):
                 count.forwards[-1].host += weights * HOST_US["forward"] * 1e-6
 
         trainer.add_callback(PagedAdamW())
-        with python, operators:
+        # The trainer's log is no part of the tables.
+        with python, operators, redirect_stdout(sys.stderr):
             trainer.train()
     training = count.forwards[len(of_reference) :]
     for forwards, factor in ((of_reference, 2), (training, 4)):

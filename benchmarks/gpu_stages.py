@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from generation import copied
@@ -84,8 +85,8 @@ def drawn_lengths(end):
         SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = forward, greedy
 
 
-def add_row(table, name, load, questions, seconds, minutes, **more):
-    """Add a stage's figures to `table` (dict), and print them."""
+def add_row(table, file, name, load, questions, seconds, minutes, **more):
+    """Add a stage's figures to `table` (dict), print them, and write the table to a JSON file, if there is one."""
     import torch
 
     peak = torch.cuda.max_memory_allocated() * 1e-9 if torch.cuda.is_available() else 0.0
@@ -99,6 +100,8 @@ def add_row(table, name, load, questions, seconds, minutes, **more):
     }
     extra = "".join(f"  {key} {value:.2f}" for key, value in more.items())
     print(f"{name:16}{load:8.1f}{questions:11}{seconds:9.1f}{minutes:9.2f}{peak:9.1f}{extra}", flush=True)
+    if file:
+        atomic_write_text(file, json.dumps(table, indent=2) + "\n")
 
 
 def timed(work):
@@ -121,7 +124,7 @@ def loaded(load, *args):
     return models.pop(), seconds
 
 
-def measure_pairs(table, name, model, load, prompts, rows):
+def measure_pairs(add_row, name, model, load, prompts, rows):
     from grath.generation.engine import generate_shared_prefix
 
     end, lengths = model.config.vocab_size - 1, []
@@ -134,20 +137,20 @@ def measure_pairs(table, name, model, load, prompts, rows):
         )
     tokens = sum(lengths)
     minutes = seconds / len(prompts) * QUESTIONS / 60
-    add_row(table, name, load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
+    add_row(name, load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
 
 
-def measure_peer(table, model, load, prompts):
+def measure_peer(add_row, model, load, prompts):
     settings = {"batch_size": ROWS, "max_new_tokens": LONGEST, "eos_ids": [model.config.vocab_size - 1]}
     copied(model, prompts[:8], settings | {"max_new_tokens": 2})
     seconds = timed(lambda: copied(model, prompts, settings))
     minutes = seconds / len(prompts) * QUESTIONS / 60
     # The completions that the rows need, of batches as long as their longest one.
     tokens = len(prompts) * (SHORTEST + LONGEST) / 2
-    add_row(table, "pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
+    add_row("pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
 
 
-def measure_dpo(table, folder, tokenizer, questions, steps):
+def measure_dpo(add_row, folder, tokenizer, questions, steps):
     import torch
     from transformers import TrainerCallback
 
@@ -186,10 +189,10 @@ def measure_dpo(table, folder, tokenizer, questions, steps):
         trainers[0].train()
     step = (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
     minutes = (reference / len(dataset) * QUESTIONS + STEPS * step) / 60
-    add_row(table, "dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
+    add_row("dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
 
 
-def measure_scores(table, model, load, tokenizer, requests):
+def measure_scores(add_row, model, load, tokenizer, requests):
     from lm_eval.api.instance import Instance
 
     from grath.evaluation.harness import register_shared_context_model
@@ -200,7 +203,7 @@ def measure_scores(table, model, load, tokenizer, requests):
         instances = [Instance("loglikelihood", {}, request, 0) for request in asked]
         lm.loglikelihood(instances[:8], disable_tqdm=True)
         seconds = timed(lambda asked=instances: lm.loglikelihood(asked, disable_tqdm=True))
-        add_row(table, name, load, questions, seconds, seconds / questions * PUBLISHED[name] / 60)
+        add_row(name, load, questions, seconds, seconds / questions * PUBLISHED[name] / 60)
 
 
 def main():
@@ -215,6 +218,8 @@ def main():
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to measure")
     add("--json", type=Path, metavar="FILE", help="also write the figures to a JSON file")
     args = parser.parse_args()
+    if args.dpo_steps < WARM_UP + 2:
+        raise UserError(f"--dpo_steps {args.dpo_steps}: the first {WARM_UP + 1} are not measured")
     import torch
 
     if not torch.cuda.is_available() and args.layers == LLAMA_2_7B["num_hidden_layers"]:
@@ -222,7 +227,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     questions, test, rows, shots_from = load_data(args.limit)
     prompts = pair_prompts(tokenizer, questions)
-    table = {}
+    row = partial(add_row, {}, args.json)
     print(f"{'stage':16}{'load s':>8}{'questions':>11}{'seconds':>9}{'minutes':>9}{'peak GB':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if not args.model:
@@ -232,21 +237,19 @@ def main():
             model, load = loaded(load_for_inference, folder, "fp16")
             if "pairs" in args.stages:
                 for number in args.rows:
-                    measure_pairs(table, f"pairs, {number} rows", model, load, prompts, number)
+                    measure_pairs(row, f"pairs, {number} rows", model, load, prompts, number)
             if "peer" in args.stages:
-                measure_peer(table, model, load, prompts[: 2 * ROWS])
+                measure_peer(row, model, load, prompts[: 2 * ROWS])
             if "scores" in args.stages:
                 requests = task_requests(test, shots_from, rows, args.limit, 4 * args.limit)
-                measure_scores(table, model, load, tokenizer, requests)
+                measure_scores(row, model, load, tokenizer, requests)
             del model
         if "pairs in int8" in args.stages:
             model, load = loaded(load_for_inference, folder, "int8")
-            measure_pairs(table, "pairs in int8", model, load, prompts, args.rows[-1])
+            measure_pairs(row, "pairs in int8", model, load, prompts, args.rows[-1])
             del model
         if "dpo" in args.stages:
-            measure_dpo(table, folder, tokenizer, questions, args.dpo_steps)
-    if args.json:
-        atomic_write_text(args.json, json.dumps(table, indent=2) + "\n")
+            measure_dpo(row, folder, tokenizer, questions, args.dpo_steps)
 
 
 if __name__ == "__main__":

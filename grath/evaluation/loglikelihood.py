@@ -7,7 +7,7 @@ from itertools import accumulate, chain, pairwise
 import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits
-from grath.generation.cache import NO_END, common_prefix_length, prefill_prefix, upload
+from grath.generation.cache import NO_END, common_prefix_length, download, prefill_prefix, upload
 from grath.modeling.memory import LOGITS_CHUNK
 
 # Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
@@ -125,7 +125,8 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
         ]
         targets = _Targets(targets, model.device)
         hidden = cache.forward_trees(model, [row[:3] for row in rows])
-        yield partial(_read, {i: trees[i][1] for i in batch}, targets, _token_log_probs(model, hidden, targets))
+        found = download(_token_log_probs(model, hidden, targets))
+        yield partial(_read, {i: trees[i][1] for i in batch}, targets, found)
 
 
 def _read(answers_of, targets, found):
@@ -134,9 +135,9 @@ def _read(answers_of, targets, found):
     Args:
         answers_of: dict of the index of a tree -> its answers.
         targets: `_Targets`.
-        found: what `_token_log_probs` returned.
+        found: function that waits for what `_token_log_probs` returned, and returns it as lists.
     """
-    ordered = sorted(zip(targets.order, *found.tolist(), strict=True))
+    ordered = sorted(zip(targets.order, *found(), strict=True))
     log_probs = ((log_prob, bool(greedy)) for _, log_prob, greedy in ordered)
     results = []
     for tree, answers in answers_of.items():

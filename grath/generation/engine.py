@@ -11,9 +11,6 @@ from grath.generation.hf import generate_hf, truncate_at_eos
 from grath.generation.prompt_lookup import LONGEST_DRAFT, NgramIndex
 from grath.modeling.memory import DRAFT_TOKENS, PREFILL_BATCH
 
-# Free rows that are worth a prefill, in batches of 64 rows or more.
-WORTH_A_PREFILL = 8
-
 
 def select_generate_fn(model, prompts, max_new_tokens):
     """Select the generation function for a model: the shared-prefix engine if it supports the model.
@@ -45,7 +42,7 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, 
         batch = _ActiveBatch(model, cache, max_new_tokens, eos_ids, on_done)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
         # A prefill costs as many kernel launches as a step, so it waits until an eighth of the rows are free.
-        enough = min(WORTH_A_PREFILL, max(1, cache.rows // WORTH_A_PREFILL))
+        enough = min(PREFILL_BATCH, max(1, cache.rows // 8))
         while waiting or batch.prompts:
             free = cache.rows - len(batch.prompts)
             if waiting and (free >= min(enough, len(waiting)) or not batch.prompts):

@@ -21,7 +21,7 @@ USABLE = 0.9
 CARDS = {"24 GB": 23.6e9, "48 GB": 47.6e9, "80 GB": 84.9e9}
 
 # Few-shot examples, and a prompt after them with its response: tokens. Six examples of the paper are about 700.
-PAIRS_PREFIX, PAIRS_PROMPT, PREFILL_BATCH = 700, 100, 16
+PAIRS_PREFIX, PAIRS_PROMPT, PREFILL_BATCH = 700, 150, 16
 PAIRS_OWN = PAIRS_PROMPT + 100
 DRAFT_TOKENS = 64  # a step drafts at most so many tokens, or one for each row if these are more
 # MMLU's longest five examples, and the longest row after a prefix.

@@ -91,7 +91,7 @@ GROUPS = {
         Setting("MAX_NEW_TOKENS", "100", COUNT, "pairs", "maximum number of tokens of a response", "100"),
         Setting("PAIRS_BATCH_SIZE", "", COUNT_OR_EMPTY, None,
                 "questions at once on this machine (in int8, responses depend on it); empty: as many as the GPU's "
-                "memory takes, at most 256; 64 on a CPU; 512 at each server", "1"),
+                "memory takes, at most 256; 64 on a CPU and with `generate`; 512 at each server", "1"),
         Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
                 "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
     ],

@@ -5,6 +5,7 @@ import torch
 from support import FAMILIES, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grath.evaluation import loglikelihood
 from grath.evaluation.loglikelihood import window_loglikelihoods
 from grath.generation import attention
 from grath.generation.attention import explicit_attention, fused_attention, fused_kernels_differ, select_attention_fn
@@ -138,6 +139,16 @@ def test_one_synchronization_for_each_forward_pass(monkeypatch):
         assert len(reads) == len(forwards) - 1 > 2 and not uploads
     # A batch of scores is read when the next one has been launched.
     assert forwards == [0, 0, *range(len(forwards) - 2)]
+
+
+def test_results_are_copied_before_the_next_batch_is_launched(monkeypatch):
+    """What is copied later waits for the next batch's kernels too."""
+    model, launched, copied = tiny("llama"), [], []
+    model.model.register_forward_pre_hook(lambda *_: launched.append(1))
+    monkeypatch.setattr(loglikelihood, "download", lambda tensor: copied.append(len(launched)) or tensor.tolist)
+    scored(model, [((*range(1, 45), i, j), (5, 4)) for i in range(50) for j in range(3)])
+    # The first forward pass is the prefix's.
+    assert copied == [*range(2, len(launched) + 1)] and len(copied) > 2
 
 
 def test_a_prefill_waits_until_an_eighth_of_the_rows_are_free(monkeypatch):

@@ -129,6 +129,20 @@ def test_the_check_describes_the_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no work in a queue")
+def test_results_are_read_while_later_work_runs():
+    from grath.generation.cache import download
+
+    numbers, large = torch.arange(3, device="cuda"), torch.ones(8192, 8192, dtype=torch.float16, device="cuda")
+    large @ large  # chooses the kernel
+    torch.cuda.synchronize()
+    read = download(numbers)
+    for _ in range(200):
+        large @ large
+    assert read() == [0, 1, 2] and not torch.cuda.current_stream().query()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes has paged optimizers on a GPU only")
 def test_paged_adamw(monkeypatch, tiny_llama, pair_file, tmp_path):
     monkeypatch.setenv("DEVICE", "")

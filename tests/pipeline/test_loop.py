@@ -56,6 +56,7 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
     first = f"data/iter0_arcc_num_{questions}_useGT_False_useFS_True.json"
     assert all(first in line.split("--ori_data_path")[1] for line in combines)
     assert all(line.endswith("--report_to none ") for line in trainings)
+    assert "--batch_size" not in done.stdout
     if "smollm2" not in preset:
         assert all("--learning_rate 5e-4" in line and "--warmup_steps 100 " in line for line in trainings)
 
@@ -106,9 +107,9 @@ def test_the_same_command_elsewhere_gives_the_same_bytes(llama_run, tmp_path):
     assert [file.name for file in made if file.read_bytes() != (run / file.relative_to(again)).read_bytes()] == []
 
 
-def test_a_training_can_be_watched_elsewhere():
-    done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb"})
-    assert done.stdout.count("--report_to wandb ") == 2
+def test_a_training_can_be_watched_elsewhere_and_the_rows_of_pairs_set():
+    done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb", "PAIRS_BATCH_SIZE": "7"})
+    assert done.stdout.count("--report_to wandb ") == done.stdout.count("--batch_size 7 ") == 2
 
 
 def test_a_tracker_that_is_not_there_is_refused_at_the_start(tiny_llama, tmp_path):
