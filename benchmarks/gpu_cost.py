@@ -187,7 +187,7 @@ def dpo(tokenizer, questions, steps, batch):
         model = load_model(f"{folder}/model", "fp4", trainable=True)
         width = LLAMA_2_7B["hidden_size"] / NARROW["hidden_size"]
         operators, python = counter(count, model, width, products_of_a_pass)
-        with python, operators, redirect_stdout(sys.stderr):
+        with python, operators:
             trainer = GrathDPOTrainer(
                 model=model, args=arguments, train_dataset=sample, processing_class=tokenizer,
                 peft_config=lora_config(), reference="rolling",
@@ -208,8 +208,7 @@ def dpo(tokenizer, questions, steps, batch):
                 count.forwards[-1].host += weights * HOST_US["forward"] * 1e-6
 
         trainer.add_callback(PagedAdamW())
-        # The trainer's log is no part of the tables.
-        with python, operators, redirect_stdout(sys.stderr):
+        with python, operators:
             trainer.train()
     training = count.forwards[len(of_reference) :]
     for forwards, factor in ((of_reference, 2), (training, 4)):
@@ -327,9 +326,10 @@ def main():
         in_int8, in_fp16 = (pairs_with(fitting_rows(SHAPE, precision, room)) for precision in ("int8", "fp16"))
         add_count(f"pairs{card}", with_weights(with_int8(in_int8), "int8"))
         add_count(f"pairs in fp16{card}", with_weights(in_fp16, "fp16"))
-    for card, room in cards.items():
-        batch = fitting_pairs(SHAPE, "fp4", room)
-        add_count(f"dpo{card}", dpo(tokenizer, questions, args.dpo_steps, batch))
+    with redirect_stdout(sys.stderr):  # the training's log is no part of the tables
+        for card, room in cards.items():
+            batch = fitting_pairs(SHAPE, "fp4", room)
+            add_count(f"dpo{card}", dpo(tokenizer, questions, args.dpo_steps, batch))
     shared = register_shared_context_model()
     for name, (asked, number) in requests.items():
         add_count(name, with_weights(scores(shared, tokenizer, asked, number), "fp16"))

@@ -77,7 +77,7 @@ def counter(count, model, width=1, products=None):
         current.tokens = args[0].numel()
         if products:
             current.gpu = {gpu: seconds + products(gpu, current.tokens) for gpu, seconds in current.gpu.items()}
-        python.shape = args[0].shape
+        python.shape, python.in_flight = args[0].shape, True
 
     model.base_model.register_forward_pre_hook(begin)
     model.get_input_embeddings().register_forward_pre_hook(embed)
@@ -138,18 +138,21 @@ def counter(count, model, width=1, products=None):
     class Python(TorchFunctionMode):
         """Answers what needs values, which the `meta` device does not have."""
 
-        shape, uploaded = None, None
+        shape, uploaded, in_flight = None, None, False
         answer = staticmethod(lambda shape: torch.zeros(shape).tolist())
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             kwargs = kwargs or {}
             if func is torch.Tensor.tolist:
                 current.host_syncs += 1
+                self.in_flight = False
                 if args[0].device.type == "meta":
                     with torch._C.DisableTorchFunction():
                         return self.answer(tuple(args[0].shape))
             if func is torch.tensor:
                 self.uploaded = args[0]
+                # A transfer from ordinary memory waits for the kernels before it.
+                current.host_syncs += self.in_flight and "device" in kwargs
             if func is torch.nn.functional.scaled_dot_product_attention and args[0].device.type == "meta":
                 # On a GPU, causal attention is one kernel.
                 kernel = aten._scaled_dot_product_flash_attention

@@ -19,6 +19,7 @@ def test_every_stage_is_counted(tiny_llama, tmp_path):
     done = call(sys.executable, script, *small, "--markdown", "--json", file, env={"DATASETS_ROOT": ""})
     content = json.loads(file.read_text())
     assert set(STAGES) <= set(content["stages"]) and content["total_minutes"] > 0
+    assert done.stdout.startswith("| stage |")
     for name, stage in content["stages"].items():
         assert set(stage) >= COUNTED and min(stage[key] for key in COUNTED) >= 0, name
         assert f"| {name} | {stage['questions']:,} | {stage['forwards']:,} | {stage['launches']:,} |" in done.stdout
