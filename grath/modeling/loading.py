@@ -103,11 +103,13 @@ def load_model(name, precision, trainable=False):
 
 
 def load_for_inference(name, precision):
-    """Load a model as `load_model` does, in evaluation mode, with fused norms and the fastest products of this CPU.
+    """Load a model as `load_model` does, in evaluation mode: on a CPU with its fastest products, else with fused norms.
 
     The model can neither be trained nor saved, see `prepare_linear_layers`.
     """
-    return fuse_norms(prepare_linear_layers(load_model(name, precision))).eval()
+    model = prepare_linear_layers(load_model(name, precision)).eval()
+    # On a CPU, fused norms would save nothing.
+    return model if model.device.type == "cpu" else fuse_norms(model)
 
 
 def check_model(name, weights=True):

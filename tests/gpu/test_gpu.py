@@ -15,7 +15,7 @@ from support import BUNDLED, PROJECT, call, call_here, rows, tiny
 from grath.evaluation.loglikelihood import window_loglikelihoods
 from grath.generation.attention import explicit_attention, fused_kernels_differ, partial_attention
 from grath.generation.engine import generate_shared_prefix
-from grath.modeling.loading import load_model, load_tokenizer
+from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -89,6 +89,12 @@ def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, p
     )  # fmt: skip
     log = [row for row in rows(out / "training_log.jsonl") if "loss" in row]
     assert float(log[-1]["loss"]) < float(log[0]["loss"]) and all(float(row["grad_norm"]) > 0 for row in log[:2])
+
+
+def test_norms_are_one_operator_on_a_gpu(device, tiny_llama):
+    model = load_for_inference(str(tiny_llama), "fp32")
+    norms = [module for name, module in model.named_modules() if "norm" in name]
+    assert norms and all(("forward" in vars(norm)) == (model.device.type == "cuda") for norm in norms)
 
 
 def test_scores_equal_those_of_hf_in_fp32(device, tiny_llama, tmp_path):

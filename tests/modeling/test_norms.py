@@ -5,7 +5,6 @@ import torch
 from support import tiny
 
 from grath.generation.attention import FAMILIES
-from grath.modeling.loading import load_for_inference
 from grath.modeling.norms import fuse_norms
 
 
@@ -41,8 +40,3 @@ def test_the_norm_is_rounded_once(dtype):
 def test_other_norms_stay_as_they_are():
     model = tiny("gemma")
     assert norms_of(model) and not any("forward" in vars(norm) for norm in norms_of(fuse_norms(model)).values())
-
-
-def test_models_are_loaded_with_fused_norms(tiny_llama):
-    norms = norms_of(load_for_inference(str(tiny_llama), "fp32"))
-    assert norms and all("forward" in vars(norm) for norm in norms.values())
