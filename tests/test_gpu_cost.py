@@ -7,6 +7,8 @@ import sys
 import pytest
 from support import PROJECT, call, cells_of
 
+from grath.common.errors import UserError
+
 STAGES = ("pairs", "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa")
 COUNTED = {"questions", "forwards", "launches", "host_syncs", "tokens", "peak_gb", "minutes"}
 
@@ -90,6 +92,9 @@ def test_the_stages_are_measured(monkeypatch, tiny_llama, tmp_path):
     small = ["--limit", "3", "--layers", "2", "--rows", "4", "--dpo_steps", "6", "--tokenizer", str(tiny_llama)]
     monkeypatch.setattr(sys, "argv", ["gpu_stages.py", *small, "--json", str(file)])
     gpu_stages.main()
+    monkeypatch.setattr(sys, "argv", ["gpu_stages.py", "--dpo_steps", "5"])
+    with pytest.raises(UserError, match="the first 5 are not measured"):
+        gpu_stages.main()
     stages = json.loads(file.read_text())
     of_pairs = {"pairs, 4 rows", "pairs, copied", "pairs in int8"}
     assert set(stages) == {*of_pairs, "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa"}
