@@ -85,7 +85,7 @@ def drawn_lengths(end):
         SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = forward, greedy
 
 
-def add_row(table, file, name, load, questions, seconds, minutes, **more):
+def add_figures(table, file, name, load, questions, seconds, minutes, **more):
     """Add a stage's figures to `table` (dict), print them, and write the table to a JSON file, if there is one."""
     import torch
 
@@ -227,7 +227,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     questions, test, rows, shots_from = load_data(args.limit)
     prompts = pair_prompts(tokenizer, questions)
-    row = partial(add_row, {}, args.json)
+    add_row = partial(add_figures, {}, args.json)
     print(f"{'stage':16}{'load s':>8}{'questions':>11}{'seconds':>9}{'minutes':>9}{'peak GB':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if not args.model:
@@ -237,19 +237,19 @@ def main():
             model, load = loaded(load_for_inference, folder, "fp16")
             if "pairs" in args.stages:
                 for number in args.rows:
-                    measure_pairs(row, f"pairs, {number} rows", model, load, prompts, number)
+                    measure_pairs(add_row, f"pairs, {number} rows", model, load, prompts, number)
             if "peer" in args.stages:
-                measure_peer(row, model, load, prompts[: 2 * ROWS])
+                measure_peer(add_row, model, load, prompts[: 2 * ROWS])
             if "scores" in args.stages:
                 requests = task_requests(test, shots_from, rows, args.limit, 4 * args.limit)
-                measure_scores(row, model, load, tokenizer, requests)
+                measure_scores(add_row, model, load, tokenizer, requests)
             del model
         if "pairs in int8" in args.stages:
             model, load = loaded(load_for_inference, folder, "int8")
-            measure_pairs(row, "pairs in int8", model, load, prompts, args.rows[-1])
+            measure_pairs(add_row, "pairs in int8", model, load, prompts, args.rows[-1])
             del model
         if "dpo" in args.stages:
-            measure_dpo(row, folder, tokenizer, questions, args.dpo_steps)
+            measure_dpo(add_row, folder, tokenizer, questions, args.dpo_steps)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from support import PROJECT, call, cells_of
 
 from grath.common.errors import UserError
+from grath.modeling.norms import fuse_norms
 
 STAGES = ("pairs", "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa")
 COUNTED = {"questions", "forwards", "launches", "host_syncs", "tokens", "peak_gb", "minutes"}
@@ -70,7 +71,7 @@ def test_the_layers_that_are_not_run_are_counted(monkeypatch, llama_tokenizer):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**gpu_cost.LLAMA_2_7B)).half().eval()
     direct = gpu_cost.Count(10)
-    operators, python = gpu_cost.counter(direct, gpu_cost.fuse_norms(model))
+    operators, python = gpu_cost.counter(direct, fuse_norms(model))
     with python, operators:
         run(model, python)
     assert len(ours.forwards) == len(direct.forwards) > 2
@@ -78,6 +79,15 @@ def test_the_layers_that_are_not_run_are_counted(monkeypatch, llama_tokenizer):
         assert ours.total(name) == pytest.approx(direct.total(name), rel=1e-9), name
     assert ours.seconds("H100 80 GB") == pytest.approx(direct.seconds("H100 80 GB"), rel=1e-9)
     assert ours.peak_bytes == direct.peak_bytes
+
+
+def test_too_few_steps_to_measure_are_refused(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    import gpu_stages
+
+    monkeypatch.setattr(sys, "argv", ["gpu_stages.py", "--dpo_steps", "5"])
+    with pytest.raises(UserError, match="the first 5 are not measured"):
+        gpu_stages.main()
 
 
 @pytest.mark.slow
@@ -92,9 +102,6 @@ def test_the_stages_are_measured(monkeypatch, tiny_llama, tmp_path):
     small = ["--limit", "3", "--layers", "2", "--rows", "4", "--dpo_steps", "6", "--tokenizer", str(tiny_llama)]
     monkeypatch.setattr(sys, "argv", ["gpu_stages.py", *small, "--json", str(file)])
     gpu_stages.main()
-    monkeypatch.setattr(sys, "argv", ["gpu_stages.py", "--dpo_steps", "5"])
-    with pytest.raises(UserError, match="the first 5 are not measured"):
-        gpu_stages.main()
     stages = json.loads(file.read_text())
     of_pairs = {"pairs, 4 rows", "pairs, copied", "pairs in int8"}
     assert set(stages) == {*of_pairs, "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa"}

@@ -41,7 +41,7 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids, 
         cache = prefill_prefix(model, prompts[0][:length], min(batch_size, len(prompts)), capacity)
         batch = _ActiveBatch(model, cache, max_new_tokens, eos_ids, on_done)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-        # A prefill costs as many kernel launches as a step, so it waits until an eighth of the rows are free.
+        # A prefill costs as many launches as a step, so it waits until it is full or an eighth of the rows is free.
         enough = min(PREFILL_BATCH, max(1, cache.rows // 8))
         while waiting or batch.prompts:
             free = cache.rows - len(batch.prompts)

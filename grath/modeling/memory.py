@@ -20,7 +20,7 @@ USABLE = 0.9
 # Bytes that torch can use of cards that are sold as 24, 48 and 80 GB: an L4 or A10G, an L40S, an A100 or H100.
 CARDS = {"24 GB": 23.6e9, "48 GB": 47.6e9, "80 GB": 84.9e9}
 
-# Few-shot examples, and a prompt after them with its response: tokens. Six examples of the paper are about 700.
+# Tokens of the few-shot examples (the paper's six: about 700), and of a prompt after them (ARC's, for SmolLM2: to 132).
 PAIRS_PREFIX, PAIRS_PROMPT, PREFILL_BATCH = 700, 150, 16
 PAIRS_OWN = PAIRS_PROMPT + 100
 DRAFT_TOKENS = 64  # a step drafts at most so many tokens, or one for each row if these are more

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from support import BUNDLED, PROJECT, call, call_here, rows, tiny
+from support import BUNDLED, PROJECT, call, call_here, norms_of, rows, tiny
 
 from grath.evaluation.loglikelihood import window_loglikelihoods
 from grath.generation.attention import explicit_attention, fused_kernels_differ, partial_attention
@@ -93,7 +93,7 @@ def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, p
 
 def test_norms_are_one_operator_on_a_gpu(device, tiny_llama):
     model = load_for_inference(str(tiny_llama), "fp32")
-    norms = [module for name, module in model.named_modules() if "norm" in name]
+    norms = norms_of(model)
     assert norms and all(("forward" in vars(norm)) == (model.device.type == "cuda") for norm in norms)
 
 
