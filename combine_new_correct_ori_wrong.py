@@ -12,7 +12,8 @@ from pathlib import Path
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable
-from grath.pairs.files import combine, combined_path, is_combined, read_pairs, write_pairs
+from grath.common.layout import combined_path
+from grath.pairs.files import combine, is_combined, read_pairs, write_pairs
 
 
 def main():

@@ -11,7 +11,8 @@ and incorrect. N is the number of questions asked. Responses that do not parse a
 Decoding is greedy. In fp32, the same arguments give the same file, byte for byte, for every batch size and number of
 processes. In 16 and 4 bit, a token may differ where two logits tie within rounding. In int8, a response depends on its
 batch, because bitsandbytes picks outlier columns over all rows. Each response is saved at once: after an interruption,
-the same command asks only the questions that are left.
+the same command asks only the questions that are left. {file}.record.json says what the file was made from: the same
+command does nothing then, and another one that would write the same file is refused.
 
     python create_pair_responses.py --engine server --server_url http://host:8000 ...     see docs/scaling.md
 
@@ -19,26 +20,24 @@ asks inference servers with the OpenAI completions API instead. The key, if they
 """
 
 import time
-from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
+from grath.common import defaults
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
-from grath.common.files import check_writable
+from grath.common.files import check_writable, sha256
+from grath.common.layout import pair_file_name, record_path
+from grath.common.record import read_record, recording
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.modeling.devices import init_distributed
 from grath.modeling.loading import load_tokenizer
-from grath.modeling.precision import PRECISIONS, SERVER, resolve_precision
-from grath.pairs.files import pair_file_name, write_pairs
+from grath.modeling.precision import PRECISIONS, SERVER
+from grath.pairs.files import write_pairs
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
-from grath.pairs.responses import (
-    load_responses,
-    parse_response,
-    remove_responses,
-    responses_fingerprint,
-    save_responses,
-)
+from grath.pairs.record import describe_pairs, is_finished, settings_of
+from grath.pairs.responses import load_responses, parse_response, parse_responses, remove_responses, save_responses
 from grath.pairs.stats import count_identical, mean_words
 from grath.pairs.truth import format_signal, truth_signal
 
@@ -50,22 +49,24 @@ def parse_args():
     add("--save_prefix", required=True, help="beginning of the file name, for example iter0_arcc")
     add("--useFS", action="store_true", help="put six few-shot examples before the question (the paper's choice)")
     add("--useGT", action="store_true", help="show the model a correct and an incorrect candidate from the choices")
-    add("--data_name", default="allenai/ai2_arc", help="hub data set in the ARC schema, or a local folder of that name")
-    add("--subdata_name", default="ARC-Challenge", help="its configuration")
-    add("--split", default="train", help="its split")
+    add(
+        "--data_name", default=defaults.DATA_NAME, help="hub data set in the ARC schema, or a local folder of that name"
+    )
+    add("--subdata_name", default=defaults.SUBDATA_NAME, help="its configuration")
+    add("--split", default=defaults.SPLIT, help="its split")
     add("--data_path", help="local JSON-lines file in the ARC schema, instead of --data_name")
     add("--num_query", type=positive_int, help="ask only the first N questions; if left out, all")
     add("--tokenizer_name", help="tokenizer's name or folder; if left out, the model's")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template; auto: the tokenizer's own")
-    add("--demos", default="truthfulqa", help="few-shot examples for --useFS: a name in demos/ or a JSON file")
+    add("--demos", default=defaults.DEMOS, help="few-shot examples for --useFS: a name in demos/ or a JSON file")
     add("--seed", type=int, default=0, help="draws the incorrect candidate for --useGT")
     add("--save_dir", type=Path, default=Path("data/truthfulness"), help="folder of the pair file")
-    add("--max_new_tokens", type=positive_int, default=100, help="maximum tokens of a response")
+    add("--max_new_tokens", type=positive_int, default=defaults.MAX_NEW_TOKENS, help="maximum tokens of a response")
     add(
         "--batch_size",
         type=positive_int,
-        help="questions in a batch, in each process (as many as a GPU's memory takes, at most 256; 64 on a CPU or with "
-        "`generate`), or at each server (512)",
+        help="questions in a batch, in each process (256 on a GPU, halved while they do not fit into its memory; 64 on "
+        "a CPU or with `generate`), or at each server (512)",
     )
     add(
         "--engine",
@@ -74,15 +75,26 @@ def parse_args():
         help="shared_prefix: compute the common prefix once; generate: transformers' generate; server: --server_url",
     )
     add("--server_url", nargs="+", help="servers of --engine server, which share the questions")
-    add("--server_timeout", type=positive_int, default=600, help="seconds to wait for a server that does not respond")
+    add(
+        "--server_timeout",
+        type=positive_int,
+        default=defaults.SERVER_TIMEOUT,
+        help="seconds to wait for a server that does not respond",
+    )
     add("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU")
-    return parser.parse_args()
+    add("--overwrite", action="store_true", help="replace a pair file of this name that was made in another way")
+    args = parser.parse_args()
+    if Path(args.save_prefix).name != args.save_prefix:
+        raise UserError(f"--save_prefix {args.save_prefix!r} must be a plain file name: use --save_dir for the folder")
+    if args.server_url and args.engine != SERVER:
+        raise UserError("--server_url needs --engine server")
+    if args.engine == SERVER and args.precision != "auto":
+        raise UserError("--precision: with --engine server, the server decides it")
+    return args
 
 
 def main():
     args = parse_args()
-    if Path(args.save_prefix).name != args.save_prefix:
-        raise UserError(f"--save_prefix {args.save_prefix!r} must be a plain file name: use --save_dir for the folder")
     check_writable(args.save_dir)
     demos = load_demos(args.demos) if args.useFS else []
     questions = load_questions(args.data_name, args.subdata_name, args.split, args.data_path)
@@ -90,66 +102,74 @@ def main():
         raise UserError(f"--num_query {args.num_query}: there are only {len(questions)} questions")
     questions = questions[: args.num_query]
     path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
-
-    if args.server_url and args.engine != SERVER:
-        raise UserError("--server_url needs --engine server")
-    if args.engine == SERVER and args.precision != "auto":
-        raise UserError("--precision: with --engine server, the server decides it")
-    precision = SERVER if args.engine == SERVER else resolve_precision(args.precision, "pairs")
+    messages = [build_messages(question, args.seed, args.useGT, demos) for question in questions]
+    earlier = read_record(record_path(path))
+    inputs = describe_pairs(args, questions, messages, earlier)
+    if is_finished(path, earlier, inputs, args.overwrite):
+        remove_responses(path)
+        print(f"{path} contains these pairs, finished; --overwrite writes them again")
+        return
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
-    prompts = [
-        prompt_ids(tokenizer, build_messages(question, args.seed, args.useGT, demos), template)
-        for question in questions
-    ]
+    prompts = [prompt_ids(tokenizer, turns, template) for turns in messages]
 
     from accelerate.utils import gather_object
 
-    from grath.generation.engines import open_engine
+    from grath.generation.select import open_generator
 
     state = init_distributed()
-    settings = (args.model_name_or_path, tokenizer, precision, args.max_new_tokens, args.batch_size)
-    with open_engine(args.engine, *settings, args.server_url, args.server_timeout) as (generate, window):
-        longest = max(map(len, prompts))
-        if window and longest + args.max_new_tokens > window:
-            raise UserError(
-                f"--max_new_tokens {args.max_new_tokens}: a prompt has {longest} tokens, and both together exceed the "
-                f"model's context window of {window}"
-            )
-        fingerprint = responses_fingerprint(args.model_name_or_path, prompts, precision, args.max_new_tokens)
-        with state.main_process_first():
-            responses = load_responses(path, fingerprint, state.is_main_process)
+    resumes = earlier and not args.overwrite
+    with state.main_process_first():
+        responses = load_responses(path, state.is_main_process) if resumes else {}
+    if responses:
+        state.print(f"{len(responses)} of {len(questions)} questions were answered before the interruption")
+    left = [i for i in range(len(questions)) if i not in responses]
+    with ExitStack() as stack:
+        if left:
+            settings = (tokenizer, inputs["precision"], args.max_new_tokens, args.batch_size)
+            servers = (args.server_url, args.server_timeout)
+            generator = stack.enter_context(open_generator(args.engine, args.model_name_or_path, *settings, *servers))
+            longest = max(map(len, prompts))
+            if generator.window and longest + args.max_new_tokens > generator.window:
+                raise UserError(
+                    f"--max_new_tokens {args.max_new_tokens}: a prompt has {longest} tokens, and both together exceed "
+                    f"the model's context window of {generator.window}"
+                )
+        if state.is_main_process:
+            args.save_dir.mkdir(parents=True, exist_ok=True)
+            if not resumes:
+                remove_responses(path)
+                path.unlink(missing_ok=True)
         state.wait_for_everyone()
-        if responses:
-            state.print(f"{len(responses)} of {len(questions)} questions were answered before the interruption")
-        start, asked = time.monotonic(), len(questions) - len(responses)
-        left = [i for i in range(len(questions)) if i not in responses]
+        record = stack.enter_context(
+            recording(record_path(path), inputs, earlier if resumes else None, state.is_main_process)
+        )
+        start = time.monotonic()
         with state.split_between_processes(left) as mine:
-            new = ask(generate, prompts, mine, path, fingerprint) if mine else {}
-    responses.update(gather_object(list(new.items())))
-    seconds = time.monotonic() - start
+            responses |= gather_object(list((ask(generator, prompts, mine, path) if mine else {}).items()))
+        seconds = time.monotonic() - start
+        rows = []
+        if state.is_main_process:
+            rows, dropped = parse_responses(questions, responses)
+            print_counts(rows, questions, dropped, len(left), seconds)
+            record |= {"model": args.model_name_or_path, "settings": settings_of(args), "rows": left and generator.rows}
+            record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
+        if rows:
+            write_pairs(path, rows)
+            record["files"] = {path.name: sha256(path)}
     if not state.is_main_process:
         return
-
-    rows, dropped = [], Counter()
-    for i, question in enumerate(questions):
-        answers, reason = parse_response(responses[i])
-        if answers:
-            rows.append({"question": question["question"], "correct": answers[0], "incorrect": answers[1]})
-        else:
-            dropped[reason] += 1
-    print_counts(rows, questions, dropped, asked, seconds)
+    remove_responses(path)
     if not rows:
+        record_path(path).unlink()
         raise UserError(
             f"none of {len(questions)} responses could be parsed, so {path} was not written: try "
             f"{'another --model_type' if args.useFS else '--useFS'}. The first response is {responses[0][:200]!r}"
         )
-    write_pairs(path, rows)
-    remove_responses(path)
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(generate, prompts, indices, path, fingerprint):
+def ask(generator, prompts, indices, path):
     """Generate responses to this process's prompts (`indices`), with a progress bar; save each response at once.
 
     Returns:
@@ -159,23 +179,18 @@ def ask(generate, prompts, indices, path, fingerprint):
     from tqdm import tqdm
 
     state = PartialState()
-    responses, parsed, tokens = {}, 0, 0
+    responses, parsed, tokens, start = {}, 0, 0, time.monotonic()
     process = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
     bar = tqdm(desc=process, total=len(indices), unit="question", disable=not state.is_main_process)
-    with bar, save_responses(path, fingerprint, state.process_index) as save:
-
-        def on_done(position, response, count):
-            nonlocal parsed, tokens
-            responses[indices[position]] = response
+    with bar, save_responses(path, state.process_index) as save:
+        for position, response, count in generator.generate([prompts[i] for i in indices]):
             save(indices[position], response)
+            responses[indices[position]] = response
             parsed += parse_response(response)[0] is not None
             tokens += count
             rate = tokens / (time.monotonic() - start)
             bar.set_postfix({"tokens/s": f"{rate:.0f}", "parsed": f"{parsed / len(responses):.0%}"}, refresh=False)
             bar.update()
-
-        start = time.monotonic()
-        generate([prompts[i] for i in indices], on_done)
     return responses
 
 

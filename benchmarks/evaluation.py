@@ -18,13 +18,13 @@ from generation import check_vllm, run_vllm
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
-from grath.common.paths import PROJECT
+from grath.common.layout import PROJECT
 from grath.modeling.devices import check_devices
 from grath.modeling.loading import resolve_base_and_adapter
 from grath.modeling.precision import DTYPES
 from grath.pairs.questions import load_questions
 
-TASKS = {
+WORKLOADS = {
     "truthfulqa": (["truthfulqa_mc1", "truthfulqa_mc2"], 0),
     "arc_challenge": (["arc_challenge"], 25),
     "letters": ([], 5),
@@ -60,10 +60,10 @@ def letter_requests(limit):
 
 
 def measure(lm, name, limit):
-    """Score one of `TASKS`; return (seconds without the load, list of log-likelihoods, dict of scores)."""
+    """Score one of `WORKLOADS`; return (seconds without the load, list of log-likelihoods, dict of scores)."""
     from lm_eval import simple_evaluate
 
-    tasks, shots = TASKS[name]
+    tasks, shots = WORKLOADS[name]
     seconds, log_likelihoods = 0.0, []
     original = type(lm).loglikelihood
 
@@ -119,21 +119,14 @@ def vllm_class():
 
 def load(way, base, adapter, args):
     """Load a model for one of `WAYS`; return an `HFLM`, whose `load_seconds` says how long it took."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
+    from grath.evaluation.harness import load_local
 
-    from grath.evaluation.harness import register_shared_context_model
-
-    # vLLM has the GPU to itself.
-    device = "cuda" if torch.cuda.is_available() and way != "vllm" else "cpu"
-    options = {"pretrained": base, "batch_size": args.batch_size, "device": device}
-    options |= {"peft": adapter} if adapter else {}
-    hf = {"dtype": DTYPES[args.dtype], "use_safetensors": True}
     start = time.perf_counter()
-    if way == "hf-shared":
-        lm = register_shared_context_model()(**options, precision=args.dtype)
+    if way == "vllm":  # which has the GPU to itself
+        options = {"dtype": DTYPES[args.dtype], "use_safetensors": True, "device": "cpu"}
+        lm = vllm_class()(pretrained=base, batch_size=args.batch_size, **options)
     else:
-        lm = (vllm_class() if way == "vllm" else HFLM)(**options, **hf)
+        lm = load_local(way, adapter or base, args.dtype, args.batch_size)
     lm.load_seconds = 0 if way == "vllm" else time.perf_counter() - start
     return lm
 
@@ -146,7 +139,7 @@ def main():
     add("--batch_size", type=positive_int, default=16, help="batch size")
     add("--limit", type=positive_int, default=20, help="questions per task")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS[:2]), help="ways to compare")
-    add("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS), help="tasks to score")
+    add("--tasks", nargs="+", choices=sorted(WORKLOADS), default=list(WORKLOADS), help="tasks to score")
     args = parser.parse_args()
     check_devices()
     if "vllm" in args.ways:

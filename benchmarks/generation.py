@@ -26,7 +26,7 @@ import psutil
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
-from grath.common.paths import PROJECT, resolve_local
+from grath.common.layout import PROJECT, resolve_local
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.modeling.loading import eos_token_ids, load_for_inference, load_model, load_tokenizer
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
@@ -73,7 +73,7 @@ def copied(model, prompts, settings):
 
 def engine(model, prompts, settings):
     """Generate with the shared-prefix engine."""
-    from grath.generation.engine import generate_shared_prefix
+    from grath.generation.shared_prefix import generate_shared_prefix
 
     completions = {}
     generate_shared_prefix(

@@ -1,4 +1,4 @@
-"""Measure on a GPU the stages of a 7B model, whose minutes benchmarks/gpu_cost.py computes.
+"""Measure on a GPU the stages of a 7B model.
 
     DATASETS_ROOT=../shared/hub python benchmarks/gpu_stages.py
 
@@ -20,27 +20,24 @@ from functools import partial
 from pathlib import Path
 
 from generation import copied
-from gpu_cost import (
-    LLAMA_2_7B,
-    LONGEST,
-    PAIRS_PER_STEP,
-    PUBLISHED,
-    QUESTIONS,
-    SHORTEST,
-    STEPS,
-    first_tokens,
-    following,
-    made_pairs,
-)
-from made_requests import load_data, pair_prompts, task_requests
+from made_requests import load_data, made_pairs, pair_prompts, task_requests
 
 from grath.common.arguments import Parser, positive_int
+from grath.common.defaults import MAX_STEPS, PAIRS_PER_STEP
 from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text
-from grath.common.paths import PROJECT
+from grath.common.layout import PROJECT
 from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
 
 STAGES = ("pairs", "peer", "pairs in int8", "dpo", "scores")
+LLAMA_2_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "max_position_embeddings": 4096,
+}  # fmt: skip
+# Questions of the published tasks.
+QUESTIONS = {"pairs": 1119, "arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 14_042, "truthfulqa": 817}
+# Tokens of a completion.
+SHORTEST, LONGEST = 40, 100
 ROWS = 64
 # The first steps of a training choose kernels and allocate.
 WARM_UP = 4
@@ -61,28 +58,35 @@ def save_model(folder, layers, tokenizer):
 
 
 @contextmanager
-def drawn_lengths(end):
-    """Let the engine compute its tokens, and replace them by those of completions whose lengths are drawn."""
-    from grath.generation.cache import SharedPrefixCache
-    from grath.generation.engine import _ActiveBatch
+def drawn_lengths(model):
+    """Give the shared-prefix engine completions of drawn lengths. The model computes its tokens nevertheless.
 
-    draw, forward, greedy = random.Random(0), SharedPrefixCache.forward, _ActiveBatch._greedy_tokens
+    A completion begins with the drawn number of tokens that follow, counts down to 0, and ends with the last token of
+    the vocabulary, which is the EOS.
+    """
+    import torch
 
-    def noted(cache, model, tokens, first, cache_lengths):
-        cache.noted = [token for row in tokens for token in row] if any(cache_lengths) else []
-        return forward(cache, model, tokens, first, cache_lengths)
+    draw, read = random.Random(0), []
 
-    def replaced(batch, hidden):
-        found = greedy(batch, hidden)
-        if not batch.cache.noted:
-            return first_tokens(draw, len(found))
-        return following(batch.cache.noted, end)
+    def note(_, args):
+        read[:] = [args[0].flatten()]
 
-    SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = noted, replaced
+    def replace(_, __, logits):
+        following = (read[0] - 1) % logits.shape[-1]
+        if len(logits) < len(following):  # a prefill, which needs the first token of each completion
+            first = [draw.randint(SHORTEST - 1, LONGEST - 1) for _ in logits]
+            following = torch.tensor(first, device=logits.device)
+        return logits.scatter_(1, following[:, None], float("inf"))
+
+    hooks = (
+        model.get_input_embeddings().register_forward_pre_hook(note),
+        model.get_output_embeddings().register_forward_hook(replace),
+    )
     try:
         yield
     finally:
-        SharedPrefixCache.forward, _ActiveBatch._greedy_tokens = forward, greedy
+        for hook in hooks:
+            hook.remove()
 
 
 def add_figures(table, file, name, load, questions, seconds, minutes, **more):
@@ -90,14 +94,8 @@ def add_figures(table, file, name, load, questions, seconds, minutes, **more):
     import torch
 
     peak = torch.cuda.max_memory_allocated() * 1e-9 if torch.cuda.is_available() else 0.0
-    table[name] = {
-        "load": load,
-        "questions": questions,
-        "seconds": seconds,
-        "minutes": minutes,
-        "peak_gb": peak,
-        **more,
-    }
+    figures = {"load": load, "questions": questions, "seconds": seconds, "minutes": minutes, "peak_gb": peak}
+    table[name] = figures | more
     extra = "".join(f"  {key} {value:.2f}" for key, value in more.items())
     print(f"{name:16}{load:8.1f}{questions:11}{seconds:9.1f}{minutes:9.2f}{peak:9.1f}{extra}", flush=True)
     if file:
@@ -105,46 +103,37 @@ def add_figures(table, file, name, load, questions, seconds, minutes, **more):
 
 
 def timed(work):
-    """Run work; return its seconds, until the GPU has finished."""
+    """Run work; return its result and its seconds, until the GPU has finished."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    work()
+    result = work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def loaded(load, *args):
-    """Return a model and the seconds that its loading took."""
-    models = []
-    seconds = timed(lambda: models.append(load(*args)))
-    return models.pop(), seconds
+    return result, time.perf_counter() - start
 
 
 def measure_pairs(add_row, name, model, load, prompts, rows):
-    from grath.generation.engine import generate_shared_prefix
+    from grath.generation.shared_prefix import generate_shared_prefix
 
-    end, lengths = model.config.vocab_size - 1, []
-    with drawn_lengths(end):
-        generate_shared_prefix(model, prompts[:8], LONGEST, rows, [end], lambda *_: None)
-        seconds = timed(
-            lambda: generate_shared_prefix(
-                model, prompts, LONGEST, rows, [end], lambda _, ids: lengths.append(len(ids))
-            )
-        )
-    tokens = sum(lengths)
-    minutes = seconds / len(prompts) * QUESTIONS / 60
+    def generate(prompts):
+        return list(generate_shared_prefix(model, prompts, LONGEST, rows, [model.config.vocab_size - 1]))
+
+    with drawn_lengths(model):
+        generate(prompts[:8])
+        completions, seconds = timed(lambda: generate(prompts))
+    tokens = sum(len(ids) for _, ids in completions)
+    minutes = seconds / len(prompts) * QUESTIONS["pairs"] / 60
     add_row(name, load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
 
 
 def measure_peer(add_row, model, load, prompts):
     settings = {"batch_size": ROWS, "max_new_tokens": LONGEST, "eos_ids": [model.config.vocab_size - 1]}
     copied(model, prompts[:8], settings | {"max_new_tokens": 2})
-    seconds = timed(lambda: copied(model, prompts, settings))
-    minutes = seconds / len(prompts) * QUESTIONS / 60
+    _, seconds = timed(lambda: copied(model, prompts, settings))
+    minutes = seconds / len(prompts) * QUESTIONS["pairs"] / 60
     # The completions that the rows need, of batches as long as their longest one.
     tokens = len(prompts) * (SHORTEST + LONGEST) / 2
     add_row("pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
@@ -170,40 +159,28 @@ def measure_dpo(add_row, folder, tokenizer, questions, steps):
             output_dir=out, precision="fp4", max_steps=steps, per_device_train_batch_size=PAIRS_PER_STEP,
             gradient_accumulation_steps=1, save_strategy="no", disable_tqdm=True, logging_steps=10**6,
         )  # fmt: skip
-        model, load = loaded(load_model, folder, "fp4", True)
+        model, load = timed(lambda: load_model(folder, "fp4", trainable=True))
         dataset = made_pairs(tokenizer, questions)
-        trainers = []
-        reference = timed(
-            lambda: trainers.append(
-                GrathDPOTrainer(
-                    model=model,
-                    args=config,
-                    train_dataset=dataset,
-                    processing_class=tokenizer,
-                    peft_config=lora_config(),
-                    reference="rolling",
-                )
-            )
-        )
-        trainers[0].add_callback(Clock())
-        trainers[0].train()
+        common = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "peft_config": lora_config()}
+        trainer, reference = timed(lambda: GrathDPOTrainer(model=model, reference="rolling", **common))
+        trainer.add_callback(Clock())
+        trainer.train()
     step = (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
-    minutes = (reference / len(dataset) * QUESTIONS + STEPS * step) / 60
+    minutes = (reference / len(dataset) * QUESTIONS["pairs"] + MAX_STEPS * step) / 60
     add_row("dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
 
 
 def measure_scores(add_row, model, load, tokenizer, requests):
     from lm_eval.api.instance import Instance
 
-    from grath.evaluation.harness import register_shared_context_model
+    from grath.evaluation.harness import SharedContextLM
 
-    shared = register_shared_context_model()
-    lm = shared(pretrained=model, tokenizer=tokenizer, max_length=LLAMA_2_7B["max_position_embeddings"])
+    lm = SharedContextLM(model, tokenizer)
     for name, (asked, questions) in requests.items():
         instances = [Instance("loglikelihood", {}, request, 0) for request in asked]
         lm.loglikelihood(instances[:8], disable_tqdm=True)
-        seconds = timed(lambda asked=instances: lm.loglikelihood(asked, disable_tqdm=True))
-        add_row(name, load, questions, seconds, seconds / questions * PUBLISHED[name] / 60)
+        _, seconds = timed(lambda asked=instances: lm.loglikelihood(asked, disable_tqdm=True))
+        add_row(name, load, questions, seconds, seconds / questions * QUESTIONS[name] / 60)
 
 
 def main():
@@ -234,7 +211,7 @@ def main():
             save_model(folder, args.layers, tokenizer)
         folder = args.model or folder
         if {"pairs", "peer", "scores"} & set(args.stages):
-            model, load = loaded(load_for_inference, folder, "fp16")
+            model, load = timed(lambda: load_for_inference(folder, "fp16"))
             if "pairs" in args.stages:
                 for number in args.rows:
                     measure_pairs(add_row, f"pairs, {number} rows", model, load, prompts, number)
@@ -245,7 +222,7 @@ def main():
                 measure_scores(add_row, model, load, tokenizer, requests)
             del model
         if "pairs in int8" in args.stages:
-            model, load = loaded(load_for_inference, folder, "int8")
+            model, load = timed(lambda: load_for_inference(folder, "int8"))
             measure_pairs(add_row, "pairs in int8", model, load, prompts, args.rows[-1])
             del model
         if "dpo" in args.stages:

@@ -3,8 +3,9 @@
 import os
 import random
 
+from grath.common.defaults import MAX_LENGTH
 from grath.common.files import read_json_lines
-from grath.common.paths import PROJECT
+from grath.common.layout import PROJECT
 from grath.modeling.chat import prompt_ids, template_for
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_hub_split, load_questions
@@ -16,6 +17,10 @@ def text(draw, words, count):
     """Draw `count` neighbouring words, so that the tokenizer sees text."""
     start = draw.randrange(len(words) - count)
     return " ".join(words[start : start + count])
+
+
+def words_of(questions):
+    return " ".join(question["question"] for question in questions).split()
 
 
 def arc_requests(questions, shots_from, shots=25):
@@ -75,7 +80,7 @@ def task_requests(test, shots_from, rows, swag, mmlu):
     Returns:
         dict: task -> (requests, number of its questions).
     """
-    words = " ".join(question["question"] for question in shots_from).split()
+    words = words_of(shots_from)
     return {
         "arc_challenge": (arc_requests(test, shots_from), len(test)),
         "hellaswag": (hellaswag_requests(swag, words), swag),
@@ -88,6 +93,16 @@ def pair_prompts(tokenizer, questions):
     """Tokenize the prompts of the pairs as for Llama-2, with six few-shot examples: lists of ids."""
     template, demos = template_for(tokenizer, "llama2"), load_demos("truthfulqa")
     return [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
+
+
+def made_pairs(tokenizer, questions):
+    """Return tokenized pairs of the questions, with answers of 12 to 28 words."""
+    from grath.dpo.dataset import filter_pairs, tokenize_pairs
+
+    draw, words = random.Random(0), words_of(questions)
+    answer = lambda: text(draw, words, draw.randint(12, 28))  # noqa: E731
+    rows = [{"question": q["question"], "correct": answer(), "incorrect": answer()} for q in questions]
+    return filter_pairs(tokenize_pairs(rows, tokenizer, template_for(tokenizer, "llama2")), MAX_LENGTH)[0]
 
 
 def load_data(limit):

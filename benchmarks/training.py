@@ -23,7 +23,7 @@ from generation import peak_bytes, run_child
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import run_main
-from grath.common.paths import PROJECT
+from grath.common.layout import PROJECT
 from grath.modeling.chat import template_for
 from grath.modeling.cpu_matmul import fp32_cpu_matmul
 from grath.modeling.loading import load_model, load_tokenizer

@@ -2,7 +2,7 @@
 
     python results/publish.py RUN_DIR [RUN_DIR ...] [--place PATH=TEXT ...]
 
-Write the report of each run first (`python -m grath.report RUN_DIR`). In every text, the folder of the runs becomes
+Write the report of each run first (`python results/study.py RUN_DIR`). In every text, the folder of the runs becomes
 `runs`, the project `.`, and DATASETS_ROOT `$folder`; --place replaces other paths.
 """
 
@@ -11,21 +11,21 @@ from pathlib import Path
 
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
-from grath.common.paths import DATASETS_ROOT, PROJECT
-from grath.report.runs import PAIRS
+from grath.common.files import sha256
+from grath.common.layout import DATASETS_ROOT, PAIR_STATS, PROJECT, REPORT, SCORES_RECORD
+from grath.common.record import read_record, write_record
 
 SHOWN = (
-    "manifest.json",
-    "report.md",
-    PAIRS,
+    REPORT,
+    PAIR_STATS,
     "iterations.png",
+    "data/*.record.json",
     "data/*.distance.json",
     "models/*/grath.json",
     "models/*/training_log.jsonl",
     "models/*/training.png",
     "results/*/*.json",
     "results/*/samples.jsonl",
-    "results/*/settings.txt",
 )
 
 
@@ -47,6 +47,10 @@ def publish(run_dir, places, folder):
             for path in sorted(places, key=len, reverse=True):  # a place inside another one first
                 text = text.replace(path, places[path])
             copy.write_text(text, encoding="utf-8")
+    for path in partial.glob(f"results/*/{SCORES_RECORD}"):
+        record = read_record(path)
+        record["files"] = {name: sha256(path.parent / name) for name in record["files"]}  # of the copies
+        write_record(path, record)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return target
@@ -62,8 +66,8 @@ def main():
         parser.error(f"--place {wrong[0]} is not PATH=TEXT")
     given = dict(place.split("=", 1) for place in args.place)
     for run_dir in map(Path.resolve, args.runs):
-        if not (run_dir / PAIRS).is_file():
-            raise UserError(f"{run_dir} has no {PAIRS}: run `python -m grath.report {run_dir}` first")
+        if not (run_dir / PAIR_STATS).is_file():
+            raise UserError(f"{run_dir} has no {PAIR_STATS}: run `python results/study.py {run_dir}` first")
         own = {str(run_dir.parent): "runs", str(PROJECT): "."}
         if DATASETS_ROOT:
             own |= {str(path): "$folder" for path in (Path(DATASETS_ROOT).absolute(), Path(DATASETS_ROOT).resolve())}

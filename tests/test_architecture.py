@@ -1,4 +1,4 @@
-"""The layout: packages whose imports go one way, small modules, and scripts that nothing imports."""
+"""The layout: packages whose imports go one way, and scripts that nothing imports."""
 
 import ast
 import re
@@ -9,8 +9,8 @@ from support import PROJECT
 
 # A package may import those of a lower number.
 ORDER = {
-    "common": 0, "modeling": 1, "pairs": 2, "serving": 2, "generation": 3, "dpo": 4, "evaluation": 4, "report": 5,
-    "pipeline": 6,
+    "common": 0, "modeling": 1, "pairs": 2, "serving": 2, "generation": 3, "dpo": 4, "evaluation": 4, "run": 5,
+    "report": 5,
 }  # fmt: skip
 COMMANDS = ("grath.distance", "grath.export")
 MODULES = sorted(path for path in (PROJECT / "grath").rglob("*.py") if path.name != "__init__.py")
@@ -53,26 +53,8 @@ def test_no_import_cycles():
             del graph[name]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "most"), [("grath/**/*.py", 250), ("*.py", 200), ("run_grath.sh", 120), ("evaluation.sh", 50)]
-)
-def test_files_are_short(pattern, most):
-    lengths = {
-        str(path.relative_to(PROJECT)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in PROJECT.glob(pattern)
-    }
-    assert lengths
-    assert {name: length for name, length in lengths.items() if length > most} == {}
-
-
 def test_the_readme_is_one_page():
     assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
-
-
-def test_the_loop_over_iterations_is_short():
-    text = (PROJECT / "run_grath.sh").read_text(encoding="utf-8")
-    loop = re.search(r"^for \(\(i = 0.*?^done$", text, flags=re.DOTALL | re.MULTILINE)[0]
-    assert len(loop.splitlines()) <= 40
 
 
 def test_nothing_changes_the_import_path():

@@ -1,15 +1,15 @@
 """Every command line: quick help, and one line for bad input."""
 
-import functools
 import json
 import re
 import shutil
 import sys
 
 import pytest
-from support import BUNDLED, PROJECT, call, call_here, evaluate_here, pair, write_rows
+from support import BUNDLED, PROJECT, call, call_here, pair, write_rows
 
 from grath.common.errors import UserError, run_main
+from grath.run.settings import read_settings
 
 ASK = ["create_pair_responses.py", "--save_prefix", "x", "--save_dir", "OUT", "--data_path", BUNDLED]
 MODEL = [*ASK, "--model_name_or_path", "MODEL"]
@@ -129,7 +129,7 @@ SCRIPTS = [
     ([*MODEL, "--num_query", "9999"], "--num_query 9999: there are only 160 questions"),
     ([*MODEL, "--batch_size", "0"], "argument --batch_size: must be a whole number of at least 1, not '0' (see --help)"),
     ([*MODEL, "--max_new_tokens", "0"], "argument --max_new_tokens: must be a whole number of at least 1, not '0' (see --help)"),
-    ([*MODEL, "--max_new_tokens", "100000"], "--max_new_tokens 100000: a prompt has 141 tokens, and both together exceed the model's context window of 4096"),
+    ([*MODEL, "--max_new_tokens", "100000"], "--max_new_tokens 100000: a prompt has * tokens, and both together exceed the model's context window of 4096"),
     ([*MODEL, "--save_prefix", "a/b"], "--save_prefix 'a/b' must be a plain file name: use --save_dir for the folder"),
     ([*MODEL, "--precision", "int4"], "argument --precision: invalid choice: 'int4' * (see --help)"),
     ([*MODEL, "--model_type", "gpt2"], "argument --model_type: invalid choice: 'gpt2' * (see --help)"),
@@ -152,7 +152,7 @@ SCRIPTS = [
     ([*MODEL, "--data_path", "KEY"], "{KEY}, row 1: answerKey 'C' is not one of the labels ['A', 'B']"),
     ([*MODEL, "--data_path", "NO_TEXT"], "{NO_TEXT}, row 1: not in the ARC schema (question, choices with text and label, answerKey)"),
     ([*ASK, "--model_name_or_path", "FOLDER"], "{FOLDER} is a folder without a tokenizer (no config.json)"),
-    ([*ASK, "--model_name_or_path", "nobody/nothing"], "cannot load the tokenizer nobody/nothing: *"),
+    ([*ASK, "--model_name_or_path", "nobody/nothing"], "cannot load the model nobody/nothing: *"),
     ([*ASK, "--model_name_or_path", "HALF"], "{HALF} has no adapter_model.safetensors: the adapter is incomplete"),
     ([*ASK, "--model_name_or_path", "NO_TEMPLATE"], "the tokenizer has no chat template: set --model_type (MODEL_TYPE) to llama2, zephyr, smollm2"),
     ([*ASK, "--model_name_or_path", "NO_EOS"], "the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name"),
@@ -226,100 +226,101 @@ def test_bad_input_as_a_process_of_its_own(files):
         assert done.stderr.count("\n") == 1
 
 
+SCORE = ["grath.evaluation", "--tasks", "grath_mc1", "--limit", "1"]
+# fmt: off
 EVALUATION = [
-    ([], {}, "nothing to score in {FOLDER}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
-    (["FOLDER"], {}, "{FOLDER} is a folder without a model (no config.json)"),
-    (["HALF"], {}, "{HALF} has no adapter_model.safetensors: the adapter is incomplete"),
-    (
-        ["PICKLED"],
-        {},
-        "{PICKLED} has no safetensors weights: convert its weights first (pickled ones are never loaded)",
-    ),
-    (["OWN_CODE"], {}, "{OWN_CODE} needs its own model code, which is never run: choose another model"),
-    (["--nonsense"], {}, "unrecognized arguments: --nonsense (see --help)"),
-    (["a", "b", "c"], {}, "unrecognized arguments: c (see --help)"),
-    (["FOLDER"], {"TASKS": " \n"}, "TASKS names no task"),
-    (["MODEL"], {"TASKS": "nonsense"}, "nonsense is not a task of lm-evaluation-harness: see `lm-eval ls tasks`"),
-    (["FOLDER"], {"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1, not 'yes'"),
-    (["FOLDER"], {"CHAT_TEMPLATE": "on"}, "CHAT_TEMPLATE must be 0 or 1, not 'on'"),
-    (["FOLDER"], {"BACKEND": "vllm"}, "BACKEND must be one of hf, hf-shared, server, not 'vllm'"),
-    (["FOLDER"], {"NUM_PROCESSES": "0"}, "NUM_PROCESSES must be a whole number of at least 1, not '0'"),
-    (
-        ["FOLDER"],
-        {"BATCH_SIZE": "-1"},
-        "EVAL_BATCH_SIZE must be a whole number of at least 1, auto, or empty, not '-1'",
-    ),
-    (["FOLDER"], {"LIMIT": "0"}, "LIMIT must be a number of questions, a share below 1, or empty, not '0'"),
-    (["FOLDER"], {"DATASETS_ROOT": "nowhere"}, "DATASETS_ROOT: there is no folder 'nowhere'"),
-    ([""], {}, "the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
-    (["FOLDER"], {"PRECISION": "8"}, "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '8'"),
-    (["FOLDER"], {"PRECISION": "int8", "BACKEND": "hf"}, "BACKEND=hf scores in fp32, fp16, bf16 only, not in int8"),
+    ([*SCORE, "FOLDER", "OUT"], "{FOLDER} is a folder without a model (no config.json)"),
+    ([*SCORE, "HALF", "OUT"], "{HALF} has no adapter_model.safetensors: the adapter is incomplete"),
+    ([*SCORE, "PICKLED", "OUT"], "{PICKLED} has no safetensors weights: convert its weights first (pickled ones are never loaded)"),
+    ([*SCORE, "OWN_CODE", "OUT"], "{OWN_CODE} needs its own model code, which is never run: choose another model"),
+    ([*SCORE, "MODEL", "OUT", "--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+    ([*SCORE, "MODEL", "OUT", "--tasks", "nonsense"], "nonsense is not a task of lm-evaluation-harness: see `lm-eval ls tasks`"),
+    ([*SCORE, "MODEL", "OUT", "--backend", "vllm"], "argument --backend: invalid choice: 'vllm' * (see --help)"),
+    ([*SCORE, "MODEL", "OUT", "--batch_size", "-1"], "argument --batch_size: * (see --help)"),
+    ([*SCORE, "MODEL", "OUT", "--limit", "0"], "argument --limit: * (see --help)"),
+    ([*SCORE, "MODEL", "OUT", "--precision", "8"], "argument --precision: invalid choice: '8' * (see --help)"),
+    ([*SCORE, "MODEL", "OUT", "--precision", "int8", "--backend", "hf"], "BACKEND=hf scores in fp32, fp16, bf16 only, not int8: use hf-shared"),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize(("arguments", "env", "line"), EVALUATION)
-def test_evaluation_with_bad_input(arguments, env, line, files):
+@pytest.mark.parametrize(("command", "line"), EVALUATION)
+def test_scores_with_bad_input(command, line, files):
     before = sorted(files["HERE"].rglob("*"))
-    # Where the model is looked at, imports take longer than the script.
-    looked_at = arguments and arguments[0] in files and not env
-    evaluate = evaluate_here if looked_at else functools.partial(call, "evaluation.sh")
-    arguments = [files.get(part, part) for part in arguments]
-    done = evaluate(*arguments, cwd=files["HERE"], env={**env, "RUNS_DIR": str(files["FOLDER"])}, status=2)
-    assert matches(done.stderr, f"grath.pipeline: error: {line}\n", files)
+    done = call_here(*(files.get(part, part) for part in command), cwd=files["HERE"], status=2)
+    assert matches(done.stderr, f"grath.evaluation: error: {line}\n", files)
     assert sorted(files["HERE"].rglob("*")) == before
 
 
-def test_two_names_of_a_setting_must_agree(files):
-    env = {"PRECISION": "bf16", "EVAL_PRECISION": "fp32"}
-    done = call("evaluation.sh", files["MODEL"], env=env, status=2)
-    line = "evaluation.sh: error: PRECISION is 'bf16' and EVAL_PRECISION is 'fp32': set one of them\n"
-    assert done.stderr == line
-
-
-def test_bad_input_is_refused_before_processes_are_launched(files):
-    done = call("evaluation.sh", files["HALF"], env={"NUM_PROCESSES": "2"}, status=2)
-    assert done.stderr.count("\n") == 1 and "the adapter is incomplete" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "env", "line"),
+    [
+        ([], {}, "grath.run: error: nothing to score in {FOLDER}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
+        ([""], {}, "evaluation.sh: error: the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"),
+        (["FOLDER"], {"TASKS": " \n"}, "evaluation.sh: error: TASKS names no task"),
+        (["FOLDER"], {"DRY_RUN": "yes"}, "evaluation.sh: error: DRY_RUN must be 0 or 1, not 'yes'"),
+        (["FOLDER"], {"NUM_PROCESSES": "0"}, "evaluation.sh: error: NUM_PROCESSES must be a whole number of at least 1, not '0'"),
+        (["HALF"], {"NUM_PROCESSES": "2"}, "grath.evaluation: error: {HALF} has no adapter_model.safetensors: the adapter is incomplete"),
+        (["MODEL", "a", "b"], {}, "grath.evaluation: error: unrecognized arguments: b (see --help)"),
+    ],
+)  # fmt: skip
+def test_evaluation_with_bad_input(arguments, env, line, files):
+    before = sorted(files["HERE"].rglob("*"))
+    env = {**env, "RUNS_DIR": str(files["FOLDER"])}
+    done = call("evaluation.sh", *(files.get(part, part) for part in arguments), cwd=files["HERE"], env=env, status=2)
+    assert done.stderr == f"{line.format(**files)}\n"
+    assert sorted(files["HERE"].rglob("*")) == before
 
 
 LOOP = [
-    ("ITERATIONS", "0", "ITERATIONS must be a whole number of at least 1, not '0'"),
-    ("ITERATIONS", "99999999999999999999", "ITERATIONS must be a whole number of at least 1, not '99999999999999999999'"),
+    ("ITERATIONS", "0", "ITERATIONS must be a whole number from 1 to 999, not '0'"),
+    ("ITERATIONS", "1\u0663", "ITERATIONS must be a whole number from 1 to 999, not '1\u0663'"),
     ("NUM_QUERY", "1e3", "NUM_QUERY must be a whole number of at least 1, not '1e3'"),
     ("MAX_STEPS", "-1", "MAX_STEPS must be a whole number of at least 1, not '-1'"),
     ("NUM_PROCESSES", "two", "NUM_PROCESSES must be a whole number of at least 1, not 'two'"),
     ("DPO_BATCH_SIZE", "0", "DPO_BATCH_SIZE must be a whole number of at least 1, or empty, not '0'"),
     ("SAVE_STEPS", "0.5", "SAVE_STEPS must be a whole number of at least 1, not '0.5'"),
-    ("GRADIENT_ACCUMULATION_STEPS", "x", "GRADIENT_ACCUMULATION_STEPS must be a whole number of at least 1, or empty, "
-     "not 'x'"),
     ("SEED", "x", "SEED must be a whole number, not 'x'"),
     ("WARMUP_STEPS", "-1", "WARMUP_STEPS must be a whole number, not '-1'"),
+    ("BETA", "0", "BETA must be a number greater than 0, not '0'"),
+    ("LEARNING_RATE", "fast", "LEARNING_RATE must be a number greater than 0, not 'fast'"),
     ("LIMIT", "ten", "LIMIT must be a number of questions, a share below 1, or empty, not 'ten'"),
     ("REFERENCE", "base", "REFERENCE must be one of rolling, fixed, not 'base'"),
+    ("MODEL_TYPE", "gpt2", "MODEL_TYPE must be one of auto, llama2, zephyr, smollm2, not 'gpt2'"),
+    ("EVAL_PRECISION", "8", "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '8'"),
     ("RUN_NAME", "../x", "RUN_NAME must be a plain name (use RUNS_DIR for the folder), not '../x'"),
     ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
-    ("FRESH", "please", "FRESH must be 0 or 1, not 'please'"),
-    ("CHECK", "2", "CHECK must be 0 or 1, not '2'"),
-    ("DEMOS", "halueva", "DEMOS: there is no set or file 'halueva'"),
-    ("DATA_PATH", "no such.jsonl", "DATA_PATH: there is no file 'no such.jsonl'"),
-    ("RUNS_DIR", "{PAIRS}/runs", "cannot write to {PAIRS}/runs (Not a directory): set RUNS_DIR to a folder that can be written to"),
-]  # fmt: skip
+    ("MODEL_NAME_OR_PATH", "", "MODEL_NAME_OR_PATH must be set; the presets run_*.sh set it"),
+    ("NUM_QUERY", "", "NUM_QUERY must be a whole number of at least 1"),
+]
 
 
 @pytest.mark.parametrize(("name", "value", "line"), LOOP)
+def test_bad_settings(name, value, line):
+    with pytest.raises(UserError) as refused:
+        read_settings({"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", name: value})
+    assert str(refused.value) == line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("MAX_STEPS", "many", "grath.run: error: MAX_STEPS must be a whole number of at least 1, not 'many'"),
+        ("DEMOS", "halueva", "grath.run: error: DEMOS: there is no set or file 'halueva'"),
+        ("DATA_PATH", "no such.jsonl", "grath.run: error: DATA_PATH: there is no file 'no such.jsonl'"),
+        (
+            "RUNS_DIR",
+            "{PAIRS}/runs",
+            "run_grath.sh: error: cannot write to {PAIRS}/runs: set RUNS_DIR to a folder that can be written to",
+        ),
+    ],
+)
 def test_the_loop_with_bad_settings(name, value, line, files):
     before = sorted(files["HERE"].rglob("*"))
     env = {"RUNS_DIR": str(files["HERE"] / "runs"), name: value.format(**files)}
     done = call("run_llama2.sh", env=env, status=2)
-    assert done.stderr == f"grath.pipeline: error: {line.format(**files)}\n"
+    assert done.stderr == f"{line.format(**files)}\n"
     assert sorted(files["HERE"].rglob("*")) == before
-
-
-@pytest.mark.parametrize("name", ["MODEL_NAME_OR_PATH", "NUM_QUERY"])
-def test_the_loop_without_a_preset_says_what_it_needs(name):
-    env = {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", name: ""}
-    done = call("run_grath.sh", env=env, status=2)
-    assert done.stderr.startswith(f"grath.pipeline: error: {name} must be ")
-    assert done.stderr.count("\n") == 1
 
 
 def test_a_file_from_windows_is_taken_as_it_is(tmp_path):

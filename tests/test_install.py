@@ -86,7 +86,7 @@ def test_the_project_can_be_installed(tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
     wheel = next(tmp_path.glob("*.whl"))
     subprocess.run([*command, tmp_path / "site", wheel], check=True)
-    assert (tmp_path / "site" / "grath" / "pipeline" / "settings.py").is_file()
+    assert (tmp_path / "site" / "grath" / "run" / "settings.py").is_file()
     metadata = next((tmp_path / "site").glob("grath-*/METADATA")).read_text()
     assert all(f"Requires-Dist: {line.split('==')[0]}" in metadata for line in lines("requirements.txt"))
 

@@ -1,117 +1,98 @@
-"""Every command of the READMEs is run by a test, on a small model, or as a dry run where it would take a GPU."""
+"""Every command of the README is run by a test, and what the pages say of the code is true."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 from pathlib import Path
+from string import Template
 
 import pytest
-from support import HUB, PROJECT, call_here, cells_of
+from support import BUNDLED, PROJECT, call_here, cells_of
 
 from grath.evaluation.results import read_scores
 
-PRESETS = {path.name for path in PROJECT.glob("run_*.sh")}
-# A command without a part of it is another command.
-WHOLE = {"--useGT", "--useFS"}
+ASK = "python create_pair_responses.py --model_name_or_path $model_name_or_path --save_prefix $save_prefix"
+FEW = ["--data_path", BUNDLED, "--num_query", 2]
+# Commands that `test_the_commands_of_the_steps` runs, in this order, with these flags to make them small.
+STEPS = {
+    ASK: FEW,
+    f"{ASK} --useGT": FEW,
+    f"{ASK} --useFS": FEW,
+    f"{ASK} --useGT --useFS": FEW,
+    "python combine_new_correct_ori_wrong.py --new_data_path $new_data_path --ori_data_path $ori_data_path": [],
+    "python -m grath.report $run_dir": [],
+    "python -m grath.report $run_dir $other_run_dir": [],
+    "python -m grath.distance $pairs --model_name_or_path $model_name_or_path": [],
+    "python -m grath.export $adapter $merged_model": [],
+}
+DRY_RUN = "tests/run/test_loop.py::test_dry_run_prints_every_command_and_runs_none"
+TRAIN = "--model_name_or_path $model_name_or_path --output_dir $output_dir"
+# The other commands, and where each is run: by a test, or by CI itself.
+ELSEWHERE = {
+    "make demo": "tests/run/test_whole_runs.py::test_the_demo_on_smollm2_with_reduced_sizes",
+    "make test": ".ci/run",
+    "./run_llama2.sh": "tests/conftest.py::llama_run",
+    "./run_llama2_fix_ref.sh": DRY_RUN,
+    "./run_zephyr.sh": DRY_RUN,
+    "./run_zephyr_fix_ref.sh": DRY_RUN,
+    "./run_smollm2.sh": "tests/run/test_whole_runs.py::test_the_demo_on_smollm2_with_reduced_sizes",
+    "./run_smollm2_fix_ref.sh": DRY_RUN,
+    "DRY_RUN=1 ./run_llama2.sh": DRY_RUN,
+    "CHECK=1 ./run_llama2.sh": "tests/run/test_check.py::test_check_passes_and_prints_the_plan",
+    "FRESH=1 ./run_llama2.sh": "tests/run/test_loop.py::test_fresh_moves_the_old_run_aside",
+    "sbatch ./run_llama2.sh": "tests/run/test_loop.py::test_presets_can_be_given_to_slurm",
+    "./prefetch.sh $folder $model": "tests/evaluation/test_harness.py::test_prefetch_names_what_it_fetches",
+    f"accelerate launch dpo.py --dataset_path $dataset_path {TRAIN} --seed $seed": (
+        "tests/dpo/test_launch.py::test_accelerate_launch_gives_the_same_adapter"
+    ),
+    f"accelerate launch dpo.py --dataset_name $dataset_name {TRAIN} --seed $seed": (
+        "tests/dpo/test_dataset.py::test_labeled_datasets"
+    ),
+    "accelerate launch --config_file accelerate_configs/data_parallel.yaml --num_processes 2 dpo.py "
+    f"--dataset_path $dataset_path {TRAIN}": "tests/dpo/test_launch.py::test_two_processes_give_the_same_training",
+    "./evaluation.sh $model_or_adapter $output_dir": (
+        "tests/evaluation/test_harness.py::test_all_tasks_of_the_leaderboard_offline"
+    ),
+    "./evaluation.sh": "tests/run/test_loop.py::test_evaluation_scores_what_is_left_of_the_newest_run",
+}
 
 
-def quoted_commands():
-    text = "".join((PROJECT / page).read_text(encoding="utf-8") for page in ("README.md", "results/README.md"))
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    return [line for language, block in blocks if not language for line in block.splitlines()]
+def quoted_commands(page):
+    """Return the lines of the code blocks without a language, but for `export` lines."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (PROJECT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    return [line for line in lines if not line.startswith("export ")]
 
 
-def parts_of(words):
-    """What a command line says: its settings (NAME=VALUE), its programs, its flags, its values in words, its others."""
-    settings, programs, flags, values, others = set(), [], set(), set(), 0
-    words = [word for word in map(str, words) if not re.search(r"(^|/)python[\d.]*$", word)]
-    while words and re.match(r"[A-Z_a-z]+=", words[0]):
-        settings.add(words.pop(0))
-    words = [word.removeprefix(f"{PROJECT}/").removeprefix("./") for word in words]
-    for i, word in enumerate(words):
-        before = words[i - 1] if i else ""
-        if word in ("launch", "-m") or before == "-m" or i == 0:
-            programs.append(Path(word).name if word.endswith((".sh", "accelerate")) else word)
-        elif word.endswith(".py") and not before.startswith("--"):
-            programs.append(word)
-        elif word.startswith("--"):
-            flags.add(word)
-        elif not before.startswith("--"):
-            others += 1
-        elif not word.startswith("$") and not re.fullmatch(r"[\d.e-]+", word):
-            values.add(word)
-    return settings, programs, flags, values, others
+def test_every_command_is_run():
+    assert sorted(quoted_commands("README.md")) == sorted([*STEPS, *ELSEWHERE])
+    for command, place in ELSEWHERE.items():
+        file, _, name = place.partition("::")
+        wanted = rf"^def {name}\(" if name else rf"^{command}$"
+        assert re.search(wanted, (PROJECT / file).read_text(encoding="utf-8"), re.MULTILINE), place
 
 
-def runs(started, quoted):
-    """Whether a command line that was started is one that is quoted, with other places, names and numbers."""
-    (has, program, flags, values, others), (given, wanted, named, said, count) = started, quoted
-    if program[:1] == ["make"] or program[:1] == ["sbatch"]:
-        return wanted == program and others == count
-    has = {setting for setting in has if not (setting == "DRY_RUN=1" and set(wanted) & PRESETS)}
-    dry = {setting for setting in given if setting.startswith(("DRY_RUN", "CHECK", "FRESH"))}
-    return (
-        program == wanted
-        and given - dry <= has
-        and (not dry or dry <= started[0])
-        and named <= flags
-        and named & WHOLE == flags & WHOLE
-        and said <= values
-        and (others == count or program[-1].endswith(".py"))
-    )
-
-
-def test_a_command_is_known_by_what_it_says():
-    def same(started, quoted):
-        return runs(parts_of(shlex.split(started)), parts_of(shlex.split(quoted)))
-
-    ask = "python create_pair_responses.py --model_name_or_path $m --save_prefix $p"
-    assert same("/a/python3 create_pair_responses.py --model_name_or_path x --save_prefix y --num_query 3", ask)
-    assert not same("python create_pair_responses.py --model_name_or_path x --save_prefix y --useFS", ask)
-    assert not same("python create_pair_responses.py --save_prefix y", ask)
-    assert same("python benchmarks/training.py --dtype bf16 --steps 2", "python benchmarks/training.py --dtype bf16")
-    assert not same("python benchmarks/training.py --dtype fp32", "python benchmarks/training.py --dtype bf16")
-    assert not same("python dpo.py --seed 0", "accelerate launch dpo.py --seed $seed")
-    launch = f"accelerate launch --num_processes 1 {PROJECT}/dpo.py --seed 0"
-    assert same(launch, "accelerate launch dpo.py --seed $seed")
-    assert same("DRY_RUN=1 RUNS_DIR=x run_zephyr.sh", "./run_zephyr.sh")
-    assert not same("RUNS_DIR=x run_llama2.sh", "CHECK=1 ./run_llama2.sh")
-    assert not same("RUN_NAME=b ./run_smollm2.sh", "RUN_NAME=a ./run_smollm2.sh")
-    assert not same("evaluation.sh", "./evaluation.sh $model $output")
-
-
-def test_every_quoted_command_was_run(request):
-    """By the tests before this one, which is the last: what they started was noted as it was started.
-
-    If several processes share the tests, none of them knows when the others end: `make test` then runs this one alone
-    with the file of the notes in RECORDED_COMMANDS.
-    """
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.skip("`make test` runs it after the other tests")
-    recorded = os.environ.get("RECORDED_COMMANDS")
-    modules = {item.path.name for item in request.session.items}
-    everything = {
-        path.name for path in (PROJECT / "tests").rglob("test_*.py") if path.parent.name != "faults"
-    } <= modules
-    selected = request.config.option.keyword or request.config.option.markexpr not in ("", "not faults")
-    if not recorded and (selected or not everything):
-        pytest.skip("only some of the tests were run")
-    if not HUB.is_dir():
-        pytest.skip(f"the real data, which some commands want, is not at {HUB}")
-    lines = Path(recorded or os.environ["RECORD_COMMANDS"]).read_text(encoding="utf-8").splitlines()
-    started = [parts_of(json.loads(line)) for line in dict.fromkeys(lines)]
-    quoted = [command for command in quoted_commands() if not command.startswith("export ")]
-    assert len(quoted) > 30
-    # .ci/run itself calls the tests' own command.
-    by_ci = (PROJECT / ".ci" / "run").read_text().splitlines()
-    missing = [
-        command
-        for command in quoted
-        if command not in by_ci and not any(runs(one, parts_of(shlex.split(command))) for one in started)
-    ]
-    assert missing == []
+def test_the_commands_of_the_steps(llama_run, tiny_llama, pair_file, tmp_path):
+    for name in ("run_dir", "other_run_dir"):
+        shutil.copytree(llama_run[0], tmp_path / name)
+    shutil.copy(pair_file, tmp_path)
+    made = "data/truthfulness/x_num_2_useGT_{}_useFS_True.json"
+    values = {
+        "model_name_or_path": tiny_llama,
+        "save_prefix": "x",
+        "new_data_path": made.format(False),
+        "ori_data_path": made.format(True),
+        "run_dir": "run_dir",
+        "other_run_dir": "other_run_dir",
+        "pairs": pair_file.name,
+        "adapter": next((tmp_path / "run_dir" / "models").iterdir()),
+        "merged_model": "merged",
+    }
+    for command, flags in STEPS.items():
+        words = shlex.split(command)[1:]
+        script, *arguments = [Template(word).substitute(values) for word in words if word != "-m"]
+        call_here(script, *arguments, *flags, cwd=tmp_path)
 
 
 def test_the_published_comparison_is_made_from_the_published_runs(tmp_path):

@@ -8,10 +8,9 @@ import signal
 import sys
 import traceback
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
-from grath.common.signals import SignalReceived, raise_on_signal, set_parent_death_signal
+from grath.common.signals import SignalReceived, end_with_launcher, raise_on_signal
 
 BAD_INPUT = 2
 
@@ -25,8 +24,7 @@ def run_main(main):
 
     Bad input prints one line on standard error and exits with status 2. A system error (disk, rights, memory, GPU)
     prints one line and exits with status 1. A signal exits with 128 + its number. Any other error keeps its traceback;
-    `GRATH_DEBUG=1` prints the traceback of every error. `accelerate launch` replaces the status of its children with 1,
-    so the status is also left in the file that `GRATH_STATUS_FILE` names.
+    `GRATH_DEBUG=1` prints the traceback of every error.
     """
     # Libraries warn about each other's code, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -34,7 +32,7 @@ def run_main(main):
     for logger in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     name = program_name()
-    set_parent_death_signal()
+    end_with_launcher()
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, raise_on_signal)
@@ -53,23 +51,13 @@ def run_main(main):
     except Exception as error:
         line = explain_system_error(error)
         if line is None:
-            _leave_status(1)
             raise
         _debug(error)
         print(f"{name}: error: {line}", file=sys.stderr)
         status = 1
-    if status:
-        _leave_status(status)
     if status in (0, BAD_INPUT):  # after another error, NCCL could wait for its peers
         _leave_process_group()
     sys.exit(status)
-
-
-def _leave_status(status):
-    """Write the status to the file of the stage. Of several processes the first counts: it is why the others end."""
-    if file := os.environ.get("GRATH_STATUS_FILE"):
-        with suppress(OSError), Path(file).open("x", encoding="utf-8") as opened:
-            opened.write(f"{status}\n")
 
 
 def program_name():

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from grath.common.files import hash_of, sha256
-from grath.common.paths import resolve_local
+from grath.common.layout import resolve_local
 
 
 def load_dataset(path, *args, **kwargs):

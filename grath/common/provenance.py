@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.paths import PROJECT
+from grath.common.layout import PROJECT
 
 MANIFEST = "manifest.json"
 FORMAT = 2

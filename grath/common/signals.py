@@ -1,4 +1,4 @@
-"""Signals that end a program, raised as an exception, and processes that die with the loop."""
+"""Signals that end a program, raised as an exception, and processes that end with their launcher."""
 
 import ctypes
 import os
@@ -23,16 +23,7 @@ def raise_on_signal(number, frame):
     raise SignalReceived(number)
 
 
-def set_parent_death_signal():
-    """Let Linux kill this process when its parent dies, if it runs under the loop (`GRATH_LOOP`, a process id).
-
-    Every process under the loop calls this, so a killed loop leaves nothing running.
-    """
-    loop = os.environ.get("GRATH_LOOP")
-    if not loop or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    try:
-        os.kill(int(loop), 0)
-    except ProcessLookupError:  # the loop died before the call above
-        os._exit(128 + signal.SIGKILL)
+def end_with_launcher():
+    """Let Linux kill this process when the launcher of several processes dies: it cannot end them if it is killed."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

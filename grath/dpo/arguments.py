@@ -1,67 +1,80 @@
 """The parser of `dpo.py`: flags, and a YAML file of the same options."""
 
-import argparse
 import json
+import re
 import sys
+from dataclasses import fields
+from pathlib import Path
 
-from trl import TrlParser
-from yaml import YAMLError
+import yaml
+from transformers import HfArgumentParser
 
-from grath.common.arguments import HelpFormatter, OneLineErrors
+from grath.common.arguments import HelpFormatter, OneLineErrors, Parser
 from grath.common.errors import UserError
 
 
-class YamlParser(OneLineErrors, TrlParser):
-    """TRL's parser for dataclasses, with exact flag names and one-line errors.
+class YamlParser(OneLineErrors, HfArgumentParser):
+    """A parser for dataclasses, with exact flag names and one-line errors.
 
-    `--config FILE.yaml` replaces the defaults; flags override the file. Both are checked in the same way.
+    The options in `--config FILE.yaml` are parsed as flags before those of the command line, which override them.
     """
 
     def __init__(self, dataclass_types, description):
         super().__init__(dataclass_types, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.options = {}
 
     def parse(self):
-        """Parse the command line and the file that `--config` names.
-
-        Returns:
-            list of instances of the dataclasses, in their order.
+        """Parse the command line and the file that `--config` names: list of instances of the dataclasses.
 
         Raises:
             UserError: the file cannot be read or is not a YAML mapping, an option is unknown, or a value is invalid.
         """
-        if sys.argv[-1] == "--config":
-            self.error("argument --config: expected one argument")
+        first = Parser(None, add_help=False)
+        first.add_argument("--config", type=Path)
+        found, flags = first.parse_known_args()
+        if found.config:
+            self.options = read_options(found.config)
+            flags = [*self._flags(), *flags]
         try:
-            *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
-                return_remaining_strings=True, separate_remaining_strings=True
-            )
-        except OSError as error:
-            if error.filename not in sys.argv:
-                raise
-            raise UserError(f"cannot read --config {error.filename}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError("the --config file is not UTF-8 text") from None
-        except YAMLError as error:
-            raise UserError(f"the --config file is not YAML: {error}") from None
+            *parsed, unknown = self.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error)) from None
-        if unknown_keys:
-            self.error(f"unknown keys in the --config file: {', '.join(key[2:] for key in unknown_keys[::2])}")
-        if unknown_flags:
-            self.error(f"unrecognized arguments: {' '.join(unknown_flags)}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed
 
-    def set_defaults_with_config(self, **config):
-        """Convert and check the values of the YAML file as if they were flags; argparse does not check defaults."""
-        actions = {action.dest: action for action in reversed(self._actions)}
-        for name in config.keys() & actions.keys():
-            if config[name] is None:  # `null` is for the options that may be None
-                continue
-            several = isinstance(config[name], list) and actions[name].nargs == "+"
-            values = config[name] if several else [config[name]]
-            strings = [value if isinstance(value, str) else json.dumps(value) for value in values]
-            try:
-                config[name] = self._get_values(actions[name], strings)
-            except argparse.ArgumentError as error:
-                self.error(f"in the --config file: {error}")
-        return super().set_defaults_with_config(**config)
+    def _flags(self):
+        """Return the options of the file as flags."""
+        names = {field.name for dataclass in self.dataclass_types for field in fields(dataclass)}
+        if unknown := [str(name) for name in self.options if name not in names]:
+            self.error(f"unknown keys in the --config file: {', '.join(unknown)}")
+        flags = []
+        for name, value in self.options.items():
+            values = value if isinstance(value, list) else [value]
+            values = [one if isinstance(one, str) else json.dumps(one, default=str) for one in values]
+            if value is None:  # `null` is for the options that may be None
+                self.set_defaults(**{name: None})
+            else:
+                flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+        return flags
+
+    def error(self, message):
+        name = re.match(r"argument --(\w+)", message)
+        if name and name[1] in self.options and f"--{name[1]}" not in sys.argv:
+            message = f"in the --config file: {message}"
+        super().error(message)
+
+
+def read_options(path):
+    """Read the options in a YAML file: dict."""
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError("the --config file is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the --config file is not YAML: {error}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"the --config file {path} must contain a YAML mapping")
+    return options

@@ -9,9 +9,8 @@ from transformers import ProgressCallback, TrainerCallback
 
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text
+from grath.common.layout import TRAINING_LOG
 from grath.modeling.precision import DTYPES
-
-TRAINING_LOG = "training_log.jsonl"
 
 
 class ProgressBar(ProgressCallback):
@@ -27,10 +26,13 @@ class TrainingLog(TrainerCallback):
     """Write the log as JSON lines to the output folder; print warnings when the training goes wrong, end it on NaN.
 
     The attribute `warnings` is a dict, kind of warning -> sentence.
+
+    Args:
+        steps_per_epoch: float. `Trainer` takes the whole training for one epoch.
     """
 
-    def __init__(self):
-        self.warnings = {}
+    def __init__(self, steps_per_epoch):
+        self.warnings, self.steps_per_epoch = {}, steps_per_epoch
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed training has the intervals of its checkpoint; those that were given now count.
@@ -38,6 +40,12 @@ class TrainingLog(TrainerCallback):
         # A resumed training also records the warnings from before the interruption.
         for end in range(1, len(state.log_history) + 1):
             self._warn(args, state, state.log_history[:end])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / self.steps_per_epoch
+        if int(state.epoch) > int((state.global_step - 1) / self.steps_per_epoch):
+            control.should_log = control.should_log or args.logging_strategy == "epoch"
+            control.should_save = control.should_save or args.save_strategy == "epoch"
 
     def on_log(self, args, state, control, **kwargs):
         if any(math.isnan(value) for name, value in state.log_history[-1].items() if name.startswith("rewards/")):

@@ -1,87 +1,76 @@
 """TRL's `DPOConfig` with the paper's settings as defaults."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from transformers.hf_argparser import HfArg
 from trl import DPOConfig
 
+from grath.common import defaults
+from grath.common.defaults import PAIRS_PER_STEP
 from grath.common.errors import UserError
-from grath.dpo.defaults import check_signs, check_trackers, step_sizes
-from grath.modeling.devices import print_once
-from grath.modeling.loading import load_shape
-from grath.modeling.memory import PAIR_TOKENS, REFERENCE_BATCH, USABLE, fitting_pairs
 from grath.modeling.precision import DTYPES, PRECISIONS, compute_dtype, resolve_precision
 
 EPOCHS = DPOConfig.num_train_epochs
+POSITIVE = (
+    "num_sample", "lora_r", "lora_alpha", "learning_rate", "beta", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "precompute_ref_batch_size", "max_length", "save_steps", "logging_steps",
+)  # fmt: skip
+NOT_NEGATIVE = ("lora_dropout", "seed", "warmup_steps")
 
 
 @dataclass
 class GrathDPOConfig(DPOConfig):
     """TRL's `DPOConfig` with the defaults of the paper's code, plus `precision`."""
 
-    output_dir: str = field(
-        default="", metadata={"help": "folder for the adapter, its record and its checkpoints (required)"}
-    )
-    precision: str = field(
+    output_dir: str = HfArg(default="", help="folder for the adapter, its record and its checkpoints (required)")
+    precision: str = HfArg(
         default="auto",
-        metadata={
-            "help": "precision of the base model's weights; auto: fp4 on a CUDA GPU, bf16 on a CPU",
-            "choices": PRECISIONS,
-        },
+        help="precision of the base model's weights; auto: fp4 on a CUDA GPU, bf16 on a CPU",
+        metadata={"choices": PRECISIONS},
     )
-    seed: int = field(
-        default=0,
-        metadata={
-            "help": "seed of the adapter's initial weights, the order of the pairs and the drawn incorrect answers"
-        },
+    seed: int = HfArg(
+        default=0, help="seed of the adapter's initial weights, the order of the pairs and the drawn incorrect answers"
     )
-    beta: float = field(
-        default=0.1, metadata={"help": "strength of the KL penalty towards the reference (DPO, equation 7)"}
+    beta: float = HfArg(
+        default=defaults.BETA, help="strength of the KL penalty towards the reference (DPO, equation 7)"
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
-    warmup_steps: float = field(default=100, metadata={"help": "warm-up steps; below 1: a fraction of all steps"})
-    optim: str = field(
-        default="auto",
-        metadata={"help": "optimizer; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP"},
+    learning_rate: float = HfArg(default=defaults.LEARNING_RATE, help="peak learning rate")
+    lr_scheduler_type: str = HfArg(default="cosine", help="learning rate schedule")
+    warmup_steps: float = HfArg(default=defaults.WARMUP_STEPS, help="warm-up steps; below 1: a fraction of all steps")
+    optim: str = HfArg(
+        default="auto", help="optimizer; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP"
     )
-    per_device_train_batch_size: int | None = field(
+    per_device_train_batch_size: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "pairs per device and forward pass; by default as many as the GPU's memory takes, at most 16; 4 on "
-            "a CPU or with --gradient_accumulation_steps"
-        },
+        help="pairs per device and forward pass; by default as many as the GPU's memory takes, at most "
+        f"{PAIRS_PER_STEP}; 4 on a CPU or with --gradient_accumulation_steps",
     )
-    gradient_accumulation_steps: int | None = field(
+    gradient_accumulation_steps: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "forward passes per optimizer step; by default so many that all devices together use 16 pairs"
-        },
+        help=f"forward passes per step; by default so many that all devices together use {PAIRS_PER_STEP} pairs",
     )
-    max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
-    max_length: int | None = field(default=1024, metadata={"help": "drop pairs with more tokens"})
-    train_sampling_strategy: str = field(
+    max_steps: int = HfArg(default=defaults.MAX_STEPS, help="optimizer steps")
+    max_length: int | None = HfArg(default=defaults.MAX_LENGTH, help="drop pairs with more tokens")
+    train_sampling_strategy: str = HfArg(
         default="group_by_length",
-        metadata={
-            "help": "order of the pairs; group_by_length: pairs of similar length in each step",
-            "choices": ("random", "sequential", "group_by_length"),
-        },
+        help="order of the pairs; group_by_length: pairs of similar length in each step",
+        metadata={"choices": ("random", "sequential", "group_by_length")},
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "recompute activations to save memory; off by default, because the sequences are short"},
+    gradient_checkpointing: bool | None = HfArg(
+        default=None, help="recompute activations to save memory; off by default, because the sequences are short"
     )
-    precompute_ref_log_probs: bool = field(
-        default=True, metadata={"help": "compute the reference's log-probabilities once, before training"}
+    precompute_ref_log_probs: bool = HfArg(
+        default=True, help="compute the reference's log-probabilities once, before training"
     )
-    precompute_ref_batch_size: int | None = field(
-        default=REFERENCE_BATCH, metadata={"help": "pairs per forward pass of that"}
+    precompute_ref_batch_size: int | None = HfArg(
+        default=16, help="pairs per forward pass of that; half as many each time that the memory is full"
     )
-    logging_first_step: bool = field(
-        default=True, metadata={"help": "log the first step; its margin shows which model is the reference"}
+    logging_first_step: bool = HfArg(
+        default=True, help="log the first step; its margin shows which model is the reference"
     )
-    save_steps: float = field(default=100, metadata={"help": "steps between checkpoints"})
-    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none"})
+    save_steps: float = HfArg(default=defaults.SAVE_STEPS, help="steps between checkpoints")
+    report_to: str = HfArg(default="none", help="tensorboard, wandb, trackio, ... or none")
 
     def __post_init__(self):
         import torch
@@ -89,16 +78,15 @@ class GrathDPOConfig(DPOConfig):
         if not self.output_dir:
             raise UserError("--output_dir is required: the folder to save the adapter in")
         check_signs(vars(self))
-        check_trackers(self.report_to)
+        defaults.check_trackers(self.report_to)
         if self.max_steps > 0 and self.num_train_epochs != EPOCHS:
             raise UserError("--num_train_epochs has no effect unless --max_steps is -1")
         self.precision = resolve_precision(self.precision, "dpo")
+        sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        # The trainer then replaces both values.
+        self.probes_memory = sizes == (None, None) and torch.cuda.is_available()
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        batch, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
-        # `fit_batch_size` replaces both values when the model is known.
-        self.fits_batch_size = batch is None and accumulation is None and torch.cuda.is_available()
-        sizes = step_sizes(processes, batch, accumulation)
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = sizes
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = step_sizes(processes, *sizes)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.optim == "auto":
             paged = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP") != "true"
@@ -116,37 +104,21 @@ class GrathDPOConfig(DPOConfig):
         self._n_gpu = min(self.n_gpu, 1)
 
 
-def fit_batch_size(config, name, dataset):
-    """Let a forward pass take as many pairs as the GPU's memory does, and fill the step to 16 pairs by accumulation.
+def step_sizes(processes, batch=None, accumulation=None):
+    """Return (pairs per forward pass, forward passes per step) of each process; a size that is given is kept.
 
-    Changes nothing on a CPU, if the batch size or the accumulation is given, or if the sizes of the model or the pairs
-    are not known.
-
-    Args:
-        config: `GrathDPOConfig`.
-        name: hub name, model folder or adapter folder.
-        dataset: the pairs; if they are not tokenized, their lengths are not known.
-
-    Returns:
-        dict of the settings that it changed.
+    By default a step has `PAIRS_PER_STEP` pairs, or fewer where the processes cannot share them equally.
     """
-    import torch
+    own = 2 ** (max(1, PAIRS_PER_STEP // processes).bit_length() - 1)
+    batch = batch or (4 if accumulation else min(4, own))
+    return batch, accumulation or max(1, own // batch)
 
-    if not config.fits_batch_size or "prompt_ids" not in dataset.column_names:
-        return {}
-    try:
-        shape = load_shape(name)
-    except UserError:  # a model that cannot be loaded gets its message when it is loaded
-        return {}
-    longest = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in dataset)
-    # All processes must choose the same: the free memory differs between them, the total memory of their GPUs does not.
-    gpus = range(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    total = min(torch.cuda.get_device_properties(i).total_memory for i in gpus)
-    fitting = fitting_pairs(shape, config.precision, USABLE * total, tokens=max(PAIR_TOKENS, longest)) or 1
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batch, accumulation = step_sizes(processes, fitting=fitting)
-    config.per_device_train_batch_size, config.gradient_accumulation_steps = batch, accumulation
-    print_once(
-        f"{batch} pairs per forward pass, chosen for a GPU of {total / 1e9:.0f} GB, and {accumulation} passes per step"
-    )
-    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+
+def check_signs(values):
+    """Raise `UserError` if a number in `values` (dict) is negative, or 0 where it must be positive. None is skipped."""
+    for name in POSITIVE:
+        if values.get(name) is not None and not 0 < values[name] < float("inf"):
+            raise UserError(f"--{name} must be greater than 0, not {values[name]}")
+    for name in NOT_NEGATIVE:
+        if values.get(name) is not None and not values[name] >= 0:
+            raise UserError(f"--{name} must not be negative, not {values[name]}")

@@ -1,10 +1,14 @@
-"""The training set: pairs as token ids, without the pairs that give no gradient."""
+"""The training set: pairs as token ids, without those that give no gradient, in the order of the steps."""
 
+import torch
 from datasets import Dataset
 
 from grath.common.errors import UserError
 from grath.modeling.chat import answer_ids
 from grath.modeling.devices import print_once
+
+# Pairs are sorted by length among those of at most this many steps, and of at most a quarter of an epoch.
+SORTED_STEPS = 50
 
 
 def tokenize_pairs(rows, tokenizer, template):
@@ -35,9 +39,9 @@ def filter_pairs(dataset, max_length):
     Raises:
         UserError: no pair remains.
     """
-    differing = dataset.filter(lambda row: row["chosen_ids"] != row["rejected_ids"])
-    lengths = pair_lengths(differing)
-    fitting = differing.select([i for i, length in enumerate(lengths) if max_length is None or length <= max_length])
+    lengths = pair_lengths(dataset)
+    differing = [i for i, row in enumerate(dataset) if row["chosen_ids"] != row["rejected_ids"]]
+    fitting = [i for i in differing if max_length is None or lengths[i] <= max_length]
     counts = {
         "read": len(dataset),
         "identical": len(dataset) - len(differing),
@@ -48,11 +52,47 @@ def filter_pairs(dataset, max_length):
         f"{counts['read']} pairs, {counts['identical']} with identical answers and {counts['too_long']} over "
         f"{max_length} tokens dropped"
     )
-    if not counts["kept"]:
+    if not fitting:
         raise UserError("no pair is left to train on: all have identical answers or are too long")
-    return fitting, counts
+    return dataset.select(fitting), counts
 
 
 def pair_lengths(dataset):
     """Return the number of tokens of each pair: the prompt plus the longer answer."""
     return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dataset]
+
+
+def training_order(lengths, count, batch, strategy, seed):
+    """Return the order in which a training uses its pairs: each slice of `batch` indices is an optimizer step.
+
+    Each epoch uses every pair once. Its last pairs and the first ones of the next epoch share a step, so that all steps
+    are full. The order does not depend on `count`, nor on the processes that share a step.
+
+    Args:
+        lengths: tokens of each pair.
+        count: number of indices to return.
+        batch: pairs per step.
+        strategy: "sequential", "random", or "group_by_length": pairs of similar length in each step, and the steps in
+            random order.
+        seed: int.
+    """
+    generator, order = torch.Generator().manual_seed(seed), []
+    while len(order) < count:
+        epoch = list(range(len(lengths)))
+        if strategy != "sequential":
+            epoch = torch.randperm(len(lengths), generator=generator).tolist()
+        if strategy == "group_by_length":
+            started = -len(order) % batch  # pairs that complete the step of the last epoch
+            epoch[started:] = _group_by_length(epoch[started:], lengths, batch, generator)
+        order += epoch
+    return order[:count]
+
+
+def _group_by_length(pairs, lengths, batch, generator):
+    """Return pairs, which are in random order, as full steps in random order, followed by the rest."""
+    window = batch * max(1, min(SORTED_STEPS, len(pairs) // (4 * batch)))
+    windows = (sorted(pairs[at : at + window], key=lengths.__getitem__) for at in range(0, len(pairs), window))
+    steps = [part[at : at + batch] for part in windows for at in range(0, len(part), batch)]
+    full = [step for step in steps if len(step) == batch]
+    shuffled = [full[i] for i in torch.randperm(len(full), generator=generator)]
+    return [pair for step in [*shuffled, *steps[len(full) :]] for pair in step]

@@ -42,7 +42,7 @@ def share_prompts(forward):
 
 
 def project_completions_only(base, fused_forward):
-    """Wrap the `forward` of TRL's fused head so that it projects only the completions and computes no statistics."""
+    """Wrap the `forward` of TRL's fused head so that it projects only the completions."""
 
     @wraps(fused_forward)
     def forward(*args, fused_lm_head=False, labels=None, **kwargs):
@@ -55,19 +55,25 @@ def project_completions_only(base, fused_forward):
 
 
 def completion_log_probs(hidden, labels, lm_head):
-    """Compute log-probabilities of the labelled tokens.
+    """Compute log-probabilities of the labelled tokens, and TRL's statistics of their distributions.
 
     Args:
         hidden: (B, L, d).
         labels: (B, L), -100 where there is no label.
 
     Returns:
-        `FusedCausalLMOutput` with `log_probs` (B, L), 0 where there is no label, and zeros for the statistics.
+        `FusedCausalLMOutput` with `log_probs`, `entropy`, `mean_logits` and `is_top1`, each (B, L), 0 where there is no
+        label.
     """
     labelled = labels != -100
-    values = -cross_entropy(lm_head(hidden[labelled]).float(), labels[labelled], reduction="none")
-    log_probs = values.new_zeros(labels.shape).masked_scatter(labelled, values)
-    zeros = torch.zeros_like(log_probs)
-    return FusedCausalLMOutput(
-        loss=-values.mean(), log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
-    )
+    logits, targets = lm_head(hidden[labelled]).float(), labels[labelled]
+    values = -cross_entropy(logits, targets, reduction="none")
+    with torch.no_grad():
+        log_sum = logits.gather(1, targets[:, None])[:, 0] - values
+        entropy = log_sum - torch.einsum("nv,nv->n", (logits - log_sum[:, None]).exp_(), logits)
+        statistics = {"entropy": entropy, "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == targets}
+    fields = {
+        name: field.new_zeros(labels.shape).masked_scatter(labelled, field)
+        for name, field in {"log_probs": values, **statistics}.items()
+    }
+    return FusedCausalLMOutput(loss=-values.mean(), **fields)

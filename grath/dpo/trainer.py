@@ -5,34 +5,28 @@ Iteration i starts from model M_i, an adapter on the pretrained base M_0, and pr
 model's weights.
 """
 
+import gc
 from functools import partial
-from math import nan
+from math import ceil
 
 import torch
-from accelerate.utils import tqdm
+from accelerate.utils import gather_object, send_to_device, tqdm
 from peft import LoraConfig
-from torch.utils.data import DataLoader
 from trl import DPOTrainer
 
+from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R
 from grath.common.errors import UserError
-from grath.dpo.dataset import filter_pairs, pair_lengths
-from grath.dpo.defaults import LORA_ALPHA, LORA_DROPOUT
+from grath.dpo.dataset import filter_pairs, pair_lengths, training_order
 from grath.dpo.packing import project_completions_only, share_prompts
-from grath.dpo.sampler import LengthGroupedSampler
 from grath.generation.attention import unsupported_reason
+from grath.modeling.devices import print_once
 from grath.modeling.loading import resolve_base_and_adapter
-from grath.modeling.memory import LORA_R
 
-UNCOMPUTED_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 # Settings of some model families that change the logits after the head, or add to the loss.
 LOGIT_SETTINGS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
+    "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
     "router_aux_loss_coef",
-)
+)  # fmt: skip
 
 
 class GrathDPOTrainer(DPOTrainer):
@@ -42,10 +36,14 @@ class GrathDPOTrainer(DPOTrainer):
     the reference inside the constructor, after hashing all weights for a cache on disk. A fixed reference requires that
     `ref` is deleted first, so this class evaluates the reference after TRL's constructor, without a cache. On a
     quantized base TRL rounds the policy's adapter to bf16, but not `ref`, and loads checkpoints in float32; this class
-    keeps the adapter in float32.
+    keeps the adapter in float32. Its training set contains the pairs of all steps in their order, as one epoch.
 
     Args:
         reference: "rolling" or "fixed".
+
+    Attributes:
+        counts: dict from `filter_pairs`.
+        steps_per_epoch: float.
     """
 
     def __init__(self, *args, reference, **kwargs):
@@ -58,18 +56,18 @@ class GrathDPOTrainer(DPOTrainer):
         finally:
             config.precompute_ref_log_probs = precompute
         # A resumed training must load its adapter to this process's device; PEFT would choose the first GPU.
-        self.model.load_adapter = partial(self.model.load_adapter, torch_device=str(self.accelerator.device))
+        device = self.accelerator.device
+        where = "cpu" if device.type == "cpu" else str(device)
+        self.model.load_adapter = partial(self.model.load_adapter, torch_device=where)
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
                 weight.data = incoming.get(name, weight.data).to(weight.device, torch.float32)
         self._patch_forward()
         if reference == "fixed":
             self.drop_ref_adapter()
-        if precompute:
-            batch_size = config.precompute_ref_batch_size or config.per_device_train_batch_size
-            self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", batch_size)
-            self.precompute_ref_logps = True
-            self.drop_ref_adapter()
+        self.order_pairs()
+        if config.probes_memory and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            self.probe_memory()
 
     def drop_ref_adapter(self):
         """Delete the frozen copy `ref` of the adapter, if there is one."""
@@ -79,93 +77,122 @@ class GrathDPOTrainer(DPOTrainer):
     def _patch_forward(self):
         """Make the model compute the shared prompt of a pair once and, on a CPU, project only the completions.
 
-        On a CPU, TRL 1.16 projects every position, including prompt and padding, and computes three statistics of each
-        for its log. The loss is the same.
+        On a CPU, TRL 1.16 projects every position, including prompt and padding. The loss is the same.
         """
         base = self.model.get_base_model()
         if not unsupported_reason(base, self.args.max_length or 0) and base.config._attn_implementation == "sdpa":
             base.base_model.forward = share_prompts(base.base_model.forward)
         config = base.config.get_text_config()
         changed = any(getattr(config, name, None) for name in LOGIT_SETTINGS)
-        self.projects_completions_only = (
-            self.accelerator.device.type == "cpu" and not self.use_weighting and not changed
-        )
-        if self.projects_completions_only:
+        if self.accelerator.device.type == "cpu" and not self.args.use_weighting and not changed:
             base.forward = project_completions_only(base, base.forward)
 
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = LengthGroupedSampler(pair_lengths(train_dataset or self.train_dataset), batch, seed)
-        return self.sampler
+    def _prepare_dataset(self, dataset, processing_class, args, name):
+        if "prompt_ids" not in dataset.column_names:
+            dataset = super()._prepare_dataset(dataset, processing_class, args, name)
+        dataset, self.counts = filter_pairs(dataset, args.max_length)
+        return dataset
 
-    def _run_epoch(self, *args, epoch, **kwargs):
-        # When several processes resume in the middle of an epoch, accelerate's loader does not set the sampler's epoch.
-        if hasattr(self, "sampler"):
-            self.sampler.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+    def order_pairs(self):
+        """Put the pairs of all steps into their order; add the reference's log-probabilities, once for each pair."""
+        args, pairs = self.args, self.train_dataset
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        self.steps_per_epoch = len(pairs) / batch
+        if args.max_steps <= 0:
+            args.max_steps = ceil(args.num_train_epochs * self.steps_per_epoch)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = training_order(pair_lengths(pairs), args.max_steps * batch, batch, args.train_sampling_strategy, seed)
+        used = sorted(set(order))
+        self.pairs = pairs.select(used)
+        if args.precompute_ref_log_probs:
+            self.pairs = self.add_reference_log_probs(self.pairs)
+            self.precompute_ref_logps = True
+            self.drop_ref_adapter()
+        places = {pair: place for place, pair in enumerate(used)}
+        self.train_dataset = self.pairs.select([places[pair] for pair in order])
+        args.train_sampling_strategy = "sequential"
 
-    def get_batch_samples(self, *args):
-        samples, items = super().get_batch_samples(*args)
-        self.rows_in_step = sum(len(batch["input_ids"]) for batch in samples) / max(1, len(samples))
-        return samples, items
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not model.training or return_outputs:
-            return loss
-        # Every pair of a step weighs the same. `Trainer` averages over forward passes, and the last may be smaller.
-        return loss * (len(inputs["input_ids"]) / self.rows_in_step)
-
-    def log(self, logs, start_time=None):
-        if self.projects_completions_only:
-            for metrics in self._metrics.values():
-                for name in UNCOMPUTED_METRICS:
-                    metrics.pop(name, None)
-        super().log(logs, start_time)
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if "prompt_ids" in dataset.column_names:
-            return dataset
-        tokenized = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        tokenized, self.counts = filter_pairs(tokenized, args.max_length)
-        return tokenized
-
-    def _precompute_ref_logps(self, dataset, name, batch_size):
+    def add_reference_log_probs(self, pairs):
+        """Return pairs with the columns `ref_chosen_logps` and `ref_rejected_logps`; the processes share the work."""
         self.model.eval()
         for layer in self.model.modules():
             # In evaluation mode on a CPU, bitsandbytes packs 4-bit weights into a form without gradients.
             if type(layer).__name__ == "Linear4bit":
                 layer.training = True
-        order = list(range(len(dataset)))
-        if self.args.train_sampling_strategy == "group_by_length" and self.args.max_steps > 0:
-            sampler = self._get_train_sampler(dataset)
-            order = sorted(list(sampler)[: self.args.max_steps * sampler.batch])  # the others are not trained on
         # Batch pairs of similar length, to keep padding small.
-        order.sort(key=pair_lengths(dataset).__getitem__)
-        loader = DataLoader(dataset.select(order), batch_size, collate_fn=self.data_collator)
-        chosen, rejected = [nan] * len(dataset), [nan] * len(dataset)
-        done = 0
-        for batch in tqdm(self.accelerator.prepare(loader), desc=f"Reference log-probabilities ({name})"):
-            sides = self.accelerator.gather_for_metrics(self.compute_ref_log_probs(self.model, batch))
-            for i, *log_probs in zip(order[done:], *(side.tolist() for side in sides), strict=False):
-                chosen[i], rejected[i] = log_probs
-                done += 1
-        return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+        left = sorted(range(len(pairs)), key=pair_lengths(pairs).__getitem__)
+        left, found = left[self.accelerator.process_index :: self.accelerator.num_processes], []
+
+        def compute(batch):
+            while left:
+                rows = left[:batch]
+                sides = self.compute_ref_log_probs(self.model, self._collate(pairs, rows))
+                found.extend(zip(rows, *(side.tolist() for side in sides), strict=True))
+                progress.update(len(rows))
+                del left[:batch]
+
+        with tqdm(total=len(left), desc="Reference log-probabilities") as progress:
+            halve_if_out_of_memory(
+                compute, self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+            )
+        _, chosen, rejected = zip(*sorted(gather_object(found)), strict=True)
+        return pairs.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+    def probe_memory(self):
+        """Find the most pairs that fit into a forward and backward pass, and fill the step by accumulation.
+
+        Tries the longest pairs. Changes neither gradients nor the random state.
+        """
+        args = self.args
+        own = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        lengths = [sum(map(len, (pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]))) for pair in self.pairs]
+        longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        longest = (longest * own)[:own]  # a step repeats pairs if there are fewer
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+
+        def attempt(batch):
+            # What AdamW's two averages and the exchange of gradients take later.
+            later = [torch.empty_like(weight) for weight in trained for _ in range(3)]
+            inputs = self._collate(self.pairs, longest[:batch])
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            with self.accelerator.autocast():
+                output = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+            output.log_probs.sum().backward()
+            del later
+            return batch
+
+        self.model.train()
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            batch = min(gather_object([halve_if_out_of_memory(attempt, own)]))
+        self.model.zero_grad()
+        self._train_batch_size = args.per_device_train_batch_size = batch
+        args.gradient_accumulation_steps = own // batch
+        print_once(f"{batch} pairs per forward pass, as many as the memory takes, and {own // batch} passes per step")
+
+    def _collate(self, pairs, rows):
+        return send_to_device(self.data_collator([pairs[row] for row in rows]), self.accelerator.device)
+
+
+def halve_if_out_of_memory(function, batch):
+    """Return `function(batch)`; halve `batch` each time that the memory is full, unless it is 1."""
+    while True:
+        try:
+            return function(batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+        # Not while the error is handled: its traceback keeps the batch.
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):
     """Return PEFT's `LoraConfig` with the paper's values: on the q, k and v projections, without biases."""
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=["q_proj", "k_proj", "v_proj"],
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
+    return LoraConfig(**sizes, target_modules=["q_proj", "k_proj", "v_proj"], bias="none", task_type="CAUSAL_LM")
 
 
 def check_incoming_adapter(model, lora):
@@ -181,7 +208,7 @@ def describe_reference(name, reference):
     """Describe the policy's start and the reference model of an iteration that starts from the model `name`.
 
     Returns:
-        dict of str: `reference`, `policy_starts_from`, `reference_model`, `base_model`.
+        dict of str: `reference`, `policy_starts_from`, `reference_model`, `base_model`, `incoming_adapter` (or None).
     """
     base, adapter = resolve_base_and_adapter(name)
     start = f"the adapter {adapter} on {base}" if adapter else base
@@ -190,4 +217,5 @@ def describe_reference(name, reference):
         "policy_starts_from": start,
         "reference_model": start if reference == "rolling" else base,
         "base_model": base,
+        "incoming_adapter": adapter,
     }

@@ -1,18 +1,35 @@
-"""Score a model on tasks of lm-evaluation-harness: one result file a task.
+"""Stage 4 of GRATH: score a model on tasks of lm-evaluation-harness, one result file a task.
 
     python -m grath.evaluation MODEL OUTPUT --tasks truthfulqa_mc1 truthfulqa_mc2
 
-`./evaluation.sh MODEL OUTPUT` does the same with its settings in the environment, on one GPU or several.
+The same command resumes: a task that has its result file is not scored again. `./evaluation.sh MODEL OUTPUT` is this
+command with its settings in the environment, on one GPU or several.
 """
 
+import argparse
+import re
 from pathlib import Path
 
 from grath.common.arguments import Parser, positive_int
-from grath.common.errors import UserError, run_main
-from grath.evaluation.harness import MODEL_NAME
-from grath.evaluation.run import score_model
+from grath.common.defaults import SERVER_TIMEOUT, TASKS
+from grath.common.errors import run_main
+from grath.evaluation.run import BACKENDS, ScoreConfig, score_model
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.precision import PRECISIONS, SERVER
+
+
+def batch_size(text):
+    """Convert to an integer of at least 1, or keep `auto` and `auto:N`."""
+    return text if re.fullmatch(r"auto(:[1-9]\d{0,8})?", text) else positive_int(text)
+
+
+def limit(text):
+    """Convert to an integer of at least 1, or to a share below 1."""
+    if re.fullmatch(r"0?\.\d+", text) and float(text) > 0:
+        return float(text)
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a number of questions or a share below 1, not {text!r}")
+    return int(text)
 
 
 def main():
@@ -20,22 +37,21 @@ def main():
     add = parser.add_argument
     add("model", help="hub name, model folder or LoRA adapter folder")
     add("output", type=Path, help="folder of the result files")
-    add("--tasks", nargs="+", required=True, help="tasks of lm-evaluation-harness")
+    add("--tasks", nargs="*", default=TASKS.split(), help="tasks of lm-evaluation-harness")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
-    add("--batch_size", type=positive_int, help="contexts at once; if left out, as many as make a batch of tokens")
-    add("--limit", type=positive_int, help="questions of each task; all if not set")
-    add("--backend", choices=("hf", MODEL_NAME, SERVER), default=MODEL_NAME, help="model class, or --server_url")
+    add("--batch_size", type=batch_size, help="contexts at once, or auto for --backend hf; default: by tokens")
+    add("--limit", type=limit, help="questions of each task, or a share below 1; all if not set")
+    add("--backend", choices=BACKENDS, help=f"{BACKENDS[0]} if not set, or {SERVER} if --server_url is")
     add("--server_url", nargs="+", dest="servers", default=(), help="servers of --backend server")
-    add("--server_timeout", type=positive_int, default=600, help="seconds to wait for a server that does not respond")
+    add("--server_timeout", type=positive_int, default=SERVER_TIMEOUT, help="seconds to wait for a lost server")
     add("--chat_template", action="store_true", help="apply the chat template")
     add("--log_samples", action="store_true", help="also write every question and its log-likelihoods")
     add("--samples", action="store_true", help="also write the model's own answers to five questions")
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template, of these questions too")
+    add("--dry_run", action="store_true", help="check the model, print the plan and score nothing")
     args = parser.parse_args()
-    if args.servers and args.backend != SERVER:
-        raise UserError("--server_url needs --backend server")
-    score_model(**vars(args))
-    print(f"Wrote the results to {args.output}; next: python -m grath.report {args.output}")
+    args.backend = args.backend or (SERVER if args.servers else BACKENDS[0])
+    score_model(ScoreConfig(**vars(args)))
 
 
 if __name__ == "__main__":

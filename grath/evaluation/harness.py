@@ -1,155 +1,156 @@
-"""The model class for lm-evaluation-harness that computes every context once."""
+"""The harness's model classes for models on this machine: `hf`, and `hf-shared`, which computes every context once."""
 
+import gc
+import logging
 import sys
-from functools import cache
+from functools import wraps
 
-from grath.common.errors import UserError
-from grath.modeling.memory import BATCH_TOKENS, USABLE, fitting_batch_tokens, read_shape
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 
-MODEL_NAME = "hf-shared"
+from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
+from grath.generation.attention import unsupported_reason
+from grath.modeling.loading import load_for_inference, load_tokenizer, resolve_base_and_adapter
+from grath.modeling.precision import DTYPES
+
 # Requests that are tokenized in one call.
 TOKENIZER_BATCH = 1024
-# Padded tokens of a batch on a CPU, where larger batches are not faster.
-CPU_BATCH_TOKENS = 4096
+# Padded tokens of a batch: on a CPU, where larger batches are not faster; on a GPU at first, and at least.
+CPU_TOKENS, GPU_TOKENS, MIN_TOKENS = 4096, 16384, 512
 
 
-@cache
-def register_shared_context_model():
-    """Register the model class `hf-shared` with the harness, and return it."""
-    import torch
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import has_bos_prefix
+def load_local(backend, model, precision, batch_size=None):
+    """Load a model (hub name, model folder or adapter folder) as the harness's model of `hf-shared` or `hf`."""
+    base, adapter = resolve_base_and_adapter(model)
+    if backend == "hf":
+        options = {"peft": adapter, "dtype": DTYPES[precision], "use_safetensors": True}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return SplitLM(pretrained=base, batch_size=batch_size or 16, device=device, **options)
+    # `HFLM` warns of a loaded model, as it would be scored by every process.
+    logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)
+    rows = batch_size if isinstance(batch_size, int) else None
+    return SharedContextLM(load_for_inference(model, precision), load_tokenizer(model), rows)
 
-    from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
-    from grath.generation.attention import explicit_attention, select_attention_fn, unsupported_reason
 
-    @register_model(MODEL_NAME)
-    class SharedContextLM(HFLM):
-        """`HFLM` that computes equal requests, equal contexts and shared prefixes of contexts once.
+def split_over_processes(method):
+    """Wrap a method (requests, disable_tqdm) so that each process computes its questions, and gets all results."""
 
-        Args:
-            precision: one of `PRECISIONS` but `auto`, instead of `dtype`.
-            batch_size: maximum number of contexts in a batch; None or "auto": only the number of tokens counts.
-        """
+    @wraps(method)
+    def split(lm, requests, disable_tqdm=False):
+        state = PartialState()
+        if state.num_processes == 1:
+            return method(lm, requests, disable_tqdm)
+        own = [i for i, one in enumerate(requests) if one.doc_id % state.num_processes == state.process_index]
+        hidden = disable_tqdm or not state.is_main_process
+        results = method(lm, [requests[i] for i in own], hidden) if own else []
+        gathered = dict(gather_object(list(zip(own, results, strict=True))))
+        return [gathered[i] for i in range(len(requests))]
 
-        def __init__(self, *args, precision="fp32", batch_size=None, **kwargs):
-            self.precision = precision
-            self.max_rows = batch_size if isinstance(batch_size, int) else None
-            if "dtype" in kwargs:
-                raise UserError(f"{MODEL_NAME} takes precision, not dtype")
-            super().__init__(*args, batch_size=batch_size or 16, **kwargs)
-            if self.world_size == 1 and hasattr(self, "accelerator"):
-                # Without a GPU `HFLM` scores every request in every process.
-                self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+    return split
 
-        def _create_model(self, pretrained, peft=None, **_):
-            from grath.modeling.loading import load_for_inference
 
-            self._model = load_for_inference(peft or pretrained, self.precision)
-            self._device = self._model.device
+class SplitLM(HFLM):
+    """`HFLM` that splits the requests over the processes itself.
 
-        def loglikelihood(self, requests, disable_tqdm=False):
-            """Tokenize the requests in large batches; the ids are those of `HFLM`, which tokenizes one at a time."""
-            from tqdm import tqdm
+    For the harness every process is the only one. So all processes draw the few-shot examples of all questions, and
+    these do not depend on the number of processes.
+    """
 
-            pairs = [request.args for request in requests]
-            if self.backend != "causal" or not all(context for context, _ in pairs):
-                return super().loglikelihood(requests, disable_tqdm)
-            tokenized, context_ids = [], {}
-            hidden = disable_tqdm or self.rank != 0
-            for start in tqdm(range(0, len(pairs), TOKENIZER_BATCH), disable=hidden, desc="Tokenizing requests"):
-                # As in `HFLM`, the spaces at the end of a context belong to the answer.
-                split = [
-                    (context.rstrip(), context[len(context.rstrip()) :] + answer)
-                    for context, answer in pairs[start : start + TOKENIZER_BATCH]
-                ]
-                new = [
-                    context for context in dict.fromkeys(context for context, _ in split) if context not in context_ids
-                ]
-                context_ids.update(zip(new, self._encode(new), strict=True))
-                whole = self._encode([context + answer for context, answer in split])
-                for pair, (context, _), ids in zip(pairs[start:], split, whole, strict=False):
-                    tokenized.append((pair, context_ids[context], ids[len(context_ids[context]) :]))
-            return self._loglikelihood_tokens(tokenized, disable_tqdm=disable_tqdm)
+    rank, world_size = 0, 1
+    loglikelihood = split_over_processes(HFLM.loglikelihood)
+    loglikelihood_rolling = split_over_processes(HFLM.loglikelihood_rolling)
+    generate_until = split_over_processes(HFLM.generate_until)
 
-        def _encode(self, texts):
-            """Tokenize a list of texts as `tok_encode` does: lists of ids."""
-            options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-            bos = self.tokenizer.decode(self.prefix_token_id)
-            groups = {}
-            for i, text in enumerate(texts):
-                groups.setdefault(has_bos_prefix(text, bos), []).append(i)
-            encoded = [None] * len(texts)
-            for starts_with_bos, places in groups.items():
-                own = {"add_special_tokens": False} if starts_with_bos else options
-                ids = self.tokenizer([texts[i] for i in places], return_attention_mask=False, **own)["input_ids"]
-                for i, of_text in zip(places, ids, strict=True):
-                    encoded[i] = of_text
-            return encoded
 
-        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            from tqdm import tqdm
+class SharedContextLM(SplitLM):
+    """`HFLM` that computes equal requests, equal contexts and shared prefixes of contexts once.
 
-            windows = [truncate_window(context, answer, self.max_length) for _, context, answer in requests]
-            reason = self._cannot_share(max((len(c) + len(a) for c, a in windows), default=0))
+    Args:
+        model: a loaded model.
+        tokenizer: its tokenizer.
+        max_rows: maximum number of contexts in a batch; None: only the number of tokens counts.
+    """
+
+    def __init__(self, model, tokenizer, max_rows=None, **options):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=max_rows or 16, **options)
+        self.max_rows, self.batch_tokens = max_rows, CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
+
+    @split_over_processes
+    def loglikelihood(self, requests, disable_tqdm=False):
+        pairs = [request.args for request in requests]
+        windows, reason = [], "a context is empty"
+        if all(context for context, _ in pairs):
+            tokenized = self.tokenize(pairs, disable_tqdm)
+            windows = [truncate_window(context, answer, self.max_length) for context, answer in tokenized]
+            reason = unsupported_reason(self.model, max(len(context) + len(answer) for context, answer in windows))
             if not all(context and answer for context, answer in windows):
                 reason = "an answer is empty or longer than the model's window"
-            if reason or not requests:
-                if reason and self.rank == 0 and not disable_tqdm:
-                    print(f"{MODEL_NAME} uses the method of hf: {reason}", file=sys.stderr)
-                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            batch_tokens = self._batch_tokens()
-            bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring requests")
-            results = [None] * len(requests)
-            with bar:
-                for places, result in window_loglikelihoods(self.model, windows, batch_tokens, self.max_rows):
-                    for place in places:
-                        results[place] = result
-                        if requests[place][0] is not None:
-                            self.cache_hook.add_partial("loglikelihood", requests[place][0], result)
-                    bar.update(len(places))
-            return results
+        if reason:
+            if not disable_tqdm:
+                print(f"hf-shared uses the method of hf: {reason}", file=sys.stderr)
+            return HFLM.loglikelihood(self, requests, disable_tqdm)
+        return self.score(windows, disable_tqdm)
 
-        def _batch_tokens(self):
-            """Return the padded tokens of a batch: on a GPU, where launching kernels takes time, as many as fit."""
-            if self.device.type == "cpu":
-                return CPU_BATCH_TOKENS
-            shape = read_shape(self.config.to_dict())
-            attend = select_attention_fn(self.device, self.model.dtype, shape.key_heads, shape.head_size)
-            if attend is explicit_attention:
-                return BATCH_TOKENS[-1]
-            if self.device.type != "cuda":
-                return BATCH_TOKENS[0]
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            return fitting_batch_tokens(shape, self.precision, USABLE * total) or BATCH_TOKENS[-1]
+    def tokenize(self, pairs, disable_tqdm=False):
+        """Tokenize (context, answer) pairs of text in large batches; the ids are those of `HFLM`: list of two lists."""
+        tokenized, context_ids = [], {}
+        for start in tqdm(range(0, len(pairs), TOKENIZER_BATCH), disable=disable_tqdm, desc="Tokenizing requests"):
+            # As in `HFLM`, the spaces at the end of a context belong to the answer.
+            split = [
+                (context.rstrip(), context[len(context.rstrip()) :] + answer)
+                for context, answer in pairs[start : start + TOKENIZER_BATCH]
+            ]
+            new = [context for context in dict.fromkeys(context for context, _ in split) if context not in context_ids]
+            context_ids.update(zip(new, self._encode(new), strict=True))
+            whole = self._encode([context + answer for context, answer in split])
+            for (context, _), ids in zip(split, whole, strict=True):
+                tokenized.append((context_ids[context], ids[len(context_ids[context]) :]))
+        return tokenized
 
-        def _cannot_share(self, length):
-            if self.backend != "causal":
-                return "the model is not decoder-only"
-            if self.softmax_dtype or self.mixed_precision_dtype:
-                return "softmax_dtype or mixed_precision_dtype is set"
-            if len(set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())) > 1:
-                return "the model is spread over several devices"
-            return unsupported_reason(self.model, length)
+    def _encode(self, texts):
+        """Tokenize a list of texts as `tok_encode` does: lists of ids. No second BOS is put before a first one."""
+        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        encoded = [None] * len(texts)
+        for has_bos, own in ((True, {"add_special_tokens": False}), (False, options)):
+            if places := [i for i, text in enumerate(texts) if text.startswith(bos) == has_bos]:
+                found = self.tokenizer([texts[i] for i in places], return_attention_mask=False, **own)["input_ids"]
+                for i, ids in zip(places, found, strict=True):
+                    encoded[i] = ids
+        return encoded
 
-    return SharedContextLM
+    def score(self, windows, disable_tqdm=False):
+        """Compute the log-likelihoods of windows; each time that the GPU's memory is full, halve `batch_tokens`.
 
+        Args:
+            windows: list of (context, answer), tuples of token ids.
 
-def patch_fewshot_sampling():
-    """Patch the harness so that the few-shot examples of a question do not depend on the number of processes.
+        Returns:
+            list of (log-likelihood, whether greedy decoding gives the answer).
 
-    The harness draws examples in each process for its own questions only. With the patch, every process draws for all
-    questions in order and then keeps its own.
-    """
-    from lm_eval.api.task import Task
-
-    build = Task.build_all_requests
-
-    def build_own(task, *args, rank=0, world_size=1, **kwargs):
-        build(task, *args, **kwargs)
-        task._instances = [request for request in task._instances if request.doc_id % world_size == rank]
-        if not task._instances:
-            raise UserError(f"there are fewer questions than processes ({world_size}): lower NUM_PROCESSES")
-
-    Task.build_all_requests = build_own
+        Raises:
+            torch.OutOfMemoryError: `MIN_TOKENS` do not fit either.
+        """
+        results = [None] * len(windows)
+        with tqdm(total=len(windows), disable=disable_tqdm, desc="Scoring requests") as bar:
+            while left := [i for i, result in enumerate(results) if result is None]:
+                unfinished = [windows[i] for i in left]
+                try:
+                    for places, result in window_loglikelihoods(
+                        self.model, unfinished, self.batch_tokens, self.max_rows
+                    ):
+                        for place in places:
+                            results[left[place]] = result
+                        bar.update(len(places))
+                except torch.OutOfMemoryError:
+                    if self.batch_tokens // 2 < MIN_TOKENS:
+                        raise
+                    self.batch_tokens //= 2
+                    print(f"The memory is full: going on with {self.batch_tokens} tokens in a batch", flush=True)
+                # Not while the error is handled: its traceback keeps the batch.
+                gc.collect()
+                torch.cuda.empty_cache()
+        return results

@@ -8,7 +8,6 @@ import torch
 
 from grath.generation.attention import engine_attention, lm_head_logits
 from grath.generation.cache import NO_END, common_prefix_length, download, prefill_prefix, upload
-from grath.modeling.memory import LOGITS_CHUNK
 
 # Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
 # tokens that it must save.
@@ -16,6 +15,8 @@ SHORTEST_PREFIX = 32
 MIN_SAVED = 1 / 5
 # On a CPU, minimum tokens of a context that gets a forward pass of its own: attention without a mask is faster.
 LONG_CONTEXT = 256
+# Hidden states whose logits are computed at a time.
+LOGITS_CHUNK = 512
 
 
 def truncate_window(context, answer, max_length):
@@ -46,7 +47,7 @@ def window_loglikelihoods(model, windows, batch_tokens, max_rows=None):
     contexts = {}
     for i, (context, answer) in enumerate(windows):
         contexts.setdefault(context, {}).setdefault(answer, []).append(i)
-    rows = {context: _row_length(context, contexts[context]) for context in contexts}
+    rows = {context: len(_tree_row(context, answers)[0]) for context, answers in contexts.items()}
     groups = group_by_prefix(rows, LONG_CONTEXT if model.device.type == "cpu" else None)
     # The largest first: if the memory is too small, the first batch shows it.
     groups.sort(key=lambda group: group[0] + max(rows[context] for context in group[1]), reverse=True)
@@ -154,11 +155,6 @@ def _batches(lengths, batch_tokens, max_rows):
         rows = min(max_rows, max(1, batch_tokens // lengths[order[start]]))
         yield order[start : start + rows]
         start += rows
-
-
-def _row_length(context, answers):
-    """Return the number of tokens in the row of a tree."""
-    return len(_tree_row(context, answers)[0])
 
 
 def _tree_row(context, answers):

@@ -1,57 +1,57 @@
-"""Read scores from the result files of lm-evaluation-harness, and record the settings that they depend on."""
+"""Result files of lm-evaluation-harness: split, written with the score of every question, and read."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.files import atomic_write_text, check_writable, read_json
-from grath.common.local_data import content_hash
-from grath.common.paths import resolve_local
-from grath.evaluation.tasks import TASKS, get_task
+from grath.common.files import atomic_write_text, read_json, sha256
+from grath.common.layout import SCORES_RECORD
+from grath.common.record import read_record
+from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
+RESULT_FILE = "result file of lm-evaluation-harness"
+EDITED = "is not the file that was written: remove it, and score the model again"
+NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
 # What the names of metrics between 0 and 1 contain; they are shown in percent.
 SHARES = ("acc", "exact_match", "f1", "pass", "mcc")
 
 
-def local_dataset_hashes(tasks):
-    """Hash the local folders of the tasks' data sets: hub name -> hash. Data sets without one are left out."""
-    names = {get_task(task).dataset for task in tasks} - {None}
-    folders = {name: resolve_local(name) for name in sorted(names)}
-    return {name: content_hash(folder) for name, folder in folders.items() if Path(folder).is_dir()}
-
-
 def read_scores(folder):
-    """Read the scores from the result files in `folder`.
+    """Read the scores from the result files in `folder`; if it has a record, from those that the record names.
 
     Returns:
         dict: task -> {"score", "stderr", "version", "harness", "chat", "questions"}. Score and standard error are in
         percent, or as the harness gives them if the metric is not a share (a perplexity); the standard error is None if
-        the file has none. "questions" is what `question_scores` returned, or
-        None. A member of a group (a subject of MMLU) is left out.
+        the file has none. "questions" is what `question_scores` returned. A member of a group (a subject of MMLU) is
+        left out.
 
     Raises:
-        UserError: a file is not a result file.
+        UserError: a file is not a result file, or not the one that was recorded.
     """
-    scores = {}
-    for file in sorted(Path(folder).glob("*.json")):
-        what = "result file of lm-evaluation-harness"
-        content = read_json(file, what)
+    folder, scores = Path(folder), {}
+    recorded = (read_record(folder / SCORES_RECORD) or {}).get("files")
+    for file in sorted(set(folder.glob("*.json")) - {folder / SCORES_RECORD}):
+        if recorded is not None:
+            if file.name not in recorded:  # its stage was killed, and will score the task again
+                continue
+            if sha256(file) != recorded[file.name]:
+                raise UserError(f"{file} {EDITED}")
+        content = read_json(file, RESULT_FILE)
         if not isinstance(content.get("results", {}), dict):
-            raise UserError(f"{file} is not a {what}")
+            raise UserError(f"{file} is not a {RESULT_FILE}")
         subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
         for task, values in content.get("results", {}).items():
-            metric = get_task(task).metric
-            if f"{metric},none" not in values:
-                others = [name.partition(",")[0] for name in values if "," in name and "_stderr" not in name]
-                metric = others[0] if others else metric
-            key = next((name for name in values if name.startswith(f"{metric},")), None)
+            metrics = [name for name in values if "," in name and "_stderr" not in name]
+            key = f"{get_task(task).metric},none"
+            key = key if key in metrics else next(iter(metrics), None)
             if task in subtasks or key is None:
                 continue
             stderr = values.get(key.replace(",", "_stderr,"))
-            scale = 100 if any(part in metric for part in SHARES) else 1
+            scale = 100 if any(part in key.partition(",")[0] for part in SHARES) else 1
             scores[task] = {
                 "score": scale * values[key],
                 "stderr": scale * stderr if isinstance(stderr, float) else None,
@@ -89,7 +89,7 @@ def question_scores(samples, task, results):
         return None
     asked = hashlib.sha256("".join(row["doc_hash"] for row in rows).encode())
     found = {"sha256": asked.hexdigest(), "scores": [round(float(row[metric]), 6) for row in rows]}
-    if task in TASKS and task.endswith(("_mc1", "_mc2")):
+    if task in KNOWN_TASKS and task.endswith(("_mc1", "_mc2")):
         targets = [row["doc"]["mc1_targets"] for row in rows]
         found["negated"] = [int(negated([target["choices"][target["labels"].index(1)]])) for target in targets]
     return found
@@ -117,31 +117,7 @@ def _has_nan(value):
 def tasks_of(rows):
     """List the tasks with a score in any of the (name, scores) rows, in the order of the table's columns."""
     scored = {task for _, scores in rows for task in scores}
-    return [task for task in TASKS if task in scored] + sorted(scored - set(TASKS))
-
-
-def record_settings(folder, settings, write=True):
-    """Write the settings that the scores in a folder depend on (dict of str) to its settings.txt, as NAME=VALUE lines.
-
-    Args:
-        write: whether to write the file, or only to compare.
-
-    Raises:
-        UserError: the folder has scores made with another value of a setting. A setting that is new, such as the data
-            set of a task that is added later, is appended.
-    """
-    file = folder / "settings.txt"
-    text = file.read_text(encoding="utf-8") if file.is_file() and any(folder.glob("*.json*")) else ""
-    before = dict(part.split("=", 1) for part in text.split() if "=" in part)
-    for name, value in settings.items():
-        if before.get(name, value) != value:
-            raise UserError(
-                f"{folder} contains scores with {name}={before[name]}, not {value}: choose another folder, or remove it"
-            )
-    now = "".join(f"{name}={value}\n" for name, value in (before | settings).items())
-    if write and now != text:
-        check_writable(folder)
-        atomic_write_text(file, now)
+    return [task for task in KNOWN_TASKS if task in scored] + sorted(scored - set(KNOWN_TASKS))
 
 
 def split_by_task(results):
@@ -163,16 +139,47 @@ def split_by_task(results):
     return found
 
 
-def is_scored(folder, task, log_samples):
-    """Whether a task has its result file in a folder, and, with `log_samples`, those of its logged questions."""
-    scored = (folder / f"{task}.json").is_file()
-    return scored and (not log_samples or all(file.is_file() for file in sample_files(folder, task)))
+def write_results(folder, tasks, results, log_samples):
+    """Write the harness's results of some tasks, one file a task.
+
+    Args:
+        log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
+
+    Returns:
+        list of the files' names.
+
+    Raises:
+        UserError: the model computes NaN, or a task has no score of its own.
+    """
+    from lm_eval.utils import handle_non_serializable
+
+    samples = results.pop("samples", {})
+    check_numbers(samples)
+    by_task, texts = split_by_task(results), {}
+    for task in tasks:
+        if task not in by_task:  # a group whose scores the harness does not average
+            raise UserError(f"{task} {NO_SCORE}")
+        by_task[task][QUESTIONS] = question_scores(samples, task, by_task[task])
+        text = json.dumps(by_task[task], indent=2, default=handle_non_serializable, ensure_ascii=False)
+        texts[f"{task}.json"] = text + "\n"
+    for task, rows in samples.items() if log_samples else ():
+        lines = [json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows]
+        texts[f"samples_{task}.jsonl"] = "".join(lines)
+    for name, text in texts.items():
+        atomic_write_text(folder / name, text)
+    return list(texts)
+
+
+def is_scored(folder, task, log_samples, files):
+    """Whether `files` (names) contain the result file of a task and, with `log_samples`, of its logged questions."""
+    scored = f"{task}.json" in files
+    return scored and (not log_samples or set(sample_files(folder, task)) <= set(files))
 
 
 def sample_files(folder, task):
-    """List the files of the logged questions of a task that has its result file: one for each member of a group."""
-    groups = read_json(folder / f"{task}.json", "result file of lm-evaluation-harness").get("group_subtasks", {})
-    return [folder / f"samples_{name}.jsonl" for name in [task, *_members(task, groups)] if not groups.get(name)]
+    """Name the files of the logged questions of a task that has its result file: one for each member of a group."""
+    groups = read_json(folder / f"{task}.json", RESULT_FILE).get("group_subtasks", {})
+    return [f"samples_{name}.jsonl" for name in [task, *_members(task, groups)] if not groups.get(name)]
 
 
 def _members(task, groups):

@@ -3,11 +3,10 @@
 import copy
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from lm_eval.models.utils import has_bos_prefix
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from grath.common.errors import UserError
-from grath.evaluation.harness import MODEL_NAME
 from grath.modeling.loading import load_tokenizer, resolve_base_and_adapter
 from grath.serving.completions import complete_all
 from grath.serving.served import compare_with_local
@@ -45,37 +44,31 @@ class ServerLM(LocalCompletionsAPI):
     def tok_encode(self, string, *args, **kwargs):
         """Tokenize as `hf` does: with the tokenizer's own BOS, and not a second one after a chat template's."""
         first = string if isinstance(string, str) else string[0]
-        self.add_bos_token = not has_bos_prefix(first, self.tokenizer.decode(self.prefix_token_id))
+        self.add_bos_token = not first.startswith(self.tokenizer.decode(self.prefix_token_id))
         return super().tok_encode(string, *args, **kwargs)
 
-    def _loglikelihood_tokens(self, requests, **kwargs):
-        longest = max((len(context) + len(answer) for _, context, answer in requests), default=0)
+    def batch_loglikelihood_requests(self, chunks):
+        """Return the inputs of requests; refuse those that the server would cut."""
+        chunks = list(chunks)
+        longest = max((len(context) + len(answer) for chunk in chunks for _, context, answer in chunk), default=0)
         window = self.served.window or self.window
         if longest >= window:
             larger = "start it with a larger maximum length (vLLM: --max-model-len)"
             raise UserError(
                 f"a context with its answer has {longest} tokens, and the server takes {window - 1}: "
-                + (larger if longest < self.window else f"score this task with BACKEND={MODEL_NAME}")
+                + (larger if longest < self.window else "score this task with BACKEND=hf-shared")
             )
-        return super()._loglikelihood_tokens(requests, **kwargs)
+        return super().batch_loglikelihood_requests(chunks)
 
     async def get_batched_requests(self, requests, cache_keys, *, generate=True, ctxlens=None, **kwargs):
-        from tqdm import tqdm
-
-        arguments = {"generate": generate, "seed": self._seed, **kwargs}
-        bodies = [self._create_payload([ids], **copy.deepcopy(arguments)) for ids in requests]
+        """Send requests (lists of token ids) to the servers; return what each response says, in order."""
+        bodies = [self._create_payload([ids], generate=generate, **copy.deepcopy(kwargs)) for ids in requests]
         answers = [None] * len(requests)
         with tqdm(total=len(requests), desc="Scoring requests") as bar:
-
-            def done(index, response):
+            async for index, response in complete_all(self.served, bodies, self.in_flight):
                 if generate:
                     answers[index] = self.parse_generations(response)
                 else:
                     answers[index] = self.parse_logprobs(response, [requests[index]], [ctxlens[index]])
-                if cache_keys[index] is not None:
-                    method = "generate_until" if generate else "loglikelihood"
-                    self.cache_hook.add_partial(method, cache_keys[index], answers[index][0])
                 bar.update()
-
-            await complete_all(self.served, bodies, done, self.in_flight)
         return answers

@@ -24,7 +24,7 @@ class Task:
 
 
 # In the order of the table's columns.
-TASKS = {
+KNOWN_TASKS = {
     task.name: task
     for task in (
         Task("truthfulqa_mc1", "MC1", dataset="truthfulqa/truthful_qa", folder="truthfulqa"),
@@ -40,4 +40,4 @@ TASKS = {
 
 def get_task(name):
     """Return the `Task` of a name. Any other task of the harness is zero-shot and scored by accuracy."""
-    return TASKS.get(name) or Task(name, title=name)
+    return KNOWN_TASKS.get(name) or Task(name, title=name)

@@ -110,6 +110,8 @@ def fused_kernels_differ(device, dtype, key_heads, head_size):
     for bias in (None, attention_bias(visible, dtype)):
         try:
             fused = fused_attention(query, key, value, head_size**-0.5, bias)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             return str(error).splitlines()[0]
         for ours, exact in zip(fused, explicit_attention(query, key, value, head_size**-0.5, bias), strict=True):

@@ -10,10 +10,10 @@ GREEDY = {
 
 
 @torch.inference_mode()
-def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids, on_done):
+def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids):
     """Generate greedy completions with `model.generate`, on padded batches of whole prompts.
 
-    The arguments are those of `generate_shared_prefix`.
+    It takes and yields what `generate_shared_prefix` does.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -32,7 +32,7 @@ def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids, on_done):
             pad_token_id=eos_ids[0],
         )
         for i, completion in zip(batch, output[:, longest:].tolist(), strict=True):
-            on_done(i, truncate_at_eos(completion, eos_ids))
+            yield i, truncate_at_eos(completion, eos_ids)
 
 
 def truncate_at_eos(completion, eos_ids):

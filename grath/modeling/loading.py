@@ -1,19 +1,14 @@
 """Load models and tokenizers from hub names, model folders and LoRA adapter folders, in every precision."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line
-from grath.common.files import hash_of, read_json, sha256
-from grath.common.paths import ADAPTER, resolve_local
+from grath.common.files import read_json
+from grath.common.layout import ADAPTER, ADAPTER_CONFIG, resolve_local
 from grath.modeling.cpu_matmul import prepare_linear_layers
-from grath.modeling.memory import read_shape
 from grath.modeling.norms import fuse_norms
 from grath.modeling.precision import DTYPES, compute_dtype, quantization_config
-
-# What is read of each end of a tensor to identify a model.
-SAMPLE_BYTES = 4096
 
 
 def resolve_base_and_adapter(name):
@@ -30,7 +25,7 @@ def resolve_base_and_adapter(name):
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name, None
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER_CONFIG
     if not config.is_file():
         return str(folder.resolve()), None
     try:
@@ -93,8 +88,9 @@ def load_model(name, precision, trainable=False):
         from peft import PeftModel
 
         try:
-            # Without a device, PEFT opens a CUDA context on the first GPU in every process.
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=str(device))
+            # Without a device, PEFT opens a CUDA context on the first GPU in every process. A CPU has no number.
+            where = "cpu" if device.type == "cpu" else str(device)
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=where)
         except (RuntimeError, ValueError, OSError) as error:
             if explain_system_error(error):
                 raise
@@ -124,17 +120,6 @@ def check_model(name, weights=True):
     _load(AutoConfig, base, "model")
     if weights:
         check_weights(base)
-
-
-def load_shape(name):
-    """Return the `ModelShape` of a model, or of an adapter's base model.
-
-    Raises:
-        UserError: there is no such model, or its configuration does not contain its sizes.
-    """
-    from transformers import AutoConfig
-
-    return read_shape(_load(AutoConfig, resolve_base_and_adapter(name)[0], "model").to_dict())
 
 
 def check_weights(base):
@@ -176,34 +161,6 @@ def has_local_weights(name):
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     return 0 < 1.2 * size < free
-
-
-def weights_identity(base):
-    """Identify the weights of a model folder by a sample of every tensor, so that a copy is the same model.
-
-    All bytes would take minutes to read.
-
-    Returns:
-        16 hexadecimal digits; for a hub name, or a folder without weights, the name.
-    """
-    files = sorted(Path(base).glob("*.safetensors"))
-    return hash_of(f"{file.name} {_sampled_hash(file)}" for file in files)[:16] if files else base
-
-
-def _sampled_hash(file):
-    """Hash the names, shapes and places of the tensors in a safetensors file, and both ends of each."""
-    with file.open("rb") as opened:
-        header = opened.read(int.from_bytes(opened.read(8), "little"))
-        try:
-            places = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        except ValueError:  # a damaged file, which cannot be loaded
-            return sha256(file)
-        digest, start = hashlib.sha256(header), opened.tell()
-        for first, end in places:
-            for position in (first, max(first, end - SAMPLE_BYTES)):
-                opened.seek(start + position)
-                digest.update(opened.read(min(SAMPLE_BYTES, end - position)))
-    return digest.hexdigest()
 
 
 def eos_token_ids(model, tokenizer):

@@ -1,22 +1,14 @@
-"""Name, read, write and combine pair files: JSON lines with `question`, `correct` and `incorrect`."""
+"""Read, write and combine pair files: JSON lines with `question`, `correct` and `incorrect`."""
 
 import json
+from pathlib import Path
 
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, read_json_lines
+from grath.common.layout import COMBINED, record_path
+from grath.common.record import check_files, read_record
 
 FIELDS = ("question", "correct", "incorrect")
-COMBINED = "_combined"
-
-
-def pair_file_name(save_prefix, num_query, use_gt, use_fs):
-    """Return the name of the pair file for `num_query` questions."""
-    return f"{save_prefix}_num_{num_query}_useGT_{use_gt}_useFS_{use_fs}.json"
-
-
-def combined_path(path):
-    """Return the path of the combined file that belongs to the new pair file `path`."""
-    return path.with_name(f"{path.stem}{COMBINED}.json")
 
 
 def is_combined(path):
@@ -28,9 +20,15 @@ def read_pairs(path, what="the pair file"):
     """Read the rows of a pair file, in order.
 
     Raises:
-        UserError: the file is missing or empty, or a field of a row is missing or empty; `what` names the file's role.
+        UserError: the file is missing or empty, it is not the file that its record names, or a field of a row is
+            missing or empty; `what` names the file's role.
     """
+    path = Path(path)
     rows = read_json_lines(path, what)
+    if record := read_record(record_path(path)):
+        check_files(
+            record, path.parent, f"write the pairs again, or remove {record_path(path).name} to use it as it is"
+        )
     for number, row in enumerate(rows, start=1):
         for field in FIELDS:
             if not isinstance(row.get(field), str) or not row[field].strip():

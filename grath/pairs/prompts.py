@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.paths import PROJECT
+from grath.common.layout import PROJECT
 from grath.pairs.questions import draw_candidates
 
 DEMO_FIELDS = ("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect")

@@ -51,6 +51,20 @@ def load_hub_split(data_name, subdata_name, split):
         ) from error
 
 
+def load_preferences(name, seed):
+    """Load pairs of gold answers (see `gold_pairs`), or the rows of a hub data set in TRL's preference format.
+
+    Returns:
+        list of dicts; `datasets.Dataset` in TRL's format.
+    """
+    if labeled_split(name):
+        return gold_pairs(name, seed)
+    rows = load_hub_split(name, None, "train")
+    if not {"chosen", "rejected"} <= set(rows.column_names):
+        raise UserError(f"{name} is not in TRL's preference format: no columns chosen and rejected")
+    return rows
+
+
 def _question(row, where):
     try:
         question, choices, gold = row["question"], row["choices"]["text"], row["answerKey"]

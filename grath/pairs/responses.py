@@ -2,12 +2,10 @@
 
 import json
 import re
+from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
-from grath.common.files import atomic_write_text, hash_of, sha256
-from grath.common.paths import ADAPTER
-from grath.modeling.loading import resolve_base_and_adapter, weights_identity
+from grath.common.files import atomic_write_text
 
 CORRECT, INCORRECT = "Correct answer:", "Incorrect answer:"
 LINE_END = re.compile(r"[\r\n]")
@@ -34,32 +32,35 @@ def parse_response(response):
     return (correct, incorrect), None
 
 
-def _saved_file(path, fingerprint, process=None):
-    """Return the file of the responses to a pair file: of one process, or the merged one. A line: [index, response].
+def parse_responses(questions, responses):
+    """Parse the responses to questions; return the rows of the pair file, and why others were dropped (Counter)."""
+    rows, dropped = [], Counter()
+    for i, question in enumerate(questions):
+        answers, reason = parse_response(responses[i])
+        if answers:
+            rows.append({"question": question["question"], "correct": answers[0], "incorrect": answers[1]})
+        else:
+            dropped[reason] += 1
+    return rows, dropped
 
-    Settings with another fingerprint have files of their own, so a command with a wrong flag loses nothing.
-    """
-    return path.with_name(f".{path.name}.{fingerprint[:16]}.responses" + ("" if process is None else f".{process}"))
+
+def _saved_file(path, process=""):
+    """Return the file of the responses to a pair file: of one process, or the merged one. A line: [index, response]."""
+    return path.with_name(f".{path.name}.responses{process}")
 
 
-def pair_file_name(saved):
-    """Return the name of the pair file that a file of saved responses belongs to."""
-    return saved.name[1:].partition(".responses")[0].rpartition(".")[0]
-
-
-def load_responses(path, fingerprint, merge):
-    """Load the responses that an interrupted run with the same settings saved.
+def load_responses(path, merge):
+    """Load the responses that an interrupted start saved.
 
     Args:
         path: the pair file.
-        fingerprint: what `responses_fingerprint` returned.
         merge: whether to merge the saved files into one; True in the first process, before the others load them.
 
     Returns:
         dict: index of the question -> response.
     """
-    responses, merged = {}, _saved_file(path, fingerprint)
-    files = [file for file in path.parent.glob(".*") if file.name.startswith(merged.name)]
+    responses, merged = {}, _saved_file(path)
+    files = list(path.parent.glob(f"{merged.name}*"))
     for file in files:
         try:
             # An interruption can cut the last line short: it has no line end then.
@@ -68,7 +69,7 @@ def load_responses(path, fingerprint, merge):
         except (ValueError, TypeError):
             if merge:
                 print("Discarding saved responses that are damaged; asking those questions again")
-    if merge:
+    if merge and files:
         lines = [json.dumps(item) for item in sorted(responses.items())]
         atomic_write_text(merged, "".join(f"{line}\n" for line in lines))
         for file in files:
@@ -78,9 +79,9 @@ def load_responses(path, fingerprint, merge):
 
 
 @contextmanager
-def save_responses(path, fingerprint, process):
+def save_responses(path, process):
     """Open this process's file of saved responses; yield a function (index, response) that saves one at once."""
-    with _saved_file(path, fingerprint, process).open("w", encoding="utf-8") as file:
+    with _saved_file(path, f".{process}").open("w", encoding="utf-8") as file:
 
         def save(index, response):
             file.write(json.dumps([index, response]) + "\n")
@@ -90,19 +91,6 @@ def save_responses(path, fingerprint, process):
 
 
 def remove_responses(path):
-    """Remove the saved responses that belong to the pair file `path`, of all settings."""
-    for file in path.parent.glob(".*.responses*"):
-        if pair_file_name(file) == path.name:
-            file.unlink()
-
-
-def responses_fingerprint(name, prompts, precision, max_new_tokens):
-    """Hash what saved responses must have in common: the weights, the prompts' token ids, the precision and the length.
-
-    In fp32, greedy completions depend on nothing else. In int8 they also depend on the batch, whose size may change.
-    """
-    base, adapter = resolve_base_and_adapter(name)
-    parts = [weights_identity(base), precision, str(max_new_tokens), json.dumps(prompts)]
-    if adapter:
-        parts.append(sha256(Path(adapter) / ADAPTER))
-    return hash_of(parts)
+    """Remove the saved responses that belong to the pair file `path`."""
+    for file in path.parent.glob(f"{_saved_file(path).name}*"):
+        file.unlink()

@@ -4,13 +4,15 @@ import re
 from statistics import mean
 
 from grath.common.files import read_json
-from grath.pairs.files import combined_path, read_pairs
+from grath.common.layout import combined_path, record_path
+from grath.common.record import check_files, read_record
+from grath.pairs.files import read_pairs
 from grath.pairs.truth import format_signal, truth_signal
 
 NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
 # The keys of `pair_stats`, as columns of a comparison of runs.
 OF_OWN_PAIRS = ("asked", "parsed", "identical", "echoed")
-PAIR_STATS = (*OF_OWN_PAIRS, "signal", "distance", "probe", "negated", "words")
+COLUMNS = (*OF_OWN_PAIRS, "signal", "distance", "probe", "negated", "words")
 
 
 def count_identical(rows):
@@ -29,23 +31,24 @@ def negated(answers):
 
 
 def pair_stats(path, questions=()):
-    """Read what is known of the pairs of an iteration.
+    """Read what is known of the pairs of an iteration, by the file, its record, and what else was made of it.
 
     Args:
         path: the pair file that the iteration's model wrote. Its combined and distance files are read if they exist.
         questions: the questions with their gold answers, if they are known.
 
     Returns:
-        dict with the keys `PAIR_STATS` and "truth". For the file itself: the number of questions "asked" (from its
-        name, or None), of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is
+        dict with the keys `COLUMNS` and "truth". For the file itself: the number of questions "asked" (from its
+        record, or None), of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is
         "echoed" (it only repeats the question).
         For the pairs that DPO trains on (combined, with different answers): "truth" (what `truth_signal` returned), and
         the truth "signal" with its interval, as a string or None; the shares of correct and incorrect answers that are
         "negated" and their mean number of "words", as strings, or None if there are no such pairs. From
         `grath.distance`: "distance" and "probe", or None if it has not run.
     """
+    record = read_record(record_path(path)) or {}
+    check_files(record, path.parent, "write the pairs again")
     rows = read_pairs(path)
-    asked = re.search(r"_num_(\d+)_", path.name)
     combined = combined_path(path)
     trained_on = combined if combined.is_file() else path
     different = [row for row in read_pairs(trained_on) if row["correct"] != row["incorrect"]]
@@ -54,7 +57,7 @@ def pair_stats(path, questions=()):
     truth = truth_signal(different, questions)
     measured = read_json(distance_file, "record of grath.distance") if distance_file.is_file() else {}
     return {
-        "asked": int(asked[1]) if asked else None,
+        "asked": record.get("counts", {}).get("asked"),
         "parsed": len(rows),
         "identical": count_identical(rows),
         "echoed": sum(_echoes(row["question"], row["correct"]) for row in rows),

@@ -1,7 +1,7 @@
 """Report on runs: scores of every iteration against the base, pairs, training, sample answers, and a plot.
 
     python -m grath.report RUN_DIR              write report.md, pairs.json, iterations.png and .svg in the run folder
-    python -m grath.report RUN_DIR RUN_DIR ...  compare runs: write comparison.md and its plots next to the first
+    python -m grath.report RUN_DIR RUN_DIR ...  compare runs: write comparison.md and comparison.png next to the first
     python -m grath.report RESULTS_DIR          print the scores of one model
 
 Scores are read from all JSON files that lm-evaluation-harness wrote, whatever their names.
@@ -11,10 +11,8 @@ from pathlib import Path
 
 from grath.common.arguments import Parser
 from grath.common.errors import run_main
-from grath.report.compare import compare
-from grath.report.run import write_report
-from grath.report.runs import is_run
-from grath.report.tables import model_scores
+from grath.report.pages import model_scores, read_runs, write_comparison, write_report
+from grath.report.runs import group_runs, is_run, read_run
 
 
 def main():
@@ -24,9 +22,9 @@ def main():
     )
     folders = parser.parse_args().folders
     if len(folders) > 1:
-        print(compare(folders))
+        print(write_comparison(folders[0].resolve().parent, group_runs(read_runs(folders))))
     elif is_run(folders[0]):
-        print(write_report(folders[0]))
+        print(write_report(read_run(folders[0])))
     else:
         print(model_scores(folders[0]))
 

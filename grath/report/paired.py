@@ -1,8 +1,7 @@
-"""Scores of the same questions: leave some out, pool runs, and the paired difference between two models."""
+"""Scores of the same questions: restrict them, pool runs, and the paired difference between two models."""
 
 from grath.common.bootstrap import bootstrap_means, interval
 from grath.evaluation.results import QUESTIONS
-from grath.pairs.questions import TRUTHFULQA, labeled_rows
 
 
 def values(score):
@@ -27,30 +26,6 @@ def restrict(score, kept):
     stderr = float(found.std(ddof=1)) / len(found) ** 0.5 if len(found) > 1 else None
     questions = {**score[QUESTIONS], "scores": (of_questions / 100).tolist()}
     return {**score, "score": float(found.mean()), "stderr": stderr, QUESTIONS: questions}
-
-
-def hold_out(scores, gold_pairs):
-    """Leave the questions that a run trained on out of its scores.
-
-    Args:
-        scores: what `read_scores` returned.
-        gold_pairs: the run's setting GOLD_PAIRS.
-
-    Returns:
-        dict like `scores`. A task of TruthfulQA with no question left, or with no scores of single ones, is left out.
-    """
-    if not gold_pairs.startswith(TRUTHFULQA):
-        return scores
-    held_out = {}
-    for task, score in scores.items():
-        if not task.startswith("truthfulqa_"):
-            held_out[task] = score
-        elif score[QUESTIONS]:
-            numbers = range(len(score[QUESTIONS]["scores"]))
-            trained_on = set(numbers[labeled_rows(gold_pairs)])
-            if found := restrict(score, [number not in trained_on for number in numbers]):
-                held_out[task] = found
-    return held_out
 
 
 def pool(runs):
@@ -87,11 +62,15 @@ def pool(runs):
     return pooled
 
 
-def paired_scores(base, score):
-    """Return the differences between two entries of `read_scores` on the questions that both have.
+def paired_difference(base, score):
+    """Compare two models on the questions that both have.
+
+    Args:
+        base, score: entries of `read_scores`.
 
     Returns:
-        float array, in points; None if scores of single questions are missing, or the questions are not the same.
+        tuple of three floats, in points: the mean difference from the base, and its 95 % bootstrap interval over
+        questions. None if scores of single questions are missing, or the questions are not the same.
     """
     import numpy
 
@@ -99,20 +78,6 @@ def paired_scores(base, score):
         return None
     differences = values(score) - values(base)
     differences = differences[~numpy.isnan(differences)]
-    return differences if len(differences) else None
-
-
-def paired_difference(base, score):
-    """Compare two models on the same questions.
-
-    Args:
-        base, score: entries of `read_scores`.
-
-    Returns:
-        tuple of three floats, in points: the mean difference from the base, and its 95 % bootstrap interval over
-        questions. None where `paired_scores` is.
-    """
-    differences = paired_scores(base, score)
-    if differences is None:
+    if not len(differences):
         return None
     return float(differences.mean()), *interval(bootstrap_means(differences[:, None]))

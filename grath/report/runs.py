@@ -1,145 +1,182 @@
-"""Read run folders: models, scores, pairs and trainings of every iteration."""
+"""Read run folders by their records, and group the runs that differ only in the seed."""
 
-import re
+import os
+from itertools import count
 from pathlib import Path
 
 from grath.common.errors import UserError
 from grath.common.files import read_json, read_json_lines
-from grath.common.paths import ADAPTER, PROJECT, RECORD
-from grath.common.provenance import MANIFEST, read_manifest
-from grath.evaluation.results import read_scores, tasks_of
-from grath.modeling.loading import resolve_base_and_adapter
+from grath.common.layout import (
+    PAIR_STATS,
+    PROJECT,
+    SCORES_RECORD,
+    TRAINING_LOG,
+    TRAINING_RECORD,
+    find_model,
+    find_pairs,
+    record_path,
+    results_path,
+    save_prefix,
+)
+from grath.common.record import read_record
+from grath.evaluation.results import read_scores
 from grath.pairs.questions import load_questions
 from grath.pairs.stats import pair_stats
-from grath.report.paired import hold_out
+from grath.report.paired import pool
 
-# What `pair_stats` found, by iteration: a published run has no pair files.
-PAIRS = "pairs.json"
-
-
-def manifest_of(run_dir):
-    """Read the manifest of a run folder; return an empty one if there is none."""
-    found = read_manifest(run_dir) if (Path(run_dir) / MANIFEST).is_file() else None
-    return found or {"settings": {}, "stages": []}
-
-
-def asked_questions(run_dir):
-    """Load the questions of a run with their gold answers; an empty list if they are not on this machine."""
-    settings = manifest_of(run_dir)["settings"]
-    if "SPLIT" not in settings:
-        return []
-    path = settings.get("DATA_PATH")
-    path = next((place for place in (Path(path), PROJECT / path) if place.is_file()), path) if path else None
-    try:
-        return load_questions(settings["DATA_NAME"], settings["SUBDATA_NAME"], settings["SPLIT"], path)
-    except UserError:
-        return []
-
-
-def iterations(run_dir, questions=()):
-    """Collect the iterations of a run folder.
-
-    Args:
-        questions: what `asked_questions` returned, for the truth signal of the pairs.
-
-    Returns:
-        dict: i -> {"model": name or folder of M_i, None if unknown; "results": folder of its scores; "pairs": dict of
-        `pair_stats` of the pairs that M_i wrote, or None; "training": dict of `read_training`, None for the base M_0}.
-    """
-    run_dir = Path(run_dir)
-    found = {0: {"model": None, "training": None}}
-    recorded = read_json(run_dir / PAIRS, "record of pairs") if (run_dir / PAIRS).is_file() else {}
-    for folder in run_dir.glob("models/iter_*"):
-        if (folder / ADAPTER).is_file() or _is_published(folder):
-            found[int(re.match(r"iter_(\d+)", folder.name)[1])] = {"model": folder, "training": read_training(folder)}
-    for number, row in found.items():
-        row["results"] = run_dir / "results" / f"iter_{number}"
-        files = [file for file in run_dir.glob(f"data/iter{number}_*.json") if file.stem.endswith(("_True", "_False"))]
-        row["pairs"] = earlier = recorded.get(str(number))
-        if files:
-            row["pairs"] = pair_stats(files[0], questions)
-            if earlier and not questions:
-                row["pairs"] |= {name: earlier[name] for name in ("truth", "signal")}
-    first = found.get(1, {}).get("model")
-    if first and (first / ADAPTER).is_file():
-        record = read_json(first / RECORD, "training record") if (first / RECORD).is_file() else {}
-        found[0]["model"] = record.get("incoming_adapter") or resolve_base_and_adapter(first)[0]
-    elif first:
-        found[0]["model"] = manifest_of(run_dir)["settings"].get("MODEL_NAME_OR_PATH")
-    return dict(sorted(found.items()))
-
-
-def _is_published(folder):
-    """Whether the training of a model is finished, by its record, and its weights are not here."""
-    return (folder / RECORD).is_file() and bool(read_json(folder / RECORD, "training record").get("adapter_sha256"))
+# Settings that change no result: places, and how much is computed at once.
+NOT_COMPARED = {
+    "batch_size", "dataset_path", "disable_tqdm", "gradient_accumulation_steps", "logging_steps", "model_name_or_path",
+    "output_dir", "overwrite", "overwrite_output_dir", "per_device_train_batch_size", "precompute_ref_batch_size",
+    "report_to", "run_name", "save_dir", "save_prefix", "save_steps", "seed", "server_timeout", "server_url",
+}  # fmt: skip
+# Settings of pairs that their record has among its inputs.
+RESOLVED = ("precision", "max_new_tokens")
 
 
 def is_run(folder):
     """Return whether a folder is the folder of a run."""
-    return any((folder / name).exists() for name in (MANIFEST, "models", "data"))
+    return any(path.exists() for path in (folder / "models", folder / "data", results_path(folder, 0)))
 
 
-def read_training(folder):
-    """Read the record and the log of DPO in a model folder.
+def read_run(folder):
+    """Read the folder of a run.
 
     Returns:
-        dict: the last "margin" and "accuracy", "steps", "pairs" and "seconds", each None if not recorded, and
-        "warnings", a list of str.
+        dict: "folder" (Path); "name", that of the folder without the seed; "settings", a dict: "STAGE NAME" -> value,
+        of the first pairs and scores and the last training; "models", a dict: i -> {"name": hub name or folder of M_i;
+        "records", a dict of those that there are: "dpo" trained M_i, "scores" scored it, and with "pairs" it wrote
+        pairs; "results": folder of its scores; "scores": what `read_scores` returned; "pairs": what `pair_stats`
+        returned, or None; "training": entries of the training log}.
+
+    Raises:
+        UserError: a record is damaged, or a file was edited.
     """
-    record, log = {}, []
-    if (folder / RECORD).is_file():
-        record = read_json(folder / RECORD, "training record")
-    if (folder / "training_log.jsonl").is_file():
-        log = [entry for entry in read_json_lines(folder / "training_log.jsonl", "training log") if "loss" in entry]
-    last = log[-1] if log else {}
+    folder, models = Path(folder), {}
+    published = read_json(folder / PAIR_STATS, "record of pairs") if (folder / PAIR_STATS).is_file() else {}
+    questions = _asked_questions(_pairs_record(folder, 0)) if find_pairs(folder, 0) else []
+    for number in count():
+        model = find_model(folder, number) if number else None
+        training = read_record(model / TRAINING_RECORD) if model else None
+        if number and not (training and "files" in training):
+            break  # not trained, or not yet
+        results, log = results_path(folder, number), model and model / TRAINING_LOG
+        records = {"dpo": training, "scores": read_record(results / SCORES_RECORD)}
+        records["pairs"] = _pairs_record(folder, number)
+        models[number] = {
+            "name": model,
+            "records": {stage: record for stage, record in records.items() if record},
+            "scores": read_scores(results),
+            "results": results,
+            "pairs": _pairs(find_pairs(folder, number), published.get(str(number)), questions),
+            "training": read_json_lines(log, "training log") if log and log.is_file() else [],
+        }
+    if 1 in models:
+        first = models[1]["records"]["dpo"]
+        models[0]["name"] = first.get("incoming_adapter") or first["base_model"]
+    settings = _settings(models)
+    name = folder.resolve().name.removesuffix(f"_seed_{settings.get('seed')}")
+    return {"folder": folder, "name": name, "settings": settings, "models": models}
+
+
+def _pairs_record(folder, number):
+    """Return the record of the pairs that M_i wrote, also of a published run, which has no pair files; or None."""
+    pattern = record_path(folder / "data" / f"{save_prefix(number)}_num_*.json")
+    return next(map(read_record, sorted(pattern.parent.glob(pattern.name))), None)
+
+
+def _asked_questions(record):
+    """Load the questions that were asked, with their gold answers; an empty list if they are not on this machine."""
+    settings = (record or {}).get("settings", {})
+    if "split" not in settings:
+        return []
+    path = settings.get("data_path")
+    path = next((place for place in (Path(path), PROJECT / path) if place.is_file()), path) if path else None
+    try:
+        return load_questions(settings["data_name"], settings["subdata_name"], settings["split"], path)
+    except UserError:
+        return []
+
+
+def _pairs(path, published, questions):
+    if not path:
+        return published
+    found = pair_stats(path, questions)
+    # The truth signal of an earlier report, if the questions are no longer on this machine.
+    return found | ({name: published[name] for name in ("truth", "signal")} if published and not questions else {})
+
+
+def _settings(models):
+    base, training = models[0]["records"], models[max(models)]["records"].get("dpo", {})
+    pairs = base.get("pairs", {})
+    stages = {
+        "pairs": pairs.get("settings", {}) | {name: pairs["inputs"].get(name) for name in RESOLVED if pairs},
+        "dpo": training.get("settings", {}) | {"pairs in a step": training.get("effective_batch")},
+        "scores": base.get("scores", {}).get("inputs", {}),
+    }
+    found = {"base model": models[0]["name"], "seed": stages["dpo"].get("seed")}
+    for stage, settings in stages.items():
+        for name, value in settings.items():
+            if name not in NOT_COMPARED and not isinstance(value, dict):
+                found[f"{stage} {name}"] = value
+    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+
+
+def group_runs(runs):
+    """Group the runs whose settings differ only in the seed.
+
+    Args:
+        runs: list of what `read_run` returned.
+
+    Returns:
+        list of dict: "name"; "settings", with the values of all its runs; "models", a dict: i -> {"runs": number of
+        runs that have M_i; "scores" and "base": what `pool` returned for these; "pairs": list of different dicts of
+        `pair_stats`}.
+    """
+    grouped = []
+    for run in runs:
+        for members in grouped:
+            if all(_other_seed(run["settings"], other["settings"]) for other in members):
+                members.append(run)
+                break
+        else:
+            grouped.append([run])
+    groups = []
+    for members in grouped:
+        name = common_name(members)
+        if name in [group["name"] for group in groups]:
+            name = members[0]["folder"].resolve().name
+        settings = {name: None for run in members for name in run["settings"]}
+        for setting in settings:
+            settings[setting] = ", ".join(dict.fromkeys(run["settings"].get(setting, "") for run in members))
+        numbers = sorted({number for run in members for number in run["models"]})
+        models = {number: _pooled_model(number, [run["models"] for run in members]) for number in numbers}
+        groups.append({"name": name, "settings": settings, "models": models})
+    return groups
+
+
+def _other_seed(settings, others):
+    return settings.get("seed") != others.get("seed") and settings | {"seed": ""} == others | {"seed": ""}
+
+
+def common_name(runs):
+    """Return what the names of runs have in common."""
+    return os.path.commonprefix([run["name"] for run in runs]).rstrip("_- ") or runs[0]["name"]
+
+
+def _pooled_model(number, runs):
+    having = [models for models in runs if number in models]
+    pairs = [models[number]["pairs"] for models in having if models[number]["pairs"]]
+    having = [models for models in having if models[number]["scores"]] or having
     return {
-        "margin": last.get("rewards/margins"),
-        "accuracy": last.get("rewards/accuracies"),
-        "steps": last.get("step"),
-        "pairs": (record.get("pairs") or {}).get("kept"),
-        "seconds": record.get("seconds"),
-        "warnings": record.get("warnings", []),
+        "runs": len(having),
+        "scores": pool([models[number]["scores"] for models in having]),
+        "base": pool([models[0]["scores"] for models in having]),
+        "pairs": [stats for at, stats in enumerate(pairs) if stats not in pairs[:at]],
     }
 
 
-def newest_run(runs_dir):
-    """Return the run folder in `runs_dir` whose models changed last, or None."""
-    models = [folder for folder in Path(runs_dir).glob("*/models") if any(folder.glob("iter_*"))]
-    # FRESH=1 moves a run aside under such a name.
-    models = [folder for folder in models if not re.search(r"\.old-\d+$", folder.parent.name)]
-    return max(models, key=lambda folder: folder.stat().st_mtime).parent if models else None
-
-
-def unscored(runs_dir, tasks):
-    """Find the newest run and its models that lack a score.
-
-    Args:
-        tasks: list of the tasks to score, or None for those that any model of the run has a score of.
-
-    Returns:
-        tuple: the run folder, a list of (model, results folder), and the list of tasks, which is empty if `tasks` is
-        None and the run has no score.
-
-    Raises:
-        UserError: `runs_dir` contains no run with a model.
-    """
-    run_dir = newest_run(runs_dir)
-    if run_dir is None:
-        raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
-    models = [
-        (row, read_scores(row["results"]))
-        for number, row in iterations(run_dir).items()
-        if row["model"] and (number == 0 or (row["model"] / ADAPTER).is_file())
-    ]
-    tasks = tasks_of(enumerate(scores for _, scores in models)) if tasks is None else tasks
-    left = [(row["model"], row["results"]) for row, scores in models if not tasks or set(tasks) - set(scores)]
-    return run_dir, left, tasks
-
-
-def score_rows(run_dir, found):
-    """Return (name, scores) of every model of `iterations`, on questions that the run has not trained on."""
-    gold_pairs = manifest_of(run_dir)["settings"].get("GOLD_PAIRS", "")
-    return [
-        (f"M_{number}" + (" (base)" if number == 0 else ""), hold_out(read_scores(row["results"]), gold_pairs))
-        for number, row in found.items()
-    ]
+def model_label(group, number):
+    """Return the name of a group's M_i; if only some of its runs have it, also how many."""
+    runs, all_runs = group["models"][number]["runs"], max(model["runs"] for model in group["models"].values())
+    return f"{group['name']}: M_{number}" + (f" ({runs} of {all_runs} runs)" if runs < all_runs else "")

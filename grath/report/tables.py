@@ -1,27 +1,15 @@
 """Tables of scores, and the sentences below them."""
 
-from grath.common.errors import UserError
-from grath.evaluation.results import QUESTIONS, read_scores, tasks_of
+from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
-from grath.report.paired import paired_difference, paired_scores, restrict
+from grath.report.paired import paired_difference, restrict
 
 
-def model_scores(folder):
-    """Return the table of the scores in a folder of result files, for the terminal.
+def github_table(header, body, numbers=True):
+    """Format a table for a page; a missing value is a dash. Without `numbers`, all cells are text."""
+    from tabulate import tabulate
 
-    Raises:
-        UserError: the folder contains no scores.
-    """
-    scores = read_scores(folder)
-    if not scores:
-        raise UserError(f"{folder} contains neither a run nor results of lm-evaluation-harness")
-    rows = [(folder.name, scores)]
-    return f"{score_tables(rows, [{}])[1]}\n{score_footer(rows, [{}])}"
-
-
-def bases_of(rows):
-    """Return the base's scores for each of the (name, scores) rows of a run: those of the first row."""
-    return [rows[0][1]] * len(rows) if len(rows) > 1 else [{}]
+    return tabulate(body, header, "github", missingval="-", floatfmt=".3f", disable_numparse=not numbers)
 
 
 def score_tables(rows, bases):
@@ -54,7 +42,7 @@ def _cell(score, base):
     text, runs = f"{score['score']:.2f}", score.get("runs")
     other = None if base is score else base
     if other and (found := paired_difference(base, score)):
-        return f"{text} ({format_difference(*found)}{f'; {runs}' if runs else ''})"
+        return f"{text} ({found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]{f'; {runs}' if runs else ''})"
     if other and other[QUESTIONS] and score[QUESTIONS]:
         return f"{text} (other questions than the base's{f'; {runs}' if runs else ''})"
     if runs:
@@ -62,11 +50,6 @@ def _cell(score, base):
     if score["stderr"] is not None and (not base or not score[QUESTIONS]):
         text += f" ± {score['stderr']:.2f}"
     return f"{text} ({score['score'] - other['score']:+.2f})" if other else text
-
-
-def format_difference(difference, low, high):
-    """Format a difference and its interval as "+1.25 [-0.50, +3.00]"."""
-    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def negation_section(rows, bases):
@@ -107,23 +90,16 @@ def _has_negated(score):
     return bool(score and score[QUESTIONS] and "negated" in score[QUESTIONS])
 
 
-def score_footer(rows, bases):
-    """Name the harness and task versions of the rows of `score_tables`, and whether the chat template was on."""
+def score_footer(rows):
+    """Say with which versions (name, scores) rows were scored, and what a cell of `score_tables` shows."""
     scores = [(task, score) for _, scores in rows for task, score in scores.items()]
     if not scores:
         return ""
     harness = sorted({f"lm-evaluation-harness {score['harness']}" for _, score in scores if score["harness"]})
     versions = sorted({f"{task} {score['version']}" for task, score in scores})
-    chat = ["chat template ON" if any(score["chat"] for _, score in scores) else "chat template off"]
-    paired = any(
-        task in base and score is not base[task] and paired_scores(base[task], score) is not None
-        for (_, of_model), base in zip(rows, bases, strict=True)
-        for task, score in of_model.items()
-    )
-    error = (
-        "percent, in brackets the change from the base on the same questions" if paired else "percent ± standard error"
-    )
-    return f"({'; '.join(harness + versions + chat)}; {error})"
+    chat = "chat template ON" if any(score["chat"] for _, score in scores) else "chat template off"
+    cells = "percent ± standard error; in brackets the change from the base, with its interval on the same questions"
+    return f"({'; '.join([*harness, *versions, chat, cells])})"
 
 
 def best_iteration(rows):

@@ -124,8 +124,8 @@ def _reason(text):
     """Return the server's reason from the body of an error, without the API key."""
     try:
         found = json.loads(text)
-        found = found.get("error", found) if isinstance(found, dict) else found
-        found = found.get("message", found) if isinstance(found, dict) else found
+        for key in ("error", "message"):
+            found = found.get(key, found) if isinstance(found, dict) else found
     except ValueError:
         found = text
     return hide_key(" ".join(str(found).split()))[:300] or "no reason given"

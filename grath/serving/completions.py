@@ -1,28 +1,40 @@
-"""Completions of many requests from one or more servers, each exactly once.
+"""A model on inference servers: its LoRA adapter there, and the completions of many requests, each exactly once.
 
 A request is sent again until it has its response. A lost or busy server is waited for, and another one may answer
 meanwhile.
 """
 
 import asyncio
+import json
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+from grath.common.defaults import SERVER_TIMEOUT
+from grath.common.errors import UserError
 from grath.common.signals import SignalReceived
 from grath.serving.client import (
     FIRST_WAIT,
     LONGEST_WAIT,
+    TRY_AGAIN,
     Outage,
     Refused,
     Unavailable,
     open_session,
+    send,
     send_completion,
+    send_until,
 )
-from grath.serving.models import load_adapter
 
 # Requests in flight at each server; those that the server refuses as too many wait.
 MOST_IN_FLIGHT = 512
 UNKNOWN_MODEL = 404
+# vLLM's API to load adapters while it runs.
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+# The last option keeps LoRA off the LM head, where vLLM 0.32 fails at several requests for log-probabilities at once.
+START = (
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and `vllm serve BASE --enable-lora --lora-target-modules q_proj k_proj v_proj`"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Served:
     name: str
     adapter: str | None = None
     window: int | None = None
-    timeout: float = 600
+    timeout: float = SERVER_TIMEOUT
     loaded: set = field(default_factory=set)
 
 
@@ -61,37 +73,17 @@ async def complete_all(served, bodies, on_done, in_flight=None):
     """
     if not bodies:
         return
-    loop = asyncio.get_running_loop()
-    waiting, left, outage = asyncio.Queue(), len(bodies), Outage(served.timeout)
-    finished, loading = loop.create_future(), {url: asyncio.Lock() for url in served.urls}
-    for index in range(len(bodies)):
+    finished = asyncio.get_running_loop().create_future()
+    waiting, left, outage = asyncio.Queue(), set(range(len(bodies))), Outage(served.timeout)
+    for index in left:
         waiting.put_nowait(index)
 
-    async def answer(session, url, index):
-        """Send a request; where a restarted server has lost the adapter, load it again for the next attempt."""
-        try:
-            return await send_completion(session, url, {"model": served.name, **bodies[index]})
-        except Refused as error:
-            if not served.adapter or error.status != UNKNOWN_MODEL:
-                raise
-            try:
-                async with loading[url]:
-                    if await load_adapter(session, url, served.name, served.adapter, min(30, served.timeout)):
-                        served.loaded.add(url)
-            except TimeoutError:
-                pass
-            except Refused:
-                if len(served.urls) == 1:  # else another server may answer
-                    raise
-            raise Unavailable(str(error)) from None
-
-    async def work(session, url):
-        nonlocal left
+    async def work(session, url, loading):
         wait = FIRST_WAIT
         while True:
             index = await waiting.get()
             try:
-                response = await answer(session, url, index)
+                response = await _answer(session, served, url, bodies[index], loading)
             except Unavailable as error:
                 waiting.put_nowait(index)
                 outage.failed(url, error)
@@ -101,7 +93,8 @@ async def complete_all(served, bodies, on_done, in_flight=None):
             else:
                 on_done(index, response)
                 outage.succeeded()
-                left, wait = left - 1, FIRST_WAIT
+                wait = FIRST_WAIT
+                left.remove(index)
                 if not left:
                     finished.set_result(None)
 
@@ -113,10 +106,11 @@ async def complete_all(served, bodies, on_done, in_flight=None):
         else:
             loop.default_exception_handler(context)
 
-    loop.set_exception_handler(on_error)
+    asyncio.get_running_loop().set_exception_handler(on_error)
     async with open_session(served.timeout) as session:
-        count = min(in_flight or MOST_IN_FLIGHT, len(bodies))
-        workers = [asyncio.create_task(work(session, url)) for _ in range(count) for url in served.urls]
+        # The servers take turns, so that they share few requests too.
+        servers = [(url, asyncio.Lock()) for url in served.urls] * min(in_flight or MOST_IN_FLIGHT, len(bodies))
+        workers = [asyncio.create_task(work(session, *server)) for server in servers]
         try:
             done, _ = await asyncio.wait([finished, *workers], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -127,21 +121,83 @@ async def complete_all(served, bodies, on_done, in_flight=None):
             await asyncio.gather(*workers, return_exceptions=True)
 
 
-def generate_server(served, prompts, max_new_tokens, eos_ids, on_done, in_flight=None):
-    """Generate greedy completions of tokenized prompts on servers.
+async def _answer(session, served, url, body, loading):
+    """Send a request; where a restarted server has lost the adapter, load it again for the next attempt."""
+    try:
+        return await send_completion(session, url, {"model": served.name, **body})
+    except Refused as error:
+        if not served.adapter or error.status != UNKNOWN_MODEL:
+            raise
+        try:
+            async with loading:
+                await load_adapter(session, url, served, min(30, served.timeout))
+        except TimeoutError:
+            pass
+        except Refused:
+            if len(served.urls) == 1:  # else another server may answer
+                raise
+        raise Unavailable(str(error)) from None
 
-    Args:
-        served, in_flight: as in `complete_all`.
-        prompts, max_new_tokens, eos_ids: as in `generate_shared_prefix`.
-        on_done: function that is called for each completion with the index of its prompt, its text, and its number of
-            tokens if the server says it (else 0).
+
+def completion_tokens(response):
+    """Return the number of tokens of a response's completion, or 0 if the server does not say it."""
+    usage = response.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) else 0
+
+
+async def served_models(session, url, timeout):
+    """List the models and adapters of a server: list of dicts with at least `id`."""
+    text = await send_until(session, timeout, send, f"{url}/v1/models")
+    try:
+        models = json.loads(text)["data"]
+        if all(isinstance(model["id"], str) for model in models):
+            return models
+    except (ValueError, TypeError, LookupError):
+        pass
+    raise UserError(f"{url}/v1/models lists no models: is it a server with the OpenAI completions API?")
+
+
+async def load_adapter(session, url, served, timeout):
+    """Load a model's LoRA adapter on a server, unless the server has it.
+
+    Raises:
+        Refused: the server cannot; the message says how to start it so that it can.
     """
-    # A server may take other defaults from the model's generation_config.json.
-    options = {"max_tokens": max_new_tokens, "temperature": 0, "top_p": 1, "repetition_penalty": 1}
-    bodies = [{"prompt": prompt, **options, "stop_token_ids": list(eos_ids)} for prompt in prompts]
 
-    def done(index, response):
-        usage = response.get("usage") or {}
-        on_done(index, response["choices"][0]["text"], usage.get("completion_tokens") or 0)
+    async def is_loaded():
+        return served.name in {model["id"] for model in await served_models(session, url, timeout)}
 
-    asyncio.run(complete_all(served, bodies, done, in_flight))
+    if await is_loaded():
+        return
+    body = {"lora_name": served.name, "lora_path": served.adapter}
+    # vLLM answers 500 where it cannot use the adapter.
+    try_again = [status for status in TRY_AGAIN if status != 500]
+    try:
+        await send_until(session, timeout, send, f"{url}{LOAD}", body, try_again)
+        served.loaded.add(url)
+    except Refused as error:
+        if not await is_loaded():  # another program may have loaded it meanwhile
+            raise Refused(
+                f"{error}: the server must see the folder {served.adapter}, and be started with {START}, with a "
+                "--max-lora-rank of at least the adapter's; or serve the merged model that `python -m grath.export` "
+                "writes",
+                error.status,
+            ) from None
+
+
+async def check_adapters(session, url):
+    """Raise `UserError` if a server has no API to load adapters."""
+    try:
+        await send(session, f"{url}{LOAD}", {})
+    except Unavailable:
+        return
+    except Refused as error:  # the request has no adapter
+        if error.status == 404:
+            raise UserError(f"{url} cannot load adapters: start it with {START}") from None
+
+
+async def unload_adapter(session, url, name):
+    """Unload an adapter from a server; a server that is gone, or does not have it, is no error."""
+    with suppress(Unavailable, Refused):
+        await send(session, f"{url}{UNLOAD}", {"lora_name": name})

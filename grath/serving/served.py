@@ -10,11 +10,17 @@ from pathlib import Path
 
 from grath.common.errors import UserError
 from grath.common.files import sha256
-from grath.common.paths import ADAPTER
+from grath.common.layout import ADAPTER
 from grath.modeling.loading import has_local_weights, load_for_inference, resolve_base_and_adapter
 from grath.serving.client import open_session, server_urls
-from grath.serving.completions import Served, complete_all
-from grath.serving.models import check_adapters, load_adapter, served_models, unload_adapter
+from grath.serving.completions import (
+    Served,
+    check_adapters,
+    complete_all,
+    load_adapter,
+    served_models,
+    unload_adapter,
+)
 
 # Its tokens are likely enough to be stable in 16 bits, and open enough to tell one model from another.
 PROBE = (
@@ -28,10 +34,6 @@ SAME_MODEL = 0.25
 BEST = 5
 # Seconds of the first attempt to reach the servers.
 FIRST_TIMEOUT = 10
-NO_PROMPT_LOGPROBS = (
-    "returns no log-probabilities for the tokens of a prompt, so scores from it would be chance: use a server that "
-    "does, such as vLLM or SGLang"
-)
 
 
 @contextmanager
@@ -66,6 +68,17 @@ def serve(model, urls, timeout):
             asyncio.run(_unload(served))
 
 
+async def _load(served):
+    async with open_session(served.timeout) as session:
+        for url in served.urls:
+            await load_adapter(session, url, served, served.timeout)
+
+
+async def _unload(served):
+    async with open_session(timeout=5) as session:
+        await asyncio.gather(*(unload_adapter(session, url, served.name) for url in served.loaded))
+
+
 def describe_servers(model, urls, timeout, adapters):
     """Describe what every server has for a model: its name there, and the longest sequence that it takes.
 
@@ -86,35 +99,21 @@ def describe_servers(model, urls, timeout, adapters):
 
 async def _entries(base, urls, timeout, adapters=False):
     """Return the entry of the model `base` in the list of each server that answers: url -> dict."""
-
-    async def entry(session, url, seconds):
-        models = await served_models(session, url, seconds)
-        own = next((one for one in models if _is_named(one, base)), None)
-        if own is None:
-            listed = ", ".join(one["id"] for one in models) or "no model"
-            raise UserError(
-                f"{url} serves {listed}, not {base}: serve it there, under that name or its last part "
-                "(vLLM: --served-model-name, llama.cpp: --alias)"
-            )
-        if adapters:
-            await check_adapters(session, url)
-        return own
-
     # A server that is lost for good does not delay the others by the whole timeout.
     for seconds in dict.fromkeys((min(FIRST_TIMEOUT, timeout), timeout)):
         async with open_session(seconds) as session:
-            answers = await asyncio.gather(*(entry(session, url, seconds) for url in urls), return_exceptions=True)
-        lost = [answer for answer in answers if isinstance(answer, TimeoutError)]
+            entries = (_entry(session, url, base, seconds, adapters) for url in urls)
+            answers = dict(zip(urls, await asyncio.gather(*entries, return_exceptions=True), strict=True))
+        lost = {url: answer for url, answer in answers.items() if isinstance(answer, TimeoutError)}
         if len(lost) < len(urls):
             break
     else:
-        raise lost[0]
-    found = dict(zip(urls, answers, strict=True))
-    for url, answer in tuple(found.items()):
-        if isinstance(answer, TimeoutError):
-            print(f"Going on without {url}: {answer.strerror}", file=sys.stderr, flush=True)
-            del found[url]
-        elif isinstance(answer, BaseException):
+        raise lost[urls[0]]
+    for url, error in lost.items():
+        print(f"Going on without {url}: {error.strerror}", file=sys.stderr, flush=True)
+    found = {url: answer for url, answer in answers.items() if url not in lost}
+    for answer in found.values():
+        if isinstance(answer, BaseException):
             raise answer
     names = {own["id"] for own in found.values()}
     if len(names) > 1:
@@ -122,22 +121,20 @@ async def _entries(base, urls, timeout, adapters=False):
     return found
 
 
-async def _load(served):
-    async with open_session(served.timeout) as session:
-        for url in served.urls:
-            if await load_adapter(session, url, served.name, served.adapter, served.timeout):
-                served.loaded.add(url)
-
-
-def _is_named(entry, base):
-    """Whether an entry of a server's list is the model `base`, by its name or by the path that it was loaded from."""
-    names = {name for name in (entry["id"], entry.get("root")) if isinstance(name, str)}
-    return base in names or Path(base).name in {Path(name).name for name in names}
-
-
-async def _unload(served):
-    async with open_session(timeout=5) as session:
-        await asyncio.gather(*(unload_adapter(session, url, served.name) for url in served.loaded))
+async def _entry(session, url, base, timeout, adapters):
+    """Return the entry of the model `base`, by its name or the path that it was loaded from, in a server's list."""
+    models = await served_models(session, url, timeout)
+    for entry in models:
+        names = {name for name in (entry["id"], entry.get("root")) if isinstance(name, str)}
+        if base in names or Path(base).name in {Path(name).name for name in names}:
+            if adapters:
+                await check_adapters(session, url)
+            return entry
+    listed = ", ".join(entry["id"] for entry in models) or "no model"
+    raise UserError(
+        f"{url} serves {listed}, not {base}: serve it there, under that name or its last part "
+        "(vLLM: --served-model-name, llama.cpp: --alias)"
+    )
 
 
 def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
@@ -157,35 +154,30 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
     """
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     probes = {url: asyncio.run(_probe(replace(served, urls=(url,)), ids)) for url in served.urls}
-    local = _local_logprobs(model, ids)
-    means, counts = [], []
-    for url, (tokens, logprobs) in probes.items():
-        whole = len(tokens) == len(logprobs) == len(ids) + 1 and all(map(_is_number, logprobs[1:]))
-        if prompt_logprobs and not (whole and len(set(logprobs[1:])) > 1):
-            raise UserError(f"{url} {NO_PROMPT_LOGPROBS}")
+    local, means, counts = _local_logprobs(model, tokenizer, ids), [], []
+    for url, probe in probes.items():
+        whole = len(probe) == len(ids) + 1 and all(_is_number(value) for _, value in probe[1:])
+        if prompt_logprobs and not (whole and len({value for _, value in probe[1:]}) > 1):
+            raise UserError(
+                f"{url} returns no log-probabilities for the tokens of a prompt, so scores from it would be chance: "
+                "use a server that does, such as vLLM or SGLang"
+            )
         # A server that returns nothing for the prompt may return the token that it generated.
-        if whole and [text.strip() for text in map(tokenizer.decode, ids)] != [
-            str(text).strip() for text in tokens[:-1]
-        ]:
+        if whole and [text for text, _ in probe[:-1]] != [text.strip() for text in map(tokenizer.decode, ids)]:
             raise UserError(f"{url} has another vocabulary than {model}: serve the same model there")
-        if local is None or not tokens or not _is_number(logprobs[-1]):
+        if local is None or not probe or not _is_number(probe[-1][1]):
             continue
         of_prompt, best = local
-        expected = {tokenizer.decode(token).strip(): value for token, value in best.items()}.get(
-            str(tokens[-1]).strip()
-        )
-        pairs = [*zip(of_prompt, logprobs[1:-1], strict=True)] if whole else []
-        differences = [
-            abs(ours - theirs) for ours, theirs in [*pairs, (-math.inf if expected is None else expected, logprobs[-1])]
-        ]
-        mean = sum(differences) / len(differences)
+        ours = [*(of_prompt if whole else []), best.get(probe[-1][0], -math.inf)]
+        theirs = [value for _, value in probe[-len(ours) :]]
+        mean = sum(abs(one - other) for one, other in zip(ours, theirs, strict=True)) / len(ours)
         if not mean <= SAME_MODEL:
             raise UserError(
                 f"{url} has other weights than {model}: the log-probabilities of a probe differ by {mean:.2f} on "
                 "average; serve the same model there"
             )
         means.append(mean)
-        counts.append(len(differences))
+        counts.append(len(ours))
     if not means:
         what = "has the local tokens; its weights were not compared" if whole else "could not be compared"
         return f"{served.name} on the servers {what}"
@@ -200,21 +192,26 @@ def _is_number(value):
 
 
 async def _probe(served, ids):
-    """Return (tokens, log-probabilities) of the probe and one more token, as far as the server returns them."""
+    """Return (text, log-probability) of the probe's tokens and one more, as far as the server returns them."""
     body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    found = []
-    await complete_all(served, [body], lambda _, response: found.append(response["choices"][0].get("logprobs")))
-    logprobs = found[0] if isinstance(found[0], dict) else {}
-    if content := logprobs.get("content"):  # llama.cpp
-        return [entry["token"] for entry in content], [entry["logprob"] for entry in content]
-    return logprobs.get("tokens") or [], logprobs.get("token_logprobs") or []
+    responses = []
+    await complete_all(served, [body], lambda _, response: responses.append(response))
+    logprobs = responses[0]["choices"][0].get("logprobs")
+    try:
+        if content := logprobs.get("content"):  # llama.cpp
+            found = [(entry["token"], entry["logprob"]) for entry in content]
+        else:
+            found = [*zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
+    except (AttributeError, LookupError, TypeError, ValueError):  # none, or another form
+        return []
+    return [(str(text).strip(), value) for text, value in found]
 
 
-def _local_logprobs(model, ids):
+def _local_logprobs(model, tokenizer, ids):
     """Return the local model's log-probabilities of the tokens `ids` after the first, and of the best next tokens.
 
     Returns:
-        (list of float, dict of token -> float), or None if the weights are not on this machine or do not fit into it.
+        (list of float, dict of text -> float), or None if the weights are not on this machine or do not fit into it.
     """
     import torch
 
@@ -222,14 +219,14 @@ def _local_logprobs(model, ids):
 
     if not has_local_weights(model):
         return None
-    precision = "bf16" if compute_dtype() == torch.bfloat16 else "fp16"
-    loaded = load_for_inference(model, precision)
+    loaded = load_for_inference(model, "bf16" if compute_dtype() == torch.bfloat16 else "fp16")
     with torch.inference_mode():
         logits = loaded(input_ids=torch.tensor([ids], device=loaded.device)).logits[0].float()
     logprobs = logits.log_softmax(-1).cpu()
     del loaded
     gc.collect()
     torch.cuda.empty_cache()
-    best = logprobs[-1].topk(min(BEST, logprobs.shape[1]))
     of_prompt = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-    return of_prompt, dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    best = logprobs[-1].topk(min(BEST, logprobs.shape[1]))
+    texts = [text.strip() for text in map(tokenizer.decode, best.indices.tolist())]
+    return of_prompt, dict(zip(texts, best.values.tolist(), strict=True))

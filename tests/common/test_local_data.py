@@ -47,7 +47,7 @@ def test_two_folders_of_one_layout_and_an_edited_one(tiny_llama, tmp_path, monke
     def fill(name, numbers):
         put_arc(tmp_path / name, numbers)
         put_truthful(tmp_path / name, numbers)
-        monkeypatch.setattr("grath.common.paths.DATASETS_ROOT", str(tmp_path / name))
+        monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(tmp_path / name))
         return list(numbers)
 
     for name, numbers in (("a", range(3)), ("b", range(10, 15))):
@@ -96,18 +96,18 @@ def test_equal_folders_share_a_cache_entry_and_hidden_files_do_not_count(tmp_pat
 @pytest.mark.parametrize("edited", ["truthfulqa/truthful_qa", "allenai/ai2_arc"])
 def test_scores_run_again_if_their_data_has_changed(edited, tmp_path, monkeypatch):
     """But not if the data of another task has changed, or a task is added."""
-    monkeypatch.setattr("grath.common.paths.DATASETS_ROOT", str(tmp_path / "hub"))
+    monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(tmp_path / "hub"))
     put_arc(tmp_path / "hub", range(3))
     put_truthful(tmp_path / "hub", range(3))
     run = tmp_path / "run_seed_0"
     hub = {"DATASETS_ROOT": str(tmp_path / "hub")}
     start = {"MODEL_NAME_OR_PATH": "a/b", "NUM_QUERY": "1", "RUNS_DIR": str(tmp_path), "RUN_NAME": "run", **hub}
-    call("python", "-m", "grath.pipeline", "start", env=start)
+    call("python", "-m", "grath.run", "start", env=start)
 
     def score(tasks):
         outputs = [f"{run / task}.json" for task in tasks.split()]
         call(
-            "python", "-m", "grath.pipeline", "stage", run, "--iteration", "0", "--stage", "scores",
+            "python", "-m", "grath.run", "stage", run, "--iteration", "0", "--stage", "scores",
             "--title", "scores", "--output", *outputs, "--",
             "bash", "-c", f"cd '{run}'; for t in {tasks}; do [[ -f $t.json ]] || echo $RANDOM >$t.json; done",
             env={**hub, "TASKS": tasks},

@@ -1,13 +1,13 @@
 """The paper's defaults, and options from a YAML file."""
 
-from types import SimpleNamespace
-
 import pytest
 from support import call_here
-from training import SMALL, read_training, train
+from training import SMALL, read_training
 
 
 def test_defaults_are_the_papers():
+    import torch
+
     from grath.dpo.config import GrathDPOConfig
 
     config = GrathDPOConfig(output_dir="unused")
@@ -24,22 +24,28 @@ def test_defaults_are_the_papers():
         "seed": 0,
         "disable_dropout": True,
         "report_to": [],
+        "optim": "paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch",
+        "precision": "fp4" if torch.cuda.is_available() else "bf16",
+        "ddp_find_unused_parameters": False,  # every step uses all weights of the adapter
+        "n_gpu": torch.cuda.is_available(),  # of all that this process sees, it uses one
     }
     assert {name: getattr(config, name) for name in expected} == expected
-    import torch
-
-    assert config.optim == ("paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch")
-    assert config.precision == ("fp4" if torch.cuda.is_available() else "bf16")
-    # Every step uses all weights of the adapter.
-    assert config.ddp_find_unused_parameters is False
     assert GrathDPOConfig(output_dir="unused", ddp_find_unused_parameters=True).ddp_find_unused_parameters
 
 
-@pytest.mark.parametrize(("batch", "processes", "expected"), [(4, 1, 4), (4, 2, 2), (8, 2, 1), (4, 8, 1), (16, 1, 1)])
-def test_accumulation_keeps_the_papers_batch(batch, processes, expected):
-    from grath.dpo.defaults import step_sizes
+@pytest.mark.parametrize(
+    ("processes", "sizes"),
+    [(1, (4, 4)), (2, (4, 2)), (3, (4, 1)), (4, (4, 1)), (8, (2, 1)), (16, (1, 1)), (20, (1, 1))],
+)
+def test_the_processes_share_the_papers_batch(processes, sizes):
+    from grath.dpo.config import step_sizes
 
-    assert step_sizes(processes, batch) == (batch, expected)
+    assert step_sizes(processes) == sizes
+    # A smaller batch, the advice when the memory is full, does not change the pairs of a step.
+    for batch in (1, 2, 4):
+        given, accumulation = step_sizes(processes, batch)
+        assert given == batch and (batch > sizes[0] or batch * accumulation == sizes[0] * sizes[1])
+    assert step_sizes(processes, None, 5) == (4, 5) and step_sizes(processes, 3, 5) == (3, 5)
 
 
 def test_only_trackers_on_this_machine_are_accepted(monkeypatch):
@@ -53,85 +59,6 @@ def test_only_trackers_on_this_machine_are_accepted(monkeypatch):
         GrathDPOConfig(output_dir="unused", report_to=names)
     with pytest.raises(UserError, match="there is no tracker trackio, or its package is not installed"):
         GrathDPOConfig(output_dir="unused", report_to=["wandb", "trackio"])
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 4, 5, 8, 16, 20])
-def test_the_memory_does_not_change_the_pairs_of_a_step(processes):
-    from math import prod
-
-    from grath.dpo.defaults import step_sizes
-
-    sizes = {fitting: step_sizes(processes, fitting=fitting) for fitting in (16, 8, 4, 2, 1)}
-    assert len({prod(pair) for pair in sizes.values()}) == 1
-    assert all(batch <= fitting for fitting, (batch, _) in sizes.items())
-    # Nor does a smaller batch, which is the advice when the memory is full.
-    assert all(prod(step_sizes(processes, batch)) == prod(sizes[16]) for batch in (1, 2) if batch <= prod(sizes[16]))
-    total = processes * prod(sizes[16])
-    assert total == 16 if processes in (1, 2, 4, 8, 16) else total <= max(16, processes)
-    assert step_sizes(1, 4) == step_sizes(1, None, 4) == (4, 4) and step_sizes(2, None, 5) == (4, 5)
-
-
-# GB of the smallest GPU, processes, and pairs per forward pass and passes per step for Llama-2 7B in fp4.
-@pytest.mark.parametrize(
-    ("memory", "processes", "sizes"),
-    [(84.9, 1, (16, 1)), (84.9, 4, (4, 1)), (23.6, 1, (8, 2)), (23.6, 2, (8, 1)), (16, 1, (4, 4)), (4, 1, (1, 16))],
-)
-def test_a_gpu_takes_as_many_pairs_as_fit(memory, processes, sizes, monkeypatch, capsys):
-    import torch
-    from datasets import Dataset
-
-    from grath.dpo import config as module
-    from grath.modeling.memory import llama_2
-
-    def config(**options):
-        return module.GrathDPOConfig(output_dir="unused", precision="bf16", optim="adamw_torch", bf16=False, **options)
-
-    gpus = [SimpleNamespace(total_memory=gigabytes * 1e9) for gigabytes in (memory + 1, memory)]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
-    monkeypatch.setattr(module, "load_shape", lambda name: llama_2("7B"))
-    given = [config(), config(per_device_train_batch_size=4), config(gradient_accumulation_steps=2)]
-    assert [one.fits_batch_size for one in given] == [False] * 3  # on a CPU
-    chosen = config()
-    chosen.fits_batch_size, chosen.precision = True, "fp4"
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    row = {"prompt_ids": [1] * 50, "chosen_ids": [1] * 40, "rejected_ids": [1] * 40}
-    changed = [module.fit_batch_size(one, "a/b", Dataset.from_list([row])) for one in (*given, chosen)]
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    assert changed == [{}] * 3 + [dict(zip(names, sizes, strict=True))]  # for the record
-    found = [(one.per_device_train_batch_size, one.gradient_accumulation_steps) for one in (*given, chosen)]
-    assert found == [(4, 4), (4, 4), (4, 2), sizes]
-    line = f"{sizes[0]} pairs per forward pass, chosen for a GPU of {memory:.0f} GB, and {sizes[1]} passes per step\n"
-    assert capsys.readouterr().out == line
-    # Longer pairs need more memory; without tokens their length is not known.
-    module.fit_batch_size(
-        chosen, "a/b", Dataset.from_list([row | {"chosen_ids": [1] * 1000, "rejected_ids": [1] * 1000}])
-    )
-    assert chosen.per_device_train_batch_size <= sizes[0]
-    assert processes > 1 or chosen.per_device_train_batch_size < sizes[0] or sizes[0] == 1
-    before = chosen.per_device_train_batch_size
-    module.fit_batch_size(chosen, "a/b", Dataset.from_list([{"chosen": "a", "rejected": "b"}]))
-    assert chosen.per_device_train_batch_size == before
-    # A small GPU that no process uses does not count.
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    gpus[1].total_memory = 1
-    module.fit_batch_size(chosen, "a/b", Dataset.from_list([row]))
-    assert chosen.per_device_train_batch_size >= sizes[0]
-
-
-def test_the_record_has_the_batch_that_the_gpu_takes(tiny_llama, pair_file, tmp_path, monkeypatch):
-    from grath.dpo import config
-
-    def fit(chosen, name, dataset):
-        chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps = 4, 1
-        return {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-
-    monkeypatch.setattr(config, "fit_batch_size", fit)
-    _, record = train(tiny_llama, tmp_path / "out", source=["--dataset_path", pair_file])
-    assert record["settings"]["per_device_train_batch_size"] == 4
-    assert record["settings"]["gradient_accumulation_steps"] == 1
-    assert record["effective_batch"] == 4
 
 
 def test_epochs_without_effect_are_refused():
@@ -183,11 +110,11 @@ INVALID = [
     ("reference: none\n", "in the --config file: argument --reference: invalid choice: 'none' (choose from "),
     ("sanity_check: maybe\n", "in the --config file: argument --sanity_check/--sanity-check: Truthy value expected"),
     ("seed: 1.5\n", "in the --config file: argument --seed: invalid int value: '1.5' (see --help)"),
-    ("beta: [0.1, 0.2]\n", "in the --config file: argument --beta: invalid float value: '[0.1, 0.2]' (see --help)"),
+    ("beta: [0.1, 0.2]\n", "unrecognized arguments: 0.2 (see --help)"),
     ("beta: 0\n", "--beta must be greater than 0, not 0.0"),
     ("dataset_name: truthful_qa\n", "give either --dataset_path (a pair file) or --dataset_name"),
-    ("- beta\n", "Config file {config} must contain a YAML mapping."),
-    ("", "Config file {config} must contain a YAML mapping."),
+    ("- beta\n", "the --config file {config} must contain a YAML mapping"),
+    ("", "the --config file {config} must contain a YAML mapping"),
     ("beta: [\n", "the --config file is not YAML: while parsing a flow node "),
     (b"tokenizer_name: caf\xe9\n", "the --config file is not UTF-8 text"),
     (None, "cannot read --config {config}: No such file or directory"),

@@ -1,4 +1,4 @@
-"""The sources of pairs, and the pairs that are dropped."""
+"""The sources of pairs, the pairs that are dropped, and the order of the others."""
 
 import json
 
@@ -16,6 +16,32 @@ def test_identical_and_long_pairs_are_dropped_and_counted(tiny_llama, tmp_path):
     done, _ = train(tiny_llama, tmp_path / "n", "--max_length", "8", source=source, status=2)
     assert "no pair is left to train on" in done.stderr
     assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])
+@pytest.mark.parametrize("pairs", [1, 15, 16, 17, 40, 1119])
+def test_every_epoch_uses_every_pair_once(strategy, pairs):
+    from grath.dpo.dataset import training_order
+
+    lengths = [(37 * i) % 100 for i in range(pairs)]
+    order = training_order(lengths, 5 * pairs, 16, strategy, 3)
+    for at in range(0, len(order), pairs):
+        assert sorted(order[at : at + pairs]) == list(range(pairs))
+    # A longer training begins with the same steps; another seed gives other steps.
+    assert training_order(lengths, 7 * pairs, 16, strategy, 3)[: len(order)] == order
+    if pairs > 16:
+        assert (training_order(lengths, len(order), 16, strategy, 4) == order) == (strategy == "sequential")
+
+
+def test_each_step_has_pairs_of_similar_length():
+    from grath.dpo.dataset import training_order
+
+    lengths = [(37 * i) % 100 for i in range(1605)]
+    order = [lengths[i] for i in training_order(lengths, 3 * 1600, 16, "group_by_length", 3)]
+    steps = [order[at : at + 16] for at in range(0, len(order), 16)]
+    assert sum(max(step) - min(step) for step in steps) / len(steps) < 10
+    # The steps are in random order.
+    assert 30 < sum(sum(one) < sum(following) for one, following in zip(steps, steps[1:], strict=False)) < 270
 
 
 @needs_hub

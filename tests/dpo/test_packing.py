@@ -49,7 +49,8 @@ def test_completion_log_probs_equal_trls(tiny_llama, llama_tokenizer):
     from grath.dpo.packing import completion_log_probs
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    add_fused_lm_head(model)
+    statistics = ("entropy", "mean_logits", "is_top1")
+    add_fused_lm_head(model, outputs=("log_probs", *statistics))
     ids = torch.tensor([llama_tokenizer("Why is ice lighter than water?")["input_ids"]] * 2)
     labels = ids.clone()
     labels[0, :4] = labels[1, :7] = -100
@@ -57,4 +58,7 @@ def test_completion_log_probs_equal_trls(tiny_llama, llama_tokenizer):
     hidden = model.base_model(ids).last_hidden_state[:, :-1]
     ours = completion_log_probs(hidden, labels[:, 1:], model.get_output_embeddings())
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, atol=1e-5, rtol=0)
+    labelled = labels[:, 1:] != -100
+    for name in statistics:
+        torch.testing.assert_close(ours[name][labelled], theirs[name][labelled], atol=1e-5, rtol=1e-5)
     assert (ours.log_probs != 0).sum() == (labels[:, 1:] != -100).sum()

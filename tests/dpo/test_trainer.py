@@ -1,31 +1,35 @@
-"""The trainer: log-probabilities, shared prompts, order of the pairs, memory, and its benchmark."""
+"""The trainer: log-probabilities of the reference, memory, and its benchmark."""
 
 import sys
 
 import pytest
-from support import PROJECT, call, pair, weights, write_rows
-from training import train
+from support import PROJECT, call, call_here, weights
+from training import STEPS, read_training, train
 
 
-@pytest.fixture(scope="module", params=["rolling", "fixed"])
-def trainer(request, first_iteration, pair_file, tmp_path_factory):
-    """A trainer of the second iteration before its first step."""
+def make_trainer(model, pairs, output, precision, reference):
+    """A trainer that continues an adapter, before its first step."""
     from grath.dpo.config import GrathDPOConfig
-    from grath.dpo.dataset import filter_pairs, tokenize_pairs
+    from grath.dpo.dataset import tokenize_pairs
     from grath.dpo.trainer import GrathDPOTrainer
     from grath.modeling.chat import template_for
     from grath.modeling.loading import load_model, load_tokenizer
     from grath.pairs.files import read_pairs
 
-    tokenizer = load_tokenizer(first_iteration[0])
-    dataset, _ = filter_pairs(tokenize_pairs(read_pairs(pair_file), tokenizer, template_for(tokenizer, "auto")), 1024)
+    tokenizer = load_tokenizer(model)
     return GrathDPOTrainer(
-        model=load_model(first_iteration[0], "fp32", trainable=True),
-        args=GrathDPOConfig(output_dir=str(tmp_path_factory.mktemp("t")), precision="fp32", max_steps=2),
-        train_dataset=dataset,
+        model=load_model(model, precision, trainable=True),
+        args=GrathDPOConfig(output_dir=str(output), precision=precision, max_steps=2),
+        train_dataset=tokenize_pairs(read_pairs(pairs), tokenizer, template_for(tokenizer, "auto")),
         processing_class=tokenizer,
-        reference=request.param,
+        reference=reference,
     )
+
+
+@pytest.fixture(scope="module", params=["rolling", "fixed"])
+def trainer(request, first_iteration, pair_file, tmp_path_factory):
+    """A trainer of the second iteration before its first step."""
+    return make_trainer(first_iteration[0], pair_file, tmp_path_factory.mktemp("t"), "fp32", request.param)
 
 
 def test_reference_log_probabilities_come_from_the_reference(trainer, first_iteration):
@@ -36,7 +40,8 @@ def test_reference_log_probabilities_come_from_the_reference(trainer, first_iter
     # The fixed reference is the base alone, loaded again; the rolling one is the base with the incoming adapter.
     name = first_iteration[0] if trainer.reference == "rolling" else first_iteration[2]["base_model"]
     reference = load_model(name, "fp32").eval()
-    for row in trainer.train_dataset:
+    assert len(trainer.train_dataset) == 32  # two steps, of twelve pairs
+    for row in trainer.train_dataset.select(range(12)):
         for side in ("chosen", "rejected"):
             prompt, answer = row["prompt_ids"], row[f"{side}_ids"]
             with torch.no_grad():
@@ -77,107 +82,87 @@ def test_the_base_exists_once_in_memory(trainer):
     assert not [name for name, _ in trainer.model.named_parameters() if ".ref." in name]
 
 
-def test_the_adapter_on_a_quantized_base_is_not_rounded(tiny_llama, pair_file, tmp_path):
+def test_the_adapter_on_a_quantized_base_is_not_rounded(first_iteration, pair_file, tmp_path):
     from peft import get_peft_model_state_dict
 
-    from grath.dpo.config import GrathDPOConfig
-    from grath.dpo.dataset import filter_pairs, tokenize_pairs
-    from grath.dpo.trainer import GrathDPOTrainer
-    from grath.modeling.chat import template_for
-    from grath.modeling.loading import load_model, load_tokenizer
-    from grath.pairs.files import read_pairs
-
-    train(tiny_llama, tmp_path / "1", "--precision", "nf4", source=("--dataset_path", pair_file))
-    tokenizer = load_tokenizer(tmp_path / "1")
-    trainer = GrathDPOTrainer(
-        model=load_model(tmp_path / "1", "nf4", trainable=True),
-        args=GrathDPOConfig(output_dir=str(tmp_path / "2"), precision="nf4", max_steps=1),
-        train_dataset=filter_pairs(
-            tokenize_pairs(read_pairs(pair_file), tokenizer, template_for(tokenizer, "auto")), 1024
-        )[0],
-        processing_class=tokenizer,
-        reference="rolling",
-    )
+    trainer = make_trainer(first_iteration[0], pair_file, tmp_path, "nf4", "rolling")
     # A checkpoint is loaded to this process's device, not to the first GPU.
     assert trainer.model.load_adapter.keywords == {"torch_device": str(trainer.accelerator.device)}
-    held, saved = get_peft_model_state_dict(trainer.model), weights(tmp_path / "1")
+    held, saved = get_peft_model_state_dict(trainer.model), weights(first_iteration[0])
     assert held.keys() == saved.keys()
     assert all((held[name] == saved[name]).all() for name in saved)
 
 
 def test_other_losses_use_trls_code(tiny_llama, pair_file, tmp_path):
-    flags = ("--loss_type", "ipo", "--train_sampling_strategy", "random")
+    flags = ("--loss_type", "ipo", "--train_sampling_strategy", "random", "--max_steps", "1")
     _, record = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file))
     assert record["log"][0]["loss"] == pytest.approx(25, abs=1e-3)  # (0 - 1 / (2 beta))^2
 
 
-def test_the_reference_is_evaluated_on_the_pairs_of_the_steps_only(tiny_llama, pair_file, tmp_path, monkeypatch):
-    from grath.dpo.trainer import GrathDPOTrainer
+@pytest.fixture
+def passes(monkeypatch):
+    """The number of pairs in each forward pass of the tests; more than `passes.limit` at once do not fit."""
+    from transformers import LlamaModel
 
-    original, evaluated = GrathDPOTrainer.compute_ref_log_probs, []
+    class Passes(list):
+        limit = 1000
 
-    def compute_ref_log_probs(self, model, inputs):
-        evaluated.append(len(inputs["input_ids"]) // 2)
-        return original(self, model, inputs)
+    original, found = LlamaModel.forward, Passes()
 
-    monkeypatch.setattr(GrathDPOTrainer, "compute_ref_log_probs", compute_ref_log_probs)
+    def forward(self, input_ids, **options):
+        import torch
+
+        if len(input_ids) > found.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found.append(len(input_ids))
+        return original(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    return found
+
+
+def test_the_reference_is_evaluated_on_the_pairs_of_the_steps_only(tiny_llama, pair_file, tmp_path, passes):
     logs = {}
     for precompute in ("true", "false"):
         flags = ("--max_steps", "2", "--precompute_ref_log_probs", precompute)
         _, record = train(tiny_llama, tmp_path / precompute, *flags, source=("--dataset_path", pair_file))
         logs[precompute] = [(line["loss"], line["rewards/margins"]) for line in record["log"][:2]]
         if precompute == "true":
-            assert sum(evaluated) == 8  # of 12
+            assert passes == [8, 2, 2, 2, 2]  # of 12 pairs
     assert logs["true"] == [pytest.approx(line, abs=1e-4) for line in logs["false"]]
 
 
-def test_the_sampler_gets_every_epoch(trainer, monkeypatch):
-    from trl import DPOTrainer
+def test_a_batch_that_does_not_fit_is_halved(tiny_llama, pair_file, tmp_path, passes, monkeypatch):
+    from grath.dpo.config import GrathDPOConfig
 
-    monkeypatch.setattr(DPOTrainer, "_run_epoch", lambda self, **kwargs: kwargs["epoch"])
-    sampler = trainer._get_train_sampler()
-    assert trainer._run_epoch(epoch=3) == sampler.epoch == 3
+    def start(output, *flags, status=0):
+        command = ["--dataset_path", pair_file, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / output]
+        # Dropout draws from the random state, which the probe must leave as it is.
+        options = ["--precision", "fp32", "--no_disable_dropout", "--max_steps", "2", "--seed", "0"]
+        return call_here("dpo.py", *command, *STEPS, *options, *flags, status=status)
 
+    small = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8")
+    start("small", *small, "--precompute_ref_batch_size", "2")
+    original = GrathDPOConfig.__post_init__
 
-def test_the_order_of_the_pairs_depends_on_the_data_seed(trainer, monkeypatch):
-    orders = [list(trainer._get_train_sampler())]
-    monkeypatch.setattr(trainer.args, "data_seed", 5)
-    orders.append(list(trainer._get_train_sampler()))
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    def post_init(self):  # as on a GPU
+        original(self)
+        self.probes_memory = True
 
-
-def test_the_loss_curve_does_not_depend_on_the_pairs_per_forward_pass(tiny_llama, tmp_path):
-    """In fp32, also in the last step of an epoch, which has fewer pairs. Other pairs in a step give another curve."""
-    pairs = [
-        pair(f"What is {i}?" + " Say it." * (i % 7), f"It is {i}.", "Nobody knows." * (1 + i % 3)) for i in range(39)
-    ]
-    source = ("--dataset_path", write_rows(tmp_path / "pairs.json", pairs))
-    curves = {}
-    for batch, accumulation in ((4, 4), (16, 1), (8, 1)):
-        flags = ("--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-        flags += ("--max_steps", "8", "--learning_rate", "1e-3")
-        _, record = train(tiny_llama, tmp_path / f"{batch}", *flags, source=source)
-        curves[batch] = [line["loss"] for line in record["log"] if "loss" in line]
-    assert len(curves[16]) == 8 and curves[4] == pytest.approx(curves[16], rel=1e-5)
-    assert curves[8] != pytest.approx(curves[16], rel=1e-3)
-
-
-def test_each_step_has_pairs_of_similar_length():
-    from grath.dpo.sampler import LengthGroupedSampler
-
-    lengths = [(37 * i) % 100 for i in range(1600)]
-    sampler = LengthGroupedSampler(lengths, 16, seed=3)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert orders[0] == orders[2] != orders[1]
-    assert sorted(orders[1]) == list(range(1600))
-    spreads = [
-        max(lengths[i] for i in step) - min(lengths[i] for i in step)
-        for step in (orders[0][at : at + 16] for at in range(0, 1600, 16))
-    ]
-    assert sum(spreads) / len(spreads) < 10
+    monkeypatch.setattr(GrathDPOConfig, "__post_init__", post_init)
+    passes.clear()
+    passes.limit = 2
+    done = start("probed")
+    assert "2 pairs per forward pass, as many as the memory takes, and 8 passes per step\n" in done.stdout
+    assert passes == [2] * (6 + 1 + 16)  # the reference of twelve pairs, the probe, two steps
+    settings = read_training(tmp_path / "probed")["settings"]
+    assert [settings[name.removeprefix("--")] for name in small[::2]] == [2, 8]
+    for ours, theirs in zip(weights(tmp_path / "probed").values(), weights(tmp_path / "small").values(), strict=True):
+        assert (ours == theirs).all()
+    # The size is recorded, not compared.
+    assert "contains this training, finished" in start("probed", *small).stdout
+    passes.limit = 0
+    assert "the memory is full" in start("none", status=1).stderr
 
 
 @pytest.mark.slow

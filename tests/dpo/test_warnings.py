@@ -55,7 +55,7 @@ def test_the_training_log_passes_its_precision_to_the_warnings(monkeypatch, tmp_
     given = []
     monkeypatch.setattr(callbacks, "training_warnings", lambda *args: given.append(args) or {})
     state = TrainerState(max_steps=10, log_history=[entry(1, 0, 0)])
-    callbacks.TrainingLog().on_train_begin(GrathDPOConfig(output_dir=str(tmp_path), precision="bf16"), state, None)
+    callbacks.TrainingLog(1.0).on_train_begin(GrathDPOConfig(output_dir=str(tmp_path), precision="bf16"), state, None)
     assert given[0][1:] == (0.1, 100, 2**-7)
 
 

@@ -1,6 +1,7 @@
 """Helpers of the DPO tests: run a training, read its record and log."""
 
 import json
+import shutil
 
 from support import call_here, rows
 
@@ -27,3 +28,15 @@ def read_training(output):
 def margin(record, step=0):
     """Return the reward margin of a log entry."""
     return record["log"][step]["rewards/margins"]
+
+
+def interrupt(finished, output, step):
+    """Copy a finished training to the folder `output` as if it had been killed after a step with a checkpoint."""
+    shutil.copytree(finished, output)
+    record = json.loads((output / "grath.json").read_text())
+    del record["files"]
+    (output / "grath.json").write_text(json.dumps(record))
+    (output / "adapter_model.safetensors").unlink()
+    for checkpoint in output.glob("checkpoint-*"):
+        if int(checkpoint.name.partition("-")[2]) > step:
+            shutil.rmtree(checkpoint)

@@ -9,7 +9,7 @@ from grath.evaluation import loglikelihood
 from grath.evaluation.loglikelihood import window_loglikelihoods
 from grath.generation import attention
 from grath.generation.attention import explicit_attention, fused_attention, fused_kernels_differ, select_attention_fn
-from grath.generation.engine import generate_shared_prefix
+from grath.generation.shared_prefix import generate_shared_prefix
 
 CPU = torch.device("cpu")
 
@@ -152,7 +152,7 @@ def test_results_are_copied_before_the_next_batch_is_launched(monkeypatch):
 
 
 def test_a_prefill_waits_until_an_eighth_of_the_rows_are_free(monkeypatch):
-    from grath.generation.engine import _ActiveBatch
+    from grath.generation.shared_prefix import _ActiveBatch
 
     model, sizes = tiny("llama"), []
     prefill = _ActiveBatch.prefill

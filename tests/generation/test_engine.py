@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from grath.evaluation.loglikelihood import loglikelihoods
 from grath.generation.attention import engine_attention, unsupported_reason
 from grath.generation.cache import common_prefix_length
-from grath.generation.engine import generate_shared_prefix
-from grath.generation.engines import BATCH_SIZE, select_rows
+from grath.generation.shared_prefix import generate_shared_prefix
+from grath.generation.select import BATCH_SIZE, select_rows
 from grath.generation.hf import generate_hf
 from grath.generation.prompt_lookup import NgramIndex
 from grath.modeling.cpu_matmul import prepare_linear_layers, time_products
@@ -171,7 +171,7 @@ def test_drafts_change_no_token_and_save_passes(family, batch_size, prefix, monk
                 return []
             return [(i + 1) % 140 if draw.random() < 0.2 else i for i in coming[len(done) : len(done) + limit]]
 
-    monkeypatch.setattr("grath.generation.engine.NgramIndex", Drafts)
+    monkeypatch.setattr("grath.generation.shared_prefix.NgramIndex", Drafts)
     without = shared(model, prompts, 20, {5}, batch_size)
     same(model, prompts[:40], without[:40], expected)
     passes_without = len(passes)

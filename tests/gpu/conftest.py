@@ -2,12 +2,6 @@
 
 import pytest
 
-MEASURED = pytest.StashKey()
-
-
-def pytest_configure(config):
-    config.stash[MEASURED] = []
-
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
@@ -20,26 +14,19 @@ def device(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def measured(request):
-    """A list of (what, value) to which a test appends what it measures."""
-    return request.config.stash[MEASURED]
-
-
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
+    """Print each test that ran on a GPU, with its outcome and what it recorded by `record_property`."""
     import torch
 
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
     calls = [report for report in reports if report.when == "call" and "tests/gpu/" in report.nodeid]
-    on_gpu = [report for report in calls if "[cpu" not in report.nodeid]
-    if not on_gpu:
+    if not (on_gpu := [report for report in calls if "[cpu" not in report.nodeid]):
         return
-    from grath.pipeline.machine import driver_cuda_version
+    from grath.run.check import driver_cuda_version
 
     name, driver = torch.cuda.get_device_name(0), driver_cuda_version()
-    terminalreporter.write_line(f"\n| {name}, torch {torch.__version__}, driver for CUDA {driver} | |")
-    terminalreporter.write_line("| --- | --- |")
+    terminalreporter.write_line(f"\n| {name}, torch {torch.__version__}, driver for CUDA {driver} | |\n| --- | --- |")
     for report in on_gpu:
-        terminalreporter.write_line(f"| {report.nodeid.split('::')[1]} | {report.outcome}, {report.duration:.1f} s |")
-    for what, value in config.stash[MEASURED]:
-        terminalreporter.write_line(f"| {what} | {value} |")
+        test = (report.nodeid.split("::")[1], f"{report.outcome}, {report.duration:.1f} s")
+        for what, value in (test, *report.user_properties):
+            terminalreporter.write_line(f"| {what} | {value} |")

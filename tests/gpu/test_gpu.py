@@ -5,19 +5,28 @@ make gpu-test      prints a table to paste into an issue
 
 import json
 import re
-import sys
 import time
+from contextlib import contextmanager
+from os.path import commonprefix
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import BUNDLED, PROJECT, call, call_here, norms_of, rows, tiny
 
+from grath.evaluation.harness import load_local
 from grath.evaluation.loglikelihood import window_loglikelihoods
-from grath.generation.attention import explicit_attention, fused_kernels_differ, partial_attention
-from grath.generation.engine import generate_shared_prefix
+from grath.generation.attention import fused_kernels_differ
+from grath.generation.hf import truncate_at_eos
+from grath.generation.select import LocalGenerator
+from grath.generation.shared_prefix import generate_shared_prefix
 from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
 
-HALF = [torch.float16, torch.bfloat16]
+
+def needs_gpu(reason):
+    """Mark a test that runs on a GPU only."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)
+    return lambda test: pytest.mark.gpu(skip(test))
 
 
 def deep_llama(device, **changes):
@@ -25,30 +34,18 @@ def deep_llama(device, **changes):
     return tiny("llama", num_hidden_layers=32, **changes).to(device)
 
 
-def prompts_of(tokenizer, count):
-    from grath.modeling.chat import prompt_ids, template_for
-    from grath.pairs.prompts import build_messages, load_demos
-    from grath.pairs.questions import load_questions
-
-    template, demos = template_for(tokenizer, "auto"), load_demos("truthfulqa")
-    questions = load_questions(data_path=BUNDLED)[:count]
-    return [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
-
-
 def same_as_generate(model, prompts, count, eos_ids):
     """Compare the engine with `generate`; a difference must be a tie of the two best logits within rounding."""
-    done = {}
-    generate_shared_prefix(model, prompts, count, 5, eos_ids, done.__setitem__)
+    done = dict(generate_shared_prefix(model, prompts, count, 5, eos_ids))
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt], device=model.device)
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=eos_ids,
             pad_token_id=eos_ids[0],
         )[0, len(prompt) :].tolist()  # fmt: skip
-        expected = output[: next((at for at, token in enumerate(output) if token in eos_ids), count)]
+        expected = truncate_at_eos(output, eos_ids)
         if done[i] != expected:
-            pairs = list(zip(done[i], expected, strict=False))
-            at = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
+            at = len(commonprefix([done[i], expected]))
             with torch.inference_mode():
                 logits = model(torch.tensor([prompt + expected[:at]], device=model.device)).logits[0, -1]
             best = logits.topk(2).values
@@ -60,28 +57,26 @@ def test_the_engine_equals_generate_in_fp32(device):
     same_as_generate(model, [[*range(1, 40), i, *range(1, 2 + i % 4)] for i in range(12)], 12, [5, 7])
 
 
-def test_the_engine_equals_generate_on_smollm2(device, smollm2):
+def test_the_engine_equals_generate_on_smollm2(device, smollm2, monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    from made_requests import load_data, pair_prompts
+
     model, tokenizer = load_model(str(smollm2), "fp32").to(device).eval(), load_tokenizer(str(smollm2))
-    same_as_generate(model, prompts_of(tokenizer, 2), 8, [tokenizer.eos_token_id])
+    same_as_generate(model, pair_prompts(tokenizer, load_data(2)[0]), 8, [tokenizer.eos_token_id])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@needs_gpu("tests/generation/test_attention.py compares a CPU's kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "size"), [(32, 128), (3, 64)])
-def test_the_kernels_equal_the_exact_attention(device, dtype, heads, size):
-    if device == "cuda":
-        assert fused_kernels_differ(torch.device(device), dtype, heads, size) is None
-        return
-    query, key, value = (torch.randn(2, heads, length, size).to(dtype) for length in (9, 33, 33))
-    ours, exact = (way(query, key, value, 0.1) for way in (partial_attention, explicit_attention))
-    for one, other in zip(ours, exact, strict=True):
-        assert (one.float() - other).abs().max() <= 8 * torch.finfo(dtype).eps * other.abs().max()
+def test_the_kernels_equal_the_exact_attention(dtype, heads, size):
+    assert fused_kernels_differ(torch.device("cuda"), dtype, heads, size) is None
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
 def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, pair_file, tmp_path):
     ask = ("create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "p", "--save_dir", tmp_path)
     call_here(*ask, "--precision", precision, "--data_path", BUNDLED, "--num_query", 4, "--useFS")
-    assert len(rows(next(tmp_path.glob("p_num_4_*.json")))) == 4
+    assert len(rows(next(tmp_path.glob("p_num_4_*_True.json")))) == 4
     out = tmp_path / "out"
     call_here(
         "dpo.py", "--dataset_path", pair_file, "--model_name_or_path", tiny_llama, "--output_dir", out, "--precision",
@@ -98,44 +93,39 @@ def test_norms_are_one_operator_on_a_gpu(device, tiny_llama):
 
 
 def test_scores_equal_those_of_hf_in_fp32(device, tiny_llama, tmp_path):
+    found, tasks = [], ("grath_mc1", "grath_mc2")
     for backend in ("hf", "hf-shared"):
-        score = (tiny_llama, tmp_path / backend, "--tasks", "grath_mc1", "grath_mc2", "--limit", 20)
+        score = (tiny_llama, tmp_path / backend, "--tasks", *tasks, "--limit", 20)
         call_here("grath.evaluation", *score, "--precision", "fp32", "--backend", backend)
-    for task in ("grath_mc1", "grath_mc2"):
-        theirs, ours = (
-            json.loads((tmp_path / backend / f"{task}.json").read_text())["results"][task]["acc,none"]
-            for backend in ("hf", "hf-shared")
-        )
-        assert ours == pytest.approx(theirs, abs=1e-4)
+        results = {task: json.loads((tmp_path / backend / f"{task}.json").read_text())["results"] for task in tasks}
+        found.append([results[task][task]["acc,none"] for task in tasks])
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_scores_of_quantized_models(device, precision, tiny_llama, tmp_path):
-    likely = []
+    likely = {}
     for name in ("fp32", precision):
         score = (tiny_llama, tmp_path / name, "--tasks", "grath_mc1", "--limit", 4, "--log_samples", "--samples")
         call_here("grath.evaluation", *score, "--precision", name)
         questions = rows(tmp_path / name / "samples_grath_mc1.jsonl")
-        likely.append([float(answer[0][0]) for question in questions for answer in question["resps"]])
+        likely[name] = [float(answer[0][0]) for question in questions for answer in question["resps"]]
         assert len(rows(tmp_path / name / "samples.jsonl")) == 5
-    assert f"dtype={precision}\n" in (tmp_path / precision / "settings.txt").read_text()
+    assert json.loads((tmp_path / precision / "settings.json").read_text())["inputs"]["precision"] == precision
     # Rounded weights change every log-likelihood, but not by much.
-    exact, rounded = likely
-    assert all(one != other for one, other in zip(exact, rounded, strict=True))
-    assert rounded == pytest.approx(exact, rel=0.2, abs=2)
+    assert all(one != other for one, other in zip(*likely.values(), strict=True))
+    assert likely[precision] == pytest.approx(likely["fp32"], rel=0.2, abs=2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no driver")
+@needs_gpu("a CPU has no driver")
 def test_the_check_describes_the_gpu(monkeypatch):
-    from grath.pipeline.machine import check_device
+    from grath.run.check import check_device
 
     monkeypatch.setenv("DEVICE", "")
     assert re.search(r"compute capability \d+\.\d; driver for CUDA \d\d\.\d; torch .* for CUDA", check_device(1))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no work in a queue")
+@needs_gpu("a CPU has no work in a queue")
 def test_results_are_read_while_later_work_runs():
     from grath.generation.cache import download
 
@@ -148,64 +138,83 @@ def test_results_are_read_while_later_work_runs():
     assert read() == [0, 1, 2] and not torch.cuda.current_stream().query()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes has paged optimizers on a GPU only")
-def test_paged_adamw(monkeypatch, tiny_llama, pair_file, tmp_path):
-    monkeypatch.setenv("DEVICE", "")
-    call(
-        "dpo.py", "--dataset_path", pair_file, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path, "--optim",
-        "paged_adamw_32bit", "--max_steps", 3, "--warmup_steps", 0,
-    )  # fmt: skip
-    assert (tmp_path / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="test_the_demo_on_smollm2_with_reduced_sizes runs it on a CPU"
-)
+@needs_gpu("test_the_demo_on_smollm2_with_reduced_sizes runs it on a CPU")
 def test_two_iterations_of_the_demo(monkeypatch, tmp_path):
+    """In int8, fp4 and fp16, with the paged optimizer."""
     monkeypatch.setenv("DEVICE", "")
     env = {"NUM_QUERY": "24", "MAX_STEPS": "8", "WARMUP_STEPS": "0", "LIMIT": "20", "RUNS_DIR": str(tmp_path)}
     done = call("run_smollm2.sh", env=env)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")][-3:] == ["M_0", "M_1", "M_2"]
 
 
-def test_milliseconds_beside_the_constants(device, measured):
-    """Measure what benchmarks/gpu_cost.py assumes. On a CPU the numbers say nothing about a GPU."""
-    sys.path.insert(0, str(PROJECT / "benchmarks"))
-    from operator_counter import HOST_US
-
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 4096}
-    model = deep_llama(device, **sizes).to(torch.bfloat16)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    counted = []
-    model.model.register_forward_pre_hook(lambda *_: counted.append(1))
-
-    def milliseconds(work, label):
+@contextmanager
+def little_memory(work):
+    """Leave 30 MB more of the GPU's memory than work (a function) reserves."""
+    for _ in range(2):  # the first time allocates what stays
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         work()
-        counted.clear()
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        spent = 1000 * (time.perf_counter() - start)
-        measured.append((f"{label}, {device}", f"{spent / len(counted):.2f} ms a forward pass"))
-        return spent
+    limit = torch.cuda.max_memory_reserved() + 30e6
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
+
+@needs_gpu("a CPU's memory has no limit")
+def test_pairs_that_do_not_fit_are_asked_in_smaller_batches(capsys):
+    model, tokenizer = deep_llama("cuda"), SimpleNamespace(eos_token_id=59, decode=lambda ids, **_: str(ids))
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_(), layer.mlp.down_proj.weight.data.zero_()
+    # The token t + 1 follows the token t, by a wide margin.
+    model.lm_head.weight.data = 10 * model.model.embed_tokens.weight.data.roll(1, 0)
+    prompts = [[1, i // 59, *range(1, 59), *range(1, 59), i % 59] for i in range(256)]
+
+    def ask(rows):
+        return {i: text for i, text, _ in LocalGenerator(model, tokenizer, 30, batch_size=rows).generate(prompts)}
+
+    with little_memory(lambda: ask(4)):
+        found = ask(256)
+    assert "The memory is full" in capsys.readouterr().out
+    assert found == {i: str([*range(i % 59 + 1, min(59, i % 59 + 31))]) for i in range(256)}
+
+
+@needs_gpu("a CPU's memory has no limit")
+def test_scores_that_do_not_fit_are_computed_in_smaller_batches(capsys, tiny_llama):
+    lm = load_local("hf-shared", str(tiny_llama), "fp32")
+    windows = [((i + 1, *range(1, 500 - i)), (5, 6, 7)) for i in range(64)]
+
+    def score(tokens):
+        lm.batch_tokens = tokens
+        return [likely for likely, _ in lm.score(windows, disable_tqdm=True)]
+
+    with little_memory(lambda: score(512)):
+        found = score(32_768)
+    assert "The memory is full" in capsys.readouterr().out
+    assert found == pytest.approx(score(512), rel=1e-4)
+
+
+def test_milliseconds(device, record_property):
+    """Measure forward passes and a launch for the table. On a CPU the numbers say nothing about a GPU."""
+    steps, changes = 3, {}
+    if device == "cuda":
+        steps, changes = 20, {"hidden_size": 512, "intermediate_size": 1024}
+    model, one, passes = deep_llama(device, **changes).to(torch.bfloat16), torch.ones(8, device=device), []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
     prompts = [[*range(1, 50), i % 60, i // 60 + 1] for i in range(64)]
-    steps = 20 if device == "cuda" else 3
-    spent = milliseconds(
-        lambda: generate_shared_prefix(model, prompts, steps, 64, [63], lambda *_: None), "generation of 64 rows"
-    )
     windows = [(tuple(range(1, 50)) * 4 + (i,), (5, 6)) for i in range(16)]
-    milliseconds(lambda: list(window_loglikelihoods(model, windows, 16_384)), "scoring")
-    one = torch.ones(8, device=device)
-    launches = 2000
-    wait()
-    start = time.perf_counter()
-    for _ in range(launches):
-        one.add_(1)
-    wait()
-    bare = 1e6 * (time.perf_counter() - start) / launches
-    measured.append((f"a launch, {device}", f"{bare:.1f} us alone; assumed in a model: {HOST_US['forward']} us"))
-    assert spent > 0 and len(measured) >= 3
+    for what, work in (
+        ("a forward pass of 64 rows", lambda: list(generate_shared_prefix(model, prompts, steps, 64, [63]))),
+        ("a forward pass of scores", lambda: list(window_loglikelihoods(model, windows, 16_384))),
+        ("1,000 launches", lambda: [one.add_(1) for _ in range(1000)]),
+    ):
+        for _ in range(2):  # the first time chooses kernels
+            passes.clear()
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            spent = 1000 * (time.perf_counter() - start)
+        record_property(what, f"{spent / max(1, len(passes)):.2f} ms")

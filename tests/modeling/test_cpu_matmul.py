@@ -1,19 +1,15 @@
-"""Matrix products on a CPU: every way gives the product, and the fastest one is taken, once for a run."""
+"""Matrix products on a CPU: every way gives the product, and the fastest one is taken."""
 
-import json
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from support import BUNDLED, call_here, rows, tiny
+from support import BUNDLED, call_here, tiny
 
 import grath.modeling.cpu_matmul as cpu_matmul
-from grath.common.paths import CPU_PRODUCTS_VARIABLE
 from grath.modeling.cpu_matmul import fp32_cpu_matmul, make_product, prepare_linear_layers, time_products
 from grath.modeling.lora import merge_lora
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def prefer(monkeypatch, way):
@@ -22,7 +18,7 @@ def prefer(monkeypatch, way):
     monkeypatch.setattr(cpu_matmul, "time_products", lambda weight: {**times, way: [0.5, 2.0]})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 128, 300])
 def test_every_way_gives_the_exact_product_rounded_once(dtype, rows):
     torch.manual_seed(0)
@@ -73,25 +69,22 @@ def with_adapter(model):
     return get_peft_model(model, config).eval().requires_grad_(False)
 
 
-def ways(dtype, *names):
-    """Those of the ways that this CPU has for a dtype."""
-    return [way for way in names if way in time_products(torch.zeros(8, 8, dtype=dtype))]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_prepared_model_gives_the_same_logits(dtype, adapted, tied, monkeypatch):
     """As exact as the plain model, compared with the logits in float64; an adapter is merged into float32 only."""
-    build = lambda: tiny("llama", initializer_range=0.1, tie_word_embeddings=tied).to(dtype)  # noqa: E731
-    wrap = with_adapter if adapted else lambda model: model
+
+    def build():
+        model = tiny("llama", initializer_range=0.1, tie_word_embeddings=tied).to(dtype)
+        return with_adapter(model) if adapted else model
+
     ids = torch.arange(40).view(2, 20)
     with torch.inference_mode():
-        plain = wrap(build())(ids).logits.double()
-        exact = wrap(build()).double()(ids).logits
-        for way in ways(dtype, "packed", "float32"):
+        plain, exact = build()(ids).logits.double(), build().double()(ids).logits
+        for way in time_products(torch.zeros(8, 8, dtype=dtype)).keys() - {"plain"}:
             prefer(monkeypatch, way)
-            model = prepare_linear_layers(wrap(build()))
+            model = prepare_linear_layers(build())
             assert hasattr(model, "peft_config") == (adapted and dtype == torch.bfloat16 and way == "packed")
             base = model.get_base_model() if hasattr(model, "peft_config") else model
             assert base.model.layers[0].mlp.up_proj.weight is None
@@ -144,36 +137,27 @@ def test_a_quantized_or_trained_model_is_left_alone(monkeypatch):
     assert prepare_linear_layers(model) is model
 
 
-def test_the_choice_is_printed_and_kept_for_a_run(tiny_llama, tmp_path, monkeypatch):
-    file = tmp_path / "cpu_products.json"
-
-    def ask(out, way):
+def test_every_start_measures_and_prints_its_choice(tiny_llama, tmp_path, monkeypatch):
+    for way in ("plain", "float32"):
         prefer(monkeypatch, way)
-        done = call_here(
-            "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
-            tmp_path / out, "--data_path", BUNDLED, "--num_query", "4", "--precision", "bf16",
-        )  # fmt: skip
-        assert len(rows(next((tmp_path / out).glob("x_*.json")))) == 4
-        return [line for line in done.stdout.splitlines() if line.startswith("Matrix products of bfloat16 weights: ")]
-
-    assert ask("a", "plain")[0].startswith("Matrix products of bfloat16 weights: plain; 128 rows and 1 row take plain")
-    assert not file.exists()
-    monkeypatch.setenv(CPU_PRODUCTS_VARIABLE, str(file))
-    assert " float32; " in ask("b", "float32")[0]
-    recorded = json.loads(file.read_text())
-    assert recorded["bfloat16 128x64"]["way"] == "float32"
-    assert recorded["bfloat16 128x64"]["milliseconds"]["float32"] == [0.5, 2.0]
-    # Another measurement changes nothing.
-    assert ask("c", "plain") == []
-    assert json.loads(file.read_text()) == recorded
-    # On a CPU without the recorded products, it counts.
-    monkeypatch.setattr(cpu_matmul, "_is_available", lambda weight, way: way == "plain")
-    assert " plain; " in ask("d", "plain")[0]
+        ask = ("--save_prefix", way, "--save_dir", tmp_path, "--data_path", BUNDLED, "--num_query", 2)
+        done = call_here("create_pair_responses.py", "--model_name_or_path", tiny_llama, *ask, "--precision", "bf16")
+        assert f"Matrix products of bfloat16 weights: {way}; 128 rows and 1 row take plain " in done.stdout
+        assert f"{way} 0.50 and 2.00 ms" in done.stdout
 
 
-def test_all_stages_of_a_run_record_one_choice(llama_run):
-    run, _, _ = llama_run
-    recorded = json.loads((run / "cpu_products.json").read_text())
-    assert {product["way"] for product in recorded.values()} <= set(cpu_matmul.WAYS)
-    entries = json.loads((run / "manifest.json").read_text())["stages"]
-    assert {entry["stage"] for entry in entries if entry.get("cpu_products") == recorded} == {"pairs", "dpo", "scores"}
+def test_products_that_this_cpu_lacks_are_not_timed(monkeypatch):
+    def make(weight, bias, way):
+        return make_product(weight, bias, way) if way == "plain" else torch.ops.mkldnn.missing
+
+    monkeypatch.setattr(cpu_matmul, "make_product", make)
+    assert list(time_products(torch.ones(8, 8).bfloat16())) == ["plain"]
+
+
+def test_the_first_process_chooses_for_all(monkeypatch):
+    import accelerate
+
+    monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(cpu_matmul, "time_products", lambda weight: pytest.fail("timed"))
+    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda chosen: ["packed"] if chosen == [None] else 0)
+    assert cpu_matmul.choose_way(tiny("llama")) == "packed"

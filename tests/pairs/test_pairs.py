@@ -1,6 +1,7 @@
 """Stages 1 and 2 at the command line: write and combine pair files; then the functions that they use."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def ask(model, folder, *flags, cwd=None):
         "create_pair_responses.py", "--model_name_or_path", model, "--save_prefix", "iter0_arcc", "--save_dir", folder,
         "--precision", "fp32", *flags, **({"cwd": cwd} if cwd else {}),
     )  # fmt: skip
-    (path,) = folder.iterdir()
+    (path,) = (path for path in folder.iterdir() if not path.name.endswith(".record.json"))
     return path
 
 
@@ -64,7 +65,7 @@ def test_the_same_bytes_at_every_batch_size_and_number_of_processes(smollm2, tmp
         "--precision", "fp32", "--batch_size", "1", *flags,
     )  # fmt: skip
     assert done.stdout.count("Asking 3 questions") == 1
-    (path,) = (tmp_path / "two").iterdir()
+    path = tmp_path / "two" / one.name
     assert path.name == one.name and path.read_bytes() == one.read_bytes()
 
 
@@ -78,7 +79,7 @@ def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
 
     def saved():
         """The responses of the first process, and how many these are."""
-        files = list((tmp_path / "killed").glob(f".{expected.name}.*.responses.0"))
+        files = list((tmp_path / "killed").glob(f".{expected.name}.responses.0"))
         return (files[0], files[0].read_text().count("\n")) if files else (None, 0)
 
     with subprocess.Popen([*map(str, command), *map(str, flags)], stderr=subprocess.DEVNULL) as process:
@@ -88,49 +89,91 @@ def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
         process.kill()
     kept, finished = saved()
     assert 5 <= finished < 60
-    assert [file.name for file in kept.parent.iterdir() if not file.name.startswith(".")] == []
+    assert not (kept.parent / expected.name).exists()
     with kept.open("a") as file:
         file.write('[59, "cut sho')  # what a kill in the middle of a line leaves
 
     done = call_here("create_pair_responses.py", *command[2:], *flags)
     assert f"{finished} of 60 questions were answered before the interruption" in done.stdout
     assert ["asked", "now", str(60 - finished)] in [line.split() for line in done.stdout.splitlines()]
-    assert [file.name for file in kept.parent.iterdir()] == [expected.name]
+    assert {file.name for file in kept.parent.iterdir()} == {expected.name, f"{expected.name}.record.json"}
     assert (kept.parent / expected.name).read_bytes() == expected.read_bytes()
+    record = json.loads((kept.parent / f"{expected.name}.record.json").read_text())
+    assert record["starts"] == 2 and record["counts"] == {"asked": 60, "written": 60, "identical": 0}
 
 
-def test_responses_of_other_settings_are_neither_used_nor_lost(tiny_llama, tmp_path):
+def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama, tmp_path):
+    questions = write_rows(tmp_path / "q.jsonl", rows(BUNDLED)[:3])
     command = [
-        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
+        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
+        tmp_path / "out", "--precision", "fp32", "--data_path", questions,
+    ]  # fmt: skip
+    call_here(*command)
+    (path,) = (tmp_path / "out").glob("*_False.json")
+    written, when = path.read_bytes(), path.stat().st_mtime_ns
+    # In a process of its own: it imports no torch.
+    done = call(sys.executable, "-X", "importtime", PROJECT / command[0], *command[1:])
+    assert f"{path} contains these pairs, finished" in done.stdout
+    assert not re.search(r"^import time:.*\| +torch$", done.stderr, re.MULTILINE)
+    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
+    assert "finished" in call_here(*command, "--model_name_or_path", moved).stdout  # a copy is the same model
+    template = (moved / "chat_template.jinja").read_text()
+    (moved / "chat_template.jinja").write_text(template + " ")
+    other_questions = write_rows(tmp_path / "other.jsonl", rows(BUNDLED)[3:6])
+    for flags, said in (
+        (("--max_new_tokens", "50"), "max_new_tokens 100, not 50"),
+        (("--precision", "bf16"), "precision fp32, not bf16"),
+        (("--model_type", "llama2"), "model_type auto, not llama2"),
+        (("--data_path", other_questions), "questions "),
+        (("--model_name_or_path", moved), "model base chat_template.jinja "),
+    ):
+        done = call_here(*command, *flags, status=2)
+        assert f"{path} was made with {said}" in done.stderr and "pass --overwrite to replace it" in done.stderr
+    path.write_text(path.read_text().replace("light", "dark"))
+    done = call_here(*command, status=2)
+    assert f"{path} is not the file that was written: pass --overwrite" in done.stderr
+    train = ("dpo.py", "--dataset_path", path, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m")
+    assert f"{path} is not the file that was written" in call_here(*train, status=2).stderr
+    call_here(*command, "--overwrite")
+    assert path.read_bytes() == written and path.stat().st_mtime_ns != when
+    (tmp_path / "out" / f"{path.name}.record.json").unlink()
+    assert "has no record of what it was made from" in call_here(*command, status=2).stderr
+    assert path.read_bytes() == written
+
+
+def test_an_interrupted_file_is_continued_only_with_the_same_settings(tiny_llama, tmp_path):
+    command = [
+        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
         tmp_path / "b", "--precision", "fp32", "--data_path", BUNDLED, "--num_query", "3",
     ]  # fmt: skip
     expected = ask(tiny_llama, tmp_path / "a", *command[-4:])
-    # Five tokens do not parse, so the responses stay, and the same command reads them.
-    short = ("--max_new_tokens", "5")
-    call_here(*command, *short, status=2)
-    assert "3 of 3 questions were answered before" in call_here(*command, *short, status=2).stdout
-    (other,) = (tmp_path / "b").iterdir()
-    # A run with the right flags does not use them, and an early end of it does not remove them.
-    with_flags = call_here(*command, "--max_new_tokens", "6", status=2)
-    assert "answered before" not in with_flags.stdout and other.read_text().count("\n") == 3
-    other.write_bytes(b"\xff\xfe\n")
-    assert "Discarding saved responses that are damaged" in call_here(*command, *short, status=2).stdout
-    # The pair file's responses go with it, those of another pair file in the same folder do not.
-    beside = tmp_path / "b" / other.name.replace("iter0", "iter1")
-    beside.touch()
     call_here(*command)
-    assert (tmp_path / "b" / expected.name).read_bytes() == expected.read_bytes()
-    assert {file.name for file in (tmp_path / "b").iterdir()} == {expected.name, beside.name}
+    (path,) = (tmp_path / "b").glob("x_*_False.json")
+    record = tmp_path / "b" / f"{path.name}.record.json"
+    # As a kill before the end leaves it.
+    content = json.loads(record.read_text())
+    del content["files"]
+    record.write_text(json.dumps(content))
+    path.unlink()
+    saved = tmp_path / "b" / f".{path.name}.responses.0"
+    write_rows(saved, [[0, "Correct answer: kept\nIncorrect answer: too"]])
+    beside = tmp_path / "b" / ".y_num_3_useGT_False_useFS_False.json.responses.0"
+    beside.touch()
+    done = call_here(*command, "--max_new_tokens", "50", status=2)
+    assert "max_new_tokens 100, not 50" in done.stderr and saved.exists()
+    assert "1 of 3 questions were answered before the interruption" in call_here(*command).stdout
+    assert rows(path)[0]["correct"] == "kept" and rows(path)[1:] == rows(expected)[1:]
+    assert {file.name for file in (tmp_path / "b").iterdir()} == {path.name, record.name, beside.name}
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
 def test_quantized_weights(tiny_llama, tmp_path, precision, monkeypatch):
-    from grath.generation import engines
+    from grath.generation import select
     from grath.modeling.loading import load_for_inference
 
     loaded = []
     monkeypatch.setattr(
-        engines,
+        select,
         "load_for_inference",
         lambda *args: loaded.append(load_for_inference(*args)) or loaded[-1],
     )
@@ -228,5 +271,5 @@ def test_unparsed_responses_are_dropped_and_counted(tmp_path, tiny_llama):
     )  # fmt: skip
     assert "dropped, no " in done.stdout
     assert "none of 3 responses could be parsed" in done.stderr and "try --useFS. The first response is" in done.stderr
-    assert all(file.name.startswith(".x_num_3_") for file in (tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").iterdir())  # so that other settings can follow
     assert json.dumps(done.stderr).count("error") == 1

@@ -1,6 +1,5 @@
-"""The truth signal of pairs: of known pairs, at the command line, and in the report."""
+"""The truth signal of pairs: of known pairs, and at the command line."""
 
-import json
 import random
 
 import pytest
@@ -114,37 +113,3 @@ def test_answers_in_another_script_do_not_repeat_the_question(tmp_path):
 
     write_rows(tmp_path / "x_True.json", [pair("Почему небо синее?", "Из-за рассеяния света.", "Не знаю.")])
     assert pair_stats(tmp_path / "x_True.json")["echoed"] == 0
-
-
-def cells(page, *first):
-    """The cells of the row of a table that begins with these."""
-    lines = [[cell.strip() for cell in line.split("|")] for line in page.read_text(encoding="utf-8").splitlines()]
-    (found,) = [line for line in lines if line[1 : 1 + len(first)] == list(first)]
-    return found
-
-
-def test_the_report_and_the_comparison_show_it(llama_run, tmp_path):
-    """Also in a run that was moved; where the questions are not on this machine, a dash."""
-    run, _, _ = llama_run
-    questions = load_questions(data_path=BUNDLED)[:6]
-    folder = tmp_path / "run_seed_0"
-    (folder / "data").mkdir(parents=True)
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    (path,) = run.glob("data/iter0_*_True.json")
-    right = [
-        pair(row["question"], row["choices"][row["answer"]], row["choices"][row["answer"] - 1]) for row in questions
-    ]
-    write_rows(folder / "data" / path.name, right)
-    kept = "+1.000 [+1.000, +1.000]"
-    for settings, shown in (({}, kept), ({"DATA_PATH": "gone.jsonl"}, "-")):
-        manifest["settings"] |= {"MAX_STEPS": "9", **settings}
-        (folder / "manifest.json").write_text(json.dumps({**manifest, "stages": []}))
-        call_here("grath.report", folder)
-        if shown == "-":  # what an earlier report found is kept
-            assert cells(folder / "report.md", "M_0 -> M_1")[6] == kept
-            (folder / "pairs.json").unlink()
-            call_here("grath.report", folder)
-        assert cells(folder / "report.md", "M_0 -> M_1")[6] == shown
-        call_here("grath.report", folder, run)
-        assert cells(tmp_path / "comparison.md", "run", "M_0")[7] == shown
-    assert len(rows(folder / "data" / path.name)) == 6

@@ -1,5 +1,7 @@
 """Python imports this file by its name at every start: it sends a signal to the run at the point that FAULT names.
 
+The signal goes to the loop, whose process id is LOOP. SIGKILL goes to the stage's process group too: the machine fails.
+
 FAULT is JSON: "program" (part of the process's command line), "event" (of Python's audit events, raised just before the
 thing happens), "path" (regular expression), "count" (which of the matching events, from 1), "cut" (a file to cut in
 half first, as a kill in the middle of its writing leaves it; "source" is what would be renamed), "signal", or "limit"
@@ -45,7 +47,9 @@ def hook(event, args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["limit"], FAULT["limit"]))
         return
     number = signal.Signals[FAULT["signal"]]
-    os.kill(int(os.environ["GRATH_LOOP"]), number)
+    os.kill(int(os.environ["LOOP"]), number)
+    if number == signal.SIGKILL:
+        os.killpg(0, number)
     time.sleep(60)  # until this process is ended too
 
 

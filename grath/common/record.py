@@ -1,0 +1,139 @@
+"""The record of a stage, next to its output: what the output depends on, and how it was made.
+
+A record is a JSON object: "inputs" (what two starts of the stage must have in common), "files" (name -> SHA-256 of each
+finished output), "starts", "seconds" (of all starts), "versions", "commit", and what else the stage reports.
+"""
+
+import json
+import subprocess
+import time
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from grath.common.errors import UserError
+from grath.common.files import atomic_write_text, read_json, sha256
+from grath.common.layout import PROJECT
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes")
+
+
+def read_record(path):
+    """Read the record in the file `path`; return None if there is no file.
+
+    Raises:
+        UserError: the file is not a record.
+    """
+    if not Path(path).is_file():
+        return None
+    record = read_json(path, "record")
+    if not isinstance(record.get("inputs"), dict) or not isinstance(record.get("files", {}), dict):
+        raise UserError(f"{path} is damaged, or was written by another version")
+    return record
+
+
+def write_record(path, record):
+    """Write a record (dict) to the file `path`."""
+    atomic_write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def check_inputs(record, inputs, output, advice):
+    """Raise `UserError` if a record has other inputs than this start, naming the first that differs.
+
+    Args:
+        record: what `read_record` returned, not None.
+        inputs: dict, which may contain dicts.
+        output: the output, for the message.
+        advice: what to do.
+    """
+    was, now = _flat(record["inputs"]), _flat(json.loads(json.dumps(inputs)))
+    for name in [*now, *was]:
+        if was.get(name) != now.get(name) or (name in was) != (name in now):
+            shown = ", not ".join(_shown(one.get(name)) for one in (was, now))
+            raise UserError(f"{output} was made with {name} {shown}: {advice}")
+
+
+def check_files(record, folder, advice):
+    """Return whether a record names finished outputs, and all of them are in `folder`.
+
+    Raises:
+        UserError: one of them is not the file that was written.
+    """
+    files = {Path(folder) / name: digest for name, digest in record.get("files", {}).items()}
+    for file, digest in files.items():
+        if file.is_file() and sha256(file) != digest:
+            raise UserError(f"{file} is not the file that was written: {advice}")
+    return bool(files) and all(file.is_file() for file in files)
+
+
+@contextmanager
+def recording(path, inputs, earlier=None, write=True, **content):
+    """Write the record of a stage at its start, and add the seconds of this start when it ends, however it ends.
+
+    Args:
+        path: the file of the record.
+        inputs: as in `check_inputs`.
+        earlier: the record of an interrupted start, or None.
+        write: False in all processes but the first.
+        content: what else to record.
+
+    Yields:
+        the record (dict). The stage adds "files" when its outputs are complete.
+    """
+    earlier, began = earlier or {}, time.monotonic()
+    record = {"inputs": inputs, "starts": earlier.get("starts", 0) + 1, "seconds": earlier.get("seconds", 0)}
+    record |= {"versions": versions(), "commit": commit(), **content}
+
+    def save():
+        if write:
+            write_record(path, record)
+
+    def save_seconds():
+        record["seconds"] = round(earlier.get("seconds", 0) + time.monotonic() - began, 1)
+        save()
+
+    save()
+    try:
+        yield record
+    except BaseException:
+        with suppress(OSError):  # the error of the stage itself is the one that is shown
+            save_seconds()
+        raise
+    save_seconds()
+
+
+def _flat(content, prefix=""):
+    found = {}
+    for name, value in content.items():
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name} ") if nested else {f"{prefix}{name}": value}
+    return found
+
+
+def _shown(value):
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:12] if len(text) == 64 else text[:100]
+
+
+def versions():
+    """Return the versions of the libraries that a result depends on: dict of str."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit():
+    """Return the commit of the checkout, with "+" appended if files differ from it; None without git."""
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", PROJECT, *arguments], capture_output=True, text=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+        return f"{head}+" if head and git("status", "--porcelain", "-uno") else head or None
+    except OSError:
+        return None

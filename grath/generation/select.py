@@ -1,0 +1,140 @@
+"""What writes completions, behind one interface: a model on this machine, or a model on inference servers.
+
+`LocalGenerator` and `ServerGenerator` have the same three names: `generate(prompts)`, where each prompt is a list of
+token ids, yields the index, the text and the number of tokens of each completion, as they are done; `window` is the
+context window in tokens, or None if it is not known; `rows` is the number of rows of a batch, and None on servers.
+"""
+
+import asyncio
+import gc
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Thread
+
+import torch
+from accelerate import PartialState
+
+from grath.common.defaults import SERVER_TIMEOUT
+from grath.common.errors import UserError
+from grath.generation.attention import unsupported_reason
+from grath.generation.hf import generate_hf
+from grath.generation.shared_prefix import generate_shared_prefix
+from grath.modeling.loading import eos_token_ids, load_for_inference
+from grath.modeling.precision import SERVER
+from grath.serving.completions import complete_all, completion_tokens
+from grath.serving.served import compare_with_local, serve
+
+# Rows to begin with. On a GPU, a step of the shared-prefix engine takes hardly longer for more of them.
+ROWS, GPU_ROWS = 64, 256
+
+
+class LocalGenerator:
+    """Greedy completions of a loaded model. Each time that the memory is full, half of the rows remain.
+
+    Args:
+        max_new_tokens: maximum number of tokens of a completion.
+        engine: `shared_prefix`, which falls back to `generate` where it does not support the model, or `generate`.
+        batch_size: rows to begin with; None: `GPU_ROWS` or `ROWS`.
+    """
+
+    def __init__(self, model, tokenizer, max_new_tokens, engine="shared_prefix", batch_size=None):
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.engine, self.rows = engine, batch_size
+        self.window = getattr(model.config, "max_position_embeddings", None)
+
+    def generate(self, prompts):
+        """Generate completions; none is generated again after it was yielded.
+
+        Raises:
+            torch.OutOfMemoryError: a single row does not fit.
+        """
+        state, engine, eos_ids = PartialState(), self.engine, eos_token_ids(self.model, self.tokenizer)
+        if engine == "shared_prefix":
+            reason = unsupported_reason(self.model, max(map(len, prompts)) + self.max_new_tokens)
+            if reason:
+                engine = "generate"
+                state.print(f"Falling back to plain batched generation: {reason}")
+        generate_fn, device = (generate_shared_prefix if engine == "shared_prefix" else generate_hf), self.model.device
+        self.rows = self.rows or (GPU_ROWS if engine == "shared_prefix" and device.type == "cuda" else ROWS)
+        state.print(f"Asking {len(prompts)} questions ({engine}, {device}, batches of {self.rows})")
+        left = list(range(len(prompts)))
+        while left:
+            done, unfinished = set(), [prompts[i] for i in left]
+            try:
+                for position, ids in generate_fn(self.model, unfinished, self.max_new_tokens, self.rows, eos_ids):
+                    done.add(left[position])
+                    yield left[position], self.tokenizer.decode(ids, skip_special_tokens=True), len(ids)
+            except torch.OutOfMemoryError:
+                used = min(self.rows, len(left))
+                if used == 1:
+                    raise
+                self.rows = used // 2
+                print(f"The memory is full with {used} questions in a batch: going on with {self.rows}", flush=True)
+            left = [i for i in left if i not in done]
+            # Not while the error is handled: its traceback keeps the batch.
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+class ServerGenerator:
+    """Greedy completions of a model on servers.
+
+    Args:
+        served: what `serve` yielded for the model `name`.
+        max_new_tokens: maximum number of tokens of a completion.
+        batch_size: requests in flight at each server; None: as in `complete_all`.
+    """
+
+    rows = None
+
+    def __init__(self, served, name, tokenizer, max_new_tokens, batch_size=None):
+        self.served, self.window, self.in_flight = served, served.window, batch_size
+        # A server may take other defaults from the model's generation_config.json.
+        self.options = {"max_tokens": max_new_tokens, "temperature": 0, "top_p": 1, "repetition_penalty": 1}
+        self.options["stop_token_ids"] = eos_token_ids(name, tokenizer)
+
+    def generate(self, prompts):
+        """Generate completions; where a server does not say the number of tokens, it is 0."""
+        print(f"Asking {len(prompts)} questions ({', '.join(self.served.urls)})", flush=True)
+        bodies = [{"prompt": prompt, **self.options} for prompt in prompts]
+        loop, results = asyncio.new_event_loop(), SimpleQueue()
+        asking = loop.create_task(complete_all(self.served, bodies, lambda *found: results.put(found), self.in_flight))
+        asking.add_done_callback(results.put)
+        asking.add_done_callback(lambda _: loop.stop())
+        # A signal's exception is raised at any line of the main thread, which must not be one of the event loop.
+        thread = Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        try:
+            while (found := results.get()) is not asking:
+                index, response = found
+                yield index, response["choices"][0]["text"], completion_tokens(response)
+            asking.result()
+        finally:
+            loop.call_soon_threadsafe(asking.cancel)
+            thread.join()
+            loop.close()
+
+
+@contextmanager
+def open_generator(
+    engine, name, tokenizer, precision, max_new_tokens, batch_size=None, servers=(), timeout=SERVER_TIMEOUT
+):
+    """Load a model, or find it on servers; yield its `LocalGenerator` or `ServerGenerator`.
+
+    Args:
+        engine: `shared_prefix`, `generate` or `server`.
+        name: hub name, model folder or adapter folder.
+        precision: a precision from `resolve_precision`; not used on servers.
+        servers: addresses for the engine `server`.
+        timeout: seconds to wait for a server that does not respond.
+    """
+    if engine != SERVER:
+        yield LocalGenerator(load_for_inference(name, precision), tokenizer, max_new_tokens, engine, batch_size)
+        return
+    if not servers:
+        raise UserError("--engine server needs --server_url http://host:port")
+    if PartialState().num_processes > 1:
+        raise UserError("--engine server runs in one process: the servers share the questions")
+    with serve(name, servers, timeout) as served:
+        print(compare_with_local(served, name, tokenizer), flush=True)
+        yield ServerGenerator(served, name, tokenizer, max_new_tokens, batch_size)

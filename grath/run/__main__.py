@@ -1,0 +1,52 @@
+"""What the shell scripts ask of Python.
+
+    python -m grath.run settings FOLDER       print the settings as lines for bash; FOLDER is the project that asks
+    python -m grath.run check                 check the machine for the run and print its plan
+    python -m grath.run unscored              print the newest run and its models without scores as lines for bash
+    python -m grath.run configuration         print docs/configuration.md
+
+Settings come from the environment: see docs/configuration.md.
+"""
+
+from pathlib import Path
+
+from grath.common.arguments import Parser
+from grath.common.errors import UserError, run_main
+from grath.common.layout import PROJECT
+
+
+def main():
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=type(parser))
+    settings = commands.add_parser("settings", description="print the settings for bash")
+    settings.add_argument("folder", type=Path, help="the project that asks")
+    commands.add_parser("check", description="check the machine for the run")
+    commands.add_parser("unscored", description="print the newest run and its models without scores for bash")
+    commands.add_parser("configuration", description="print docs/configuration.md")
+    args = parser.parse_args()
+    # Each command imports what it needs.
+    if args.command == "configuration":
+        from grath.run.settings import configuration_page
+
+        print(configuration_page(), end="")
+    elif args.command == "settings":
+        from grath.run.settings import check_start, read_settings, shell_lines
+
+        if args.folder.resolve() != PROJECT:
+            raise UserError(
+                f"python has the project in {PROJECT}: run `pip install -e . -c constraints.txt` here first"
+            )
+        values = read_settings()
+        print(shell_lines(values if values["DRY_RUN"] == "1" else check_start(values)), end="")
+    elif args.command == "unscored":
+        from grath.run.unscored import unscored_lines
+
+        print(unscored_lines(), end="")
+    else:
+        from grath.run.check import check_run
+
+        check_run()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,268 @@
+"""Check in seconds what a run needs: packages, GPU, model, data, servers, disk. `CHECK=1 ./run_llama2.sh` runs it."""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import socket
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path
+
+from grath.common.defaults import LORA_R
+from grath.common.errors import PACKAGE, UserError, first_line
+from grath.common.files import check_writable
+from grath.common.layout import DATASETS_ROOT, PROJECT, resolve_local, run_folder
+from grath.evaluation.tasks import get_task
+from grath.modeling.chat import template_for
+from grath.modeling.devices import check_devices, describe_device
+from grath.modeling.loading import check_weights, load_tokenizer, missing_shards, resolve_base_and_adapter
+from grath.modeling.precision import DTYPES, resolve_precision
+from grath.pairs.questions import load_hub_split, load_questions
+from grath.run.settings import read_settings, stages_here
+from grath.serving.served import describe_servers
+
+SECONDS_TO_ANSWER = 5
+# Parameters of a model that would take weeks on a CPU.
+SLOW_ON_A_CPU = 2e9
+# Bytes of a pair, and of the result files of a task.
+PAIR, SCORES = 500, 100_000
+
+
+def hub_is_reachable():
+    """Whether the hub accepts a connection within five seconds, or a proxy is configured."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    if DATASETS_ROOT or os.environ.get("HF_HUB_OFFLINE"):
+        return False
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.create_connection((host, 443), timeout=SECONDS_TO_ANSWER).close()
+    except OSError:
+        return bool(getproxies())
+    return True
+
+
+def check_packages(precisions):
+    """Compare the packages with the pinned versions; on a GPU, look for a C compiler and Python's headers too."""
+    import torch
+    from packaging.requirements import Requirement
+
+    differing = []
+    for line in (PROJECT / "requirements.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        optional = requirement.name == "bitsandbytes" and set(precisions) <= set(DTYPES)
+        if optional or (requirement.marker and not requirement.marker.evaluate()):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            raise UserError(f"{requirement.name} is missing: {PACKAGE}") from None
+        if found.partition("+")[0] not in requirement.specifier:
+            differing.append(f"{requirement.name} is {found}, tested is {str(requirement.specifier).lstrip('=')}")
+    if torch.cuda.is_available():
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise UserError(
+                "there is no C compiler, which Triton needs for TRL's loss on a GPU: install gcc, or set CC"
+            )
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not header.is_file():
+            raise UserError(f"there is no {header}, which Triton needs for TRL's loss on a GPU: install python3-dev")
+    return "; ".join(differing) or "as pinned in requirements.txt"
+
+
+def check_device(num_processes):
+    """Describe the driver, the CUDA version of torch, and the compute capability of the GPU side by side."""
+    import torch
+
+    check_devices(num_processes)
+    if not torch.cuda.is_available():
+        return describe_device()
+    major, minor = torch.cuda.get_device_capability(0)
+    built = [arch for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+[a-z]?", arch)]
+    driver = driver_cuda_version()
+    text = (
+        f"{describe_device()}, compute capability {major}.{minor}; "
+        f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}; "
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} ({', '.join(built)})"
+    )
+    # Code for a compute capability also runs on later ones of the same major number.
+    if built and not any(int(re.sub(r"\D", "", arch)) // 10 == major for arch in built):
+        raise UserError(f"{text}: this torch has no code for the GPU; install the build for it from pytorch.org")
+    return text
+
+
+def driver_cuda_version():
+    """Return the newest CUDA version that NVIDIA's driver runs: int, 1000 times the major and 10 times the minor."""
+    found = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    return found.value
+
+
+def read_model(name):
+    """Read the configuration and size of a model: (what to print, config dict, parameters)."""
+    import torch
+
+    base = resolve_base_and_adapter(name)[0]
+    folder = Path(base)
+    check_weights(base)
+    try:
+        if folder.is_dir():
+            config, parameters = folder / "config.json", _parameters(folder)
+        else:
+            from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+            config = Path(hf_hub_download(base, "config.json"))
+            downloaded = not missing_shards(config.parent)[0] and _parameters(config.parent)
+            parameters = downloaded or sum(get_safetensors_metadata(base).parameter_count.values())
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except Exception as error:  # the hub client raises many kinds
+        reason = first_line(error)
+        raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
+    if parameters > SLOW_ON_A_CPU and not torch.cuda.is_available():
+        raise UserError(
+            f"torch sees no GPU, and {parameters / 1e9:.1f} G parameters take weeks on a CPU: see nvidia-smi"
+        )
+    return f"{base}, {parameters / 1e6:,.0f} M parameters", content, parameters
+
+
+def _parameters(folder):
+    """Count the parameters in a folder's safetensors files, from their headers."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
+def check_template(name, model_type):
+    """Check that the model's tokenizer has the chat template that pairs, DPO and sample answers need; describe it."""
+    template_for(load_tokenizer(name), model_type)
+    return "the tokenizer's own" if model_type == "auto" else model_type
+
+
+def check_data(values):
+    """Check that the questions and the data sets of the tasks exist."""
+    if values["DATA_PATH"]:
+        found = len(load_questions(data_path=values["DATA_PATH"]))
+    else:
+        found = len(load_hub_split(values["DATA_NAME"], values["SUBDATA_NAME"], values["SPLIT"]))
+    if found < int(values["NUM_QUERY"]):
+        raise UserError(f"NUM_QUERY={values['NUM_QUERY']}, but there are only {found} questions")
+    for name in sorted({get_task(task).dataset for task in values["TASKS"].split()} - {None}):
+        _check_dataset(name)
+    return f"{found} questions; tasks: {values['TASKS'] or 'none'}"
+
+
+def _check_dataset(name):
+    if Path(resolve_local(name)).is_dir():
+        return
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub import HfApi
+
+    if (Path(HF_DATASETS_CACHE) / name.replace("/", "___").lower()).is_dir():
+        return
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except Exception as error:  # the hub client raises many kinds
+        raise UserError(f"{name}: {first_line(error)} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
+
+
+def disk_needed(config, values, tokenizer):
+    """Estimate the bytes that all iterations write, with a margin of a fifth.
+
+    Args:
+        config: dict of the model's config.json.
+        values: what `read_settings` returned.
+        tokenizer: bytes of the tokenizer's files, which every checkpoint contains.
+    """
+    config = config.get("text_config", config)
+    if not {"hidden_size", "num_hidden_layers"} <= config.keys():
+        raise UserError("the model's config.json does not contain its sizes")
+    # LoRA on q, k and v: a float32 matrix on each side of a projection, none wider than the hidden size.
+    adapter = 4 * LORA_R * config["num_hidden_layers"] * 6 * config["hidden_size"]
+    checkpoints = -(-int(values["MAX_STEPS"]) // int(values["SAVE_STEPS"]))
+    # A checkpoint contains the adapter and AdamW's two averages.
+    iteration = 2 * PAIR * int(values["NUM_QUERY"]) + adapter + checkpoints * (3 * adapter + tokenizer)
+    scores = SCORES * len(values["TASKS"].split())
+    return 1.2 * (int(values["ITERATIONS"]) * (iteration + scores) + scores)
+
+
+def check_disk(config, values):
+    """Check that the outputs of all iterations fit on the disk; `config` is the model's (dict)."""
+    run = run_folder(values["RUNS_DIR"], values["RUN_NAME"], values["SEED"]).absolute()
+    check_writable(run)
+    base = Path(resolve_base_and_adapter(values["MODEL_NAME_OR_PATH"])[0])
+    tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*")) or 4_000_000
+    need = disk_needed(config, values, tokenizer)
+    existing = next(path for path in (run, *run.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise UserError(
+            f"{free / 1e9:.1f} GB are free in {existing}, and all iterations write about {need / 1e9:.1f} GB: "
+            "set RUNS_DIR to another disk"
+        )
+    return f"{free / 1e9:.1f} GB free, about {need / 1e6:.0f} MB to write"
+
+
+def plan(values):
+    """List the titles of the stages of a run, in order."""
+    scores = bool(values["TASKS"])
+    titles = ["scores of M_0"] if scores else []
+    for i in range(1, int(values["ITERATIONS"]) + 1):
+        titles.append(f"iteration {i}: M_{i - 1} writes pairs")
+        if i > 1:
+            titles.append(f"iteration {i}: combine with the incorrect answers of iteration 1")
+        titles.append(f"iteration {i}: DPO trains M_{i}")
+        titles += [f"scores of M_{i}"] if scores else []
+    return titles
+
+
+def check_run():
+    """Check the machine for the run in the environment, print a line for each check, and print the plan.
+
+    Raises:
+        UserError: a check failed.
+    """
+    values = read_settings()
+    if not hub_is_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        print("The hub cannot be reached: only models and data sets on this machine count")
+    failed = []
+
+    def check(name, function, *arguments):
+        try:
+            found = function(*arguments)
+        except (UserError, TimeoutError) as error:
+            failed.append(name)
+            print(f"FAIL  {name}: {' '.join(str(error).split())}", flush=True)
+            return None
+        print(f"ok    {name}: {found if isinstance(found, str) else found[0]}", flush=True)
+        return found
+
+    model_name = values["MODEL_NAME_OR_PATH"]
+    precisions = [resolve_precision(values[name], stage) for name, stage in stages_here(values).items()]
+    check("packages", check_packages, precisions)
+    check("device", check_device, int(values["NUM_PROCESSES"]))
+    if values["SERVER_URL"]:
+        adapters = bool(values["TASKS"]) or int(values["ITERATIONS"]) > 1
+        check("servers", describe_servers, model_name, values["SERVER_URL"].split(), SECONDS_TO_ANSWER, adapters)
+    model = check("model", read_model, model_name)
+    if model:
+        check("chat template", check_template, model_name, values["MODEL_TYPE"])
+    check("data", check_data, values)
+    if model:
+        check("disk", check_disk, model[1], values)
+    titles = plan(values)
+    print(f"The plan: {len(titles)} stages in {run_folder(values['RUNS_DIR'], values['RUN_NAME'], values['SEED'])}:")
+    for title in titles:
+        print(f"  {title}")
+    if failed:
+        raise UserError(f"not ready: {', '.join(failed)}; see above")
+    print("Ready: run the same command without CHECK=1")

@@ -1,0 +1,282 @@
+"""The settings of the loop: one entry for each environment variable; their lines for the shell, and their page."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from grath.common import defaults
+from grath.common.defaults import check_trackers
+from grath.common.errors import UserError
+from grath.common.layout import (
+    DATASETS_ROOT,
+    combined_path,
+    model_path,
+    pairs_path,
+    results_path,
+    run_folder,
+    save_prefix,
+)
+from grath.modeling.chat import MODEL_TYPES
+from grath.modeling.devices import check_devices, describe_device
+from grath.modeling.precision import DTYPES, PRECISIONS, SERVER, resolve_precision
+from grath.pairs.prompts import demos_file
+from grath.run.values import (
+    ANYTHING,
+    BATCH,
+    COUNT,
+    COUNT_OR_EMPTY,
+    FLAG,
+    ITERATIONS,
+    LIMIT,
+    NATURAL,
+    PLAIN_NAME,
+    REQUIRED,
+    addresses,
+    file_or_empty,
+    one_of,
+    positive,
+)
+
+EVERY_STAGE = "every stage"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Args:
+        name: the environment variable.
+        default: its value if it is not set.
+        check: takes a value; returns what the value must be, or None if it is valid.
+        stage: the first stage whose output the setting changes; None if it changes no output.
+        help: one line for docs/configuration.md.
+        paper: the paper's value, if it has one.
+        path: whether it is a path or a name, which must not look like an option.
+        empty: whether an empty value differs from no value.
+    """
+
+    name: str
+    default: str | float
+    check: Callable[[str], str | None]
+    stage: str | None
+    help: str
+    paper: str = ""
+    path: bool = False
+    empty: bool = False
+
+
+GROUPS = {
+    "Model and run": [
+        Setting("MODEL_NAME_OR_PATH", "", REQUIRED, EVERY_STAGE,
+                "required (the presets set it): hub name or folder of a model or an adapter",
+                "Llama-2-7b-chat-hf, zephyr-7b-beta", path=True),
+        Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), EVERY_STAGE,
+                "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
+        Setting("RUN_NAME", "grath", PLAIN_NAME, None, "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
+        Setting("RUNS_DIR", "runs", REQUIRED, None, "folder of all runs", path=True),
+        Setting("SEED", "0", NATURAL, EVERY_STAGE, "seed of every random draw", "0"),
+        Setting("ITERATIONS", "2", ITERATIONS, None, "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
+        Setting("REFERENCE", "rolling", one_of("rolling", "fixed"), "dpo",
+                "reference model of DPO: the iteration's starting model (`rolling`) or the base (`fixed`)",
+                "rolling; fixed against overfitting"),
+        Setting("NUM_PROCESSES", "1", COUNT, None, "processes, one for each GPU, in every stage", "1"),
+    ],
+    "Pairs": [
+        Setting("NUM_QUERY", "", COUNT, "pairs", "required (the presets set it): number of questions to ask", "1119"),
+        Setting("DATA_NAME", defaults.DATA_NAME, REQUIRED, "pairs", "hub data set of the questions, in the ARC schema",
+                "allenai/ai2_arc"),
+        Setting("SUBDATA_NAME", defaults.SUBDATA_NAME, ANYTHING, "pairs", "its configuration", "ARC-Challenge"),
+        Setting("SPLIT", defaults.SPLIT, REQUIRED, "pairs", "its split", "train"),
+        Setting("DATA_PATH", "", ANYTHING, "pairs", "local JSON-lines file of questions, instead of `DATA_NAME`",
+                path=True),
+        Setting("USE_FS", "1", FLAG, "pairs", "1: few-shot examples in the prompt", "1"),
+        Setting("USE_GT", "0", FLAG, "pairs", "1: ground-truth candidates in the prompt", "0"),
+        Setting("DEMOS", defaults.DEMOS, REQUIRED, "pairs",
+                "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file",
+                "TruthfulQA's", path=True),
+        Setting("MAX_NEW_TOKENS", defaults.MAX_NEW_TOKENS, COUNT, "pairs", "maximum tokens of a response", "100"),
+        Setting("PAIRS_BATCH_SIZE", "", COUNT_OR_EMPTY, None,
+                "questions at once; empty: 256 on a GPU, halved while they do not fit into its memory; 64 on a CPU; "
+                "512 at each server. In int8, responses depend on it", "1"),
+        Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
+                "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
+    ],
+    "DPO": [
+        Setting("MAX_STEPS", defaults.MAX_STEPS, COUNT, "dpo", "optimizer steps per iteration",
+                "1000 (Zephyr rolling: 500)"),
+        Setting("WARMUP_STEPS", defaults.WARMUP_STEPS, NATURAL, "dpo", "warm-up steps of the cosine schedule", "100"),
+        Setting("LEARNING_RATE", defaults.LEARNING_RATE, positive, "dpo", "peak learning rate", "5e-4"),
+        Setting("BETA", defaults.BETA, positive, "dpo", "DPO's beta", "0.1"),
+        Setting("DPO_BATCH_SIZE", "", COUNT_OR_EMPTY, "dpo",
+                "pairs in a forward pass of each process; empty: the most of 16, 8, 4, 2 and 1 that fit into the GPU's "
+                "memory; 4 on a CPU, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
+        Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT_OR_EMPTY, "dpo",
+                "forward passes in a step; empty: as many as give at most 16 pairs over all processes", "4"),
+        Setting("MAX_LENGTH", defaults.MAX_LENGTH, COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
+        Setting("SAVE_STEPS", defaults.SAVE_STEPS, COUNT, None, "steps between checkpoints", "100"),
+        Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
+                "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
+        Setting("ACCELERATE_CONFIG", "", file_or_empty, "dpo",
+                "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
+                "parallel", path=True),
+        Setting("REPORT_TO", "none", REQUIRED, None,
+                "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
+    ],
+    "Scores": [
+        Setting("TASKS", defaults.TASKS, ANYTHING, None, "tasks of lm-evaluation-harness; empty: no scores",
+                defaults.TASKS, empty=True),
+        Setting("EVAL_BATCH_SIZE", "", BATCH, None,
+                "contexts at once, at most; empty: by their tokens (`hf-shared`), 16 (`hf`), or 512 (`server`)", "16"),
+        Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
+                "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
+        Setting("LIMIT", "", LIMIT, "scores", "questions of each task; empty: all"),
+        Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared", SERVER), "scores",
+                "`hf-shared` computes every context once; `hf` is the harness's own model class; `server`: on "
+                "`SERVER_URL`, and the default if that is set", "hf"),
+        Setting("CHAT_TEMPLATE", "0", FLAG, "scores", "1: apply the chat template (the leaderboard does not)", "0"),
+        Setting("SAMPLES", "1", FLAG, None, "1: also write the model's own answers to five questions"),
+    ],
+    "Inference servers": [
+        Setting("SERVER_URL", "", addresses, None,
+                "servers with the OpenAI completions API for pairs and scores, separated by spaces; empty: this "
+                "machine. A run that has started stays with servers, or without"),
+        Setting("SERVER_TIMEOUT", defaults.SERVER_TIMEOUT, COUNT, None,
+                "seconds to wait for a server that does not respond"),
+    ],
+    "What the command does": [
+        Setting("DRY_RUN", "0", FLAG, None, "1: print the commands and run none"),
+        Setting("CHECK", "0", FLAG, None, "1: check the machine for this run in seconds and print the plan"),
+        Setting("FRESH", "0", FLAG, None, "1: move an old run of this name aside and start again"),
+    ],
+}  # fmt: skip
+SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in group}
+# Read by the libraries or by every command, not by the loop.
+OTHER_VARIABLES = {
+    "DATASETS_ROOT": "folder that `prefetch.sh` has filled with models and data sets; the hub is not used",
+    "DEVICE": "`cpu`: use the CPU even if there is a GPU",
+    "OPENAI_API_KEY": "key of the servers in `SERVER_URL`, if they want one; it is never recorded",
+    "GRATH_DEBUG": "1: print the traceback of every error",
+}
+STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
+
+
+def read_settings(environment=os.environ):
+    """Read all settings from the environment: dict of str.
+
+    Raises:
+        UserError: a value is not valid.
+    """
+    if DATASETS_ROOT and not Path(DATASETS_ROOT).is_dir():
+        raise UserError(f"DATASETS_ROOT: there is no folder '{DATASETS_ROOT}'")
+    values = {}
+    for setting in SETTINGS.values():
+        given = environment.get(setting.name)
+        value = str(setting.default) if given is None or not (given or setting.empty) else given
+        if setting.path and value.startswith("-"):
+            value = f"./{value}"
+        if wanted := setting.check(value):
+            raise UserError(f"{setting.name} must be {wanted}" + (f", not '{value}'" if value else ""))
+        values[setting.name] = value
+    if values["SERVER_URL"] and not environment.get("BACKEND"):
+        values["BACKEND"] = SERVER
+    if values["BACKEND"] == SERVER and not values["SERVER_URL"]:
+        raise UserError("BACKEND=server needs SERVER_URL=http://host:port")
+    if values["BACKEND"] == "hf" and values["EVAL_PRECISION"] not in ("auto", *DTYPES):
+        raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not in {values['EVAL_PRECISION']}")
+    for name, stage in STAGE_OF_PRECISION.items():
+        if stage in served_stages(values):
+            values[name] = "auto"  # the servers' own
+    values["TASKS"] = " ".join(values["TASKS"].split())
+    return values
+
+
+def served_stages(values):
+    """Return the stages that run on servers: set of `pairs` and `scores`."""
+    return {
+        stage for stage, served in (("pairs", values["SERVER_URL"]), ("scores", values["BACKEND"] == SERVER)) if served
+    }
+
+
+def stages_here(values):
+    """Return the settings of the precisions that this machine computes in: name -> stage."""
+    return {name: stage for name, stage in STAGE_OF_PRECISION.items() if stage not in served_stages(values)}
+
+
+def check_start(values):
+    """Check at the start of a run what needs more than a look at the value: files, devices, trackers.
+
+    Returns:
+        The settings, with the precisions that `auto` means on this machine, and MACHINE, which describes its device.
+
+    Raises:
+        UserError: a check failed.
+    """
+    if values["DATA_PATH"] and not Path(values["DATA_PATH"]).is_file():
+        raise UserError(f"DATA_PATH: there is no file '{values['DATA_PATH']}'")
+    if values["USE_FS"] == "1" and not demos_file(values["DEMOS"]).is_file():
+        raise UserError(f"DEMOS: there is no set or file '{values['DEMOS']}'")
+    check_devices(int(values["NUM_PROCESSES"]))
+    check_trackers(values["REPORT_TO"])
+    precisions = {name: resolve_precision(values[name], stage) for name, stage in stages_here(values).items()}
+    return values | precisions | {"MACHINE": describe_device()}
+
+
+def shell_lines(values):
+    """Return the settings as lines for bash, quoted: all settings, THREADS, and the paths of the run.
+
+    RUN is the run's folder, MACHINE describes the device. PREFIXES, PAIRS, COMBINED, MODELS and RESULTS are arrays with
+    an element for each M_i: the prefix and the path of the pair file that it writes, the combined file, its name or
+    folder, the folder of its scores.
+    """
+    run = run_folder(values["RUNS_DIR"], values["RUN_NAME"], values["SEED"])
+    asked = (values["NUM_QUERY"], values["USE_GT"] == "1", values["USE_FS"] == "1")
+    numbers = range(int(values["ITERATIONS"]) + 1)
+    pairs = [pairs_path(run, i, *asked) for i in numbers]
+    arrays = {
+        "PREFIXES": [save_prefix(i) for i in numbers],
+        "PAIRS": pairs,
+        "COMBINED": [combined_path(path) for path in pairs],
+        "MODELS": [values["MODEL_NAME_OR_PATH"], *(model_path(run, i, *asked) for i in numbers[1:])],
+        "RESULTS": [results_path(run, i) for i in numbers],
+    }
+    threads = max(1, processors() // int(values["NUM_PROCESSES"]))
+    lines = [f"{name}={quote(str(value))}\n" for name, value in {**values, "RUN": run, "THREADS": threads}.items()]
+    lines += [f"{name}=({' '.join(quote(str(path)) for path in paths)})\n" for name, paths in arrays.items()]
+    return "".join(lines)
+
+
+def processors():
+    """Return the number of processors that this process may use; OMP_NUM_THREADS limits it."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = re.match(r"[0-9]+", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP also accepts a list
+    return int(threads[0]) if threads else allowed
+
+
+def configuration_page():
+    """Return docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every setting of the loop is an environment variable: `MAX_STEPS=500 ./run_llama2.sh`. A preset sets those of",
+        "its model; what you set wins over the preset. An empty value is the default, except for `TASKS`.",
+        "",
+        "*First affected* is the first stage whose output the setting changes. A stage that has started with another",
+        "value refuses to start again: the record next to its output names the difference. A dash means that the",
+        "setting is not compared, so you can change it between two starts of a run. Of `DPO_BATCH_SIZE`,",
+        "`GRADIENT_ACCUMULATION_STEPS` and `NUM_PROCESSES` only the pairs in a step count.",
+        "",
+        "This page is generated: `python -m grath.run configuration > docs/configuration.md`.",
+    ]
+    for title, group in GROUPS.items():
+        lines += ["", f"## {title}", "", "| variable | default | paper | first affected | meaning |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for setting in group:
+            default = f"`{setting.default}`" if setting.default else "empty"
+            cells = [f"`{setting.name}`", default, setting.paper or "-", setting.stage or "-", setting.help]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Other variables", "", "| variable | meaning |", "| --- | --- |"]
+    lines += [f"| `{name}` | {text} |" for name, text in OTHER_VARIABLES.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,63 @@
+"""The newest run and its models without scores, as lines for evaluation.sh."""
+
+import os
+from pathlib import Path
+from shlex import quote
+
+from grath.common.defaults import TASKS
+from grath.common.errors import UserError
+from grath.common.layout import SCORES_RECORD, TRAINING_RECORD, find_model, results_path
+from grath.common.record import read_record
+from grath.modeling.precision import SERVER
+
+# Setting -> the input in the record of scores.
+SETTINGS = {"EVAL_PRECISION": "precision", "LIMIT": "limit", "BACKEND": "backend"}
+
+
+def newest_run(runs_dir):
+    """Return the run folder in `runs_dir` whose models changed last, or None. FRESH=1 moved others to NAME.old-N."""
+    models = [folder for folder in Path(runs_dir).glob("*/models") if ".old-" not in folder.parent.name]
+    models = [folder for folder in models if any(folder.glob(f"iter_*/{TRAINING_RECORD}"))]
+    return max(models, key=lambda folder: folder.stat().st_mtime).parent if models else None
+
+
+def models_of(run):
+    """List the models of a run: the base's name, and the folders of its finished adapters."""
+    found = []
+    while folder := find_model(run, len(found) + 1):
+        record = read_record(folder / TRAINING_RECORD)
+        if not record or not record.get("files"):
+            break
+        if not found:
+            base = record.get("incoming_adapter") or record["base_model"]
+        found.append(str(folder))
+    return [base, *found] if found else []
+
+
+def unscored_lines():
+    """Return RUN, MODELS and RESULTS, and the settings of the run that the environment does not set, as bash lines.
+
+    TASKS are those that any model of the run has a score of, unless the environment sets it.
+
+    Raises:
+        UserError: there is no run with a model in RUNS_DIR.
+    """
+    runs_dir = os.environ.get("RUNS_DIR") or "runs"
+    run = newest_run(runs_dir)
+    if run is None:
+        raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
+    models = [(name, results_path(run, i)) for i, name in enumerate(models_of(run))]
+    records = [read_record(folder / SCORES_RECORD) or {"inputs": {}} for _, folder in models]
+    files = [Path(name) for record in records for name in record.get("files", ())]
+    scored = dict.fromkeys(file.stem for file in files if file.suffix == ".json")
+    tasks = (os.environ["TASKS"].split() if "TASKS" in os.environ else list(scored)) or TASKS.split()
+    inputs = next((record["inputs"] for record in records if record["inputs"]), {})
+    settings = {name: inputs.get(key) for name, key in SETTINGS.items()} | {"TASKS": " ".join(tasks)}
+    if settings["EVAL_PRECISION"] == SERVER:  # not a precision of this machine
+        del settings["EVAL_PRECISION"]
+    left = [(name, folder) for name, folder in models if any(not (folder / f"{task}.json").is_file() for task in tasks)]
+    lines = [f"{name}={quote(str(value))}" for name, value in settings.items() if value and name not in os.environ]
+    lines += [f"RUN={quote(str(run))}"]
+    lines += [f"MODELS=({' '.join(quote(name) for name, _ in left)})"]
+    lines += [f"RESULTS=({' '.join(quote(str(folder)) for _, folder in left)})"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,61 @@
+"""What models choose in MC1, and gold answers in pair files."""
+
+import re
+
+from support import HUB, call, cells_of, needs_hub, pair, write_rows
+
+from grath.pairs.questions import load_questions
+
+
+def test_what_two_models_choose(tmp_path):
+    keys = ["No, it is not.", "Nothing happens.", "It rains.", "It can\u2019t.", "Snow."]
+    # The other choice is the shorter one.
+    for name, chosen in (("before", [1, 1, 0, 1, 0]), ("after", [0, 1, 1, 0, 0])):
+        (tmp_path / name).mkdir()
+        docs = [
+            {
+                "question": f"q{i}",
+                "mc1_targets": {"choices": [key, "x"], "labels": [1, 0]},
+                "mc2_targets": {"choices": [key, "x", "y"], "labels": [1, 1, 0]},
+            }
+            for i, key in enumerate(keys)
+        ]
+        likelihoods = [[["-1.5", "True"], ["-12.5", "False"]][:: 1 if right else -1] for right in chosen]
+        samples = [
+            {"doc": doc, "acc": float(right), "filtered_resps": answers}
+            for doc, right, answers in zip(docs, chosen, likelihoods, strict=True)
+        ]
+        write_rows(tmp_path / name / "samples_truthfulqa_mc1_1.jsonl", samples)
+    done = call("results/choices.py", tmp_path / "before", tmp_path / "after")
+    cells = cells_of(done.stdout)
+    assert cells[2:4] == [
+        ["with a negation", "3", "50.00", "100.00", "33.33", "0", "2"],
+        ["without", "2", "50.00", "0.00", "50.00", "1", "0"],
+    ]
+    # Only the last gold answer is as short as the other choices.
+    assert cells[6:] == [
+        ["the shortest, in words", "60.00", "40.00", "60.00", "10.00", "53.33"],
+        ["with a negation", "30.00", "60.00", "20.00", "80.00", "86.67"],
+        ["without a negation", "70.00", "40.00", "80.00", "20.00", "56.67"],
+        ["any", "100.00", "100.00", "100.00", "50.00", "66.67"],
+    ]
+    assert "score with --log_samples" in call("results/choices.py", tmp_path, tmp_path / "no", status=2).stderr
+
+
+@needs_hub
+def test_gold_answers_in_a_pair_file(tmp_path):
+    questions = load_questions(data_name=str(HUB / "allenai" / "ai2_arc"), subdata_name="ARC-Challenge")[:4]
+    keys = [question["choices"][question["answer"]] for question in questions]
+    answers = [(f"{keys[0].upper()}.", "no"), ("a", f" {keys[1]}"), ("b", "c"), ("same", "same")]
+    asked = [question["question"] for question in questions]
+    file = tmp_path / "pairs.json"
+    write_rows(file, [pair(question, *sides) for question, sides in zip(asked, answers, strict=True)])
+    printed = call("results/pairs.py", file, "--sample", "9", cwd=HUB).stdout
+    assert re.findall(r"^(\w+): the gold answer in 1, any choice in \d of 3 ", printed, re.MULTILINE) == [
+        "correct",
+        "incorrect",
+    ]
+    drawn = re.findall(r"^line (\d): (.*)$", printed, re.MULTILINE)
+    assert sorted(drawn) == [(str(line), question) for line, question in enumerate(asked[:3], 1)]
+    write_rows(file, [pair("Whose question?", "a", "b")])
+    assert "not in the train split of ARC-Challenge" in call("results/pairs.py", file, cwd=HUB, status=2).stderr

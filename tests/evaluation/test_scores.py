@@ -1,0 +1,287 @@
+"""Stage 4 at the command line: result files, their record, and what a second start does."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import HUB, PROJECT, call, call_here, rows
+
+from grath.common.errors import UserError
+from grath.evaluation.results import check_numbers, read_scores, sample_files
+
+MC = ("--tasks", "grath_mc1", "grath_mc2", "--limit", 3)
+
+
+def score(model, folder, *flags, status=0, **options):
+    return call_here("grath.evaluation", model, folder, *flags, status=status, **options)
+
+
+def content(folder):
+    """The files of a folder: name -> content."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()} if Path(folder).is_dir() else {}
+
+
+def record_of(folder):
+    return json.loads((folder / "settings.json").read_text())
+
+
+def values(folder):
+    return {task: score["score"] for task, score in read_scores(folder).items()}
+
+
+@pytest.fixture(scope="session")
+def scored_once(tiny_llama, made_once):
+    """A folder of scores, with sample answers and logged questions. Never changed."""
+    return made_once("scores", lambda folder: score(tiny_llama, folder, *MC, "--samples", "--log_samples"))
+
+
+@pytest.fixture
+def scored(scored_once, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(scored_once, tmp_path / "scores")
+
+
+def test_a_finished_command_answers_in_one_line_without_torch(scored, tiny_llama):
+    before = content(scored)
+    command = (sys.executable, "-X", "importtime", "-m", "grath.evaluation", tiny_llama, scored, *MC, "--samples")
+    done = call(*command)
+    assert done.stdout == f"{scored} is up to date (grath_mc1 grath_mc2); next: python -m grath.report {scored}\n"
+    assert not re.findall(r"\| +(torch|transformers|lm_eval)$", done.stderr, re.MULTILINE)
+    assert content(scored) == before
+    record = record_of(scored)
+    assert record["model"] == str(tiny_llama) and record["starts"] == 1 and record["seconds"] > 0
+    assert record["batch_tokens"] == 4096 and record["versions"]["lm-eval"] == record["inputs"]["lm_eval"]
+    samples = {"samples.jsonl", "samples_grath_mc1.jsonl", "samples_grath_mc2.jsonl"}
+    assert set(record["files"]) == set(before) - {"settings.json"} == {"grath_mc1.json", "grath_mc2.json", *samples}
+    assert len(rows(scored / "samples_grath_mc1.jsonl")) == 3
+    assert [set(row) for row in rows(scored / "samples.jsonl")] == [{"question", "answer"}] * 5
+
+
+def test_other_settings_are_refused(scored, tiny_llama, tmp_path):
+    """Of a copy of the model they are not; of edited weights they are, also if a score is missing."""
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy", copy_function=shutil.copy)
+    assert "is up to date" in score(copy, scored, *MC).stdout
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    for missing in ("", "grath_mc1.json"):
+        (scored / missing).unlink() if missing else None
+        before = content(scored)
+        for model, flags, said in (
+            (tiny_llama, ("--limit", 2), "limit 3 and not 2"),
+            (tiny_llama, ("--precision", "bf16"), "precision fp32 and not bf16"),
+            (tiny_llama, ("--backend", "hf"), "backend hf-shared and not hf"),
+            (tiny_llama, ("--chat_template",), "chat_template false and not auto"),
+            (copy, (), "model base model.safetensors "),
+        ):
+            done = score(model, scored, *MC, *flags, status=2)
+            assert f"{scored} was made with {said}" in done.stderr and done.stderr.count("\n") == 1
+            assert done.stderr.endswith(": choose another folder, or remove it\n")
+        assert content(scored) == before
+
+
+def test_an_edited_result_is_refused_and_a_missing_one_is_made_again(scored, scored_once, tiny_llama):
+    result = scored / "grath_mc1.json"
+    result.write_text(result.read_text().replace("0.", "0.1", 1))
+    before = content(scored)
+    assert f"{result} is not the file that was written" in score(tiny_llama, scored, *MC, status=2).stderr
+    with pytest.raises(UserError, match=r"grath_mc1\.json is not the file that was written"):
+        read_scores(scored)
+    assert content(scored) == before
+    result.unlink()
+    done = score(tiny_llama, scored, *MC)
+    assert f"{scored / 'grath_mc2'}.json is up to date" in done.stdout and "grath_mc1, 0-shot, fp32" in done.stdout
+    assert values(scored) == values(scored_once) and record_of(scored)["starts"] == 2
+    for name in ("samples.jsonl", "samples_grath_mc2.jsonl"):
+        (scored / name).unlink()
+    done = score(tiny_llama, scored, *MC, "--samples", "--log_samples")
+    assert content(scored).keys() == content(scored_once).keys()
+    lines = done.stdout.splitlines()
+    expected = read_scores(scored_once)["grath_mc2"]
+    error = f"{expected['score']:6.2f} ± {expected['stderr']:.2f}"
+    assert f"grath_mc2       {error} (version {expected['version']})" in lines
+    assert lines[-1] == f"Wrote the results to {scored}; next: python -m grath.report {scored}"
+
+
+def test_a_result_that_is_not_recorded_is_made_again(scored, scored_once, tiny_llama):
+    """As after a kill between the two files. Results of the harness itself have no record: they are only read."""
+    record = record_of(scored)
+    del record["files"]["grath_mc1.json"]
+    (scored / "settings.json").write_text(json.dumps(record))
+    assert values(scored).keys() == {"grath_mc2"}
+    score(tiny_llama, scored, *MC)
+    assert values(scored) == values(scored_once)
+    (scored / "settings.json").unlink()
+    before = content(scored)
+    assert values(scored) == values(scored_once)
+    assert "grath_mc1.json has no settings.json beside it" in score(tiny_llama, scored, *MC, status=2).stderr
+    assert content(scored) == before
+
+
+def test_both_backends_give_the_same_scores(scored_once, tiny_llama, tmp_path):
+    score(tiny_llama, tmp_path, *MC, "--backend", "hf", "--batch_size", 4)
+    assert values(tmp_path) == pytest.approx(values(scored_once), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions(hub, tiny_llama, tmp_path, monkeypatch):
+    """Each scores its own. The few-shot examples are those of one process, and so are the scores."""
+    env = {"DATASETS_ROOT": str(hub), "TASKS": "grath_mc2 arc_challenge", "LIMIT": "3", "NUM_PROCESSES": "2"}
+    monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(hub))
+    done = call("evaluation.sh", tiny_llama, tmp_path / "two", "--log_samples", env=env)
+    # The first of two processes scores the first and the third of three questions.
+    asked = [rows(PROJECT / "data" / "truthfulness_mc.jsonl")[i]["mc2_targets"]["choices"] for i in (0, 2)]
+    assert re.findall(r"Scoring requests: 100%.* (\d+)/\1 ", done.stderr) == [str(sum(map(len, asked))), "8"]
+    score(tiny_llama, tmp_path / "one", "--tasks", *env["TASKS"].split(), "--limit", 3, "--log_samples")
+    two, one = (rows(tmp_path / name / "samples_arc_challenge.jsonl") for name in ("two", "one"))
+    assert [row["arguments"] for row in two] == [row["arguments"] for row in one]
+    assert len({row["arguments"]["gen_args_0"]["arg_0"].rpartition("Question:")[0] for row in one}) == 3
+    assert values(tmp_path / "two") == pytest.approx(values(tmp_path / "one"), abs=1e-3)
+
+
+def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
+    """With the real ARC and TruthfulQA where they are at hand."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("Rowan", "cais", "allenai", "truthfulqa"):
+        (root / name).symlink_to((HUB if (HUB / name).is_dir() else hub) / name)
+    env = {"LIMIT": "1", "DATASETS_ROOT": str(root)}
+    done = call("evaluation.sh", tiny_llama, tmp_path / "scores", env=env, cwd=tmp_path)
+    shots = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0}
+    for task, number in shots.items():
+        result = json.loads((tmp_path / "scores" / f"{task}.json").read_text())
+        assert result["n-shot"]["mmlu_anatomy" if task == "mmlu" else task] == number
+        assert len(result["results"]) > 57 if task == "mmlu" else list(result["results"]) == [task]
+        assert len(result["questions"]["scores"]) == (57 if task == "mmlu" else 1)
+        assert re.search(rf"^{task} +\d+\.\d\d.*\(version \d", done.stdout, re.MULTILINE)
+    assert set(record_of(tmp_path / "scores")["inputs"]["data"]) == {
+        "Rowan/hellaswag", "allenai/ai2_arc", "cais/mmlu", "truthfulqa/truthful_qa"
+    }  # fmt: skip
+
+
+def test_a_killed_evaluation_resumes_with_the_next_task(hub, tiny_llama, tmp_path):
+    env = {
+        **os.environ, "TASKS": "truthfulqa_mc1 truthfulqa_mc2 hellaswag", "LIMIT": "4", "DATASETS_ROOT": str(hub),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix,
+    }  # fmt: skip
+    command = [PROJECT / "evaluation.sh", tiny_llama, tmp_path]
+    with subprocess.Popen(command, env=env, start_new_session=True, stdout=-3, stderr=-3) as process:
+        while not ((tmp_path / "settings.json").exists() and record_of(tmp_path)["files"]):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "hellaswag.json").exists()
+    done = call(*command, env=env)
+    assert done.stdout.count("is up to date") == 2
+    assert values(tmp_path).keys() == set(env["TASKS"].split())
+
+
+def test_a_task_without_a_score_is_refused_before_anything_is_scored(tiny_llama, tmp_path):
+    """A tag is a task of the harness, but has no score."""
+    for task, said in (
+        ("grath_mc", "grath_mc is not a task with a score of its own: name its members in TASKS\n"),
+        ("grath_mc3", "grath_mc3 is not a task of lm-evaluation-harness: see `lm-eval ls tasks`\n"),
+    ):
+        done = score(tiny_llama, tmp_path, "--tasks", "grath_mc1", task, status=2)
+        assert done.stderr.endswith(said) and not content(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["hf", "hf-shared"])
+def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path, backend):
+    """The harness would count the first choice of every question, the right one: MC1 100."""
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    done = score(broken, tmp_path / "s", *MC, "--backend", backend, status=2)
+    assert "computes NaN instead of log-likelihoods" in done.stderr and not values(tmp_path / "s")
+
+
+def test_other_metrics_may_be_no_numbers():
+    """Some tasks of the harness give NaN for the questions that a metric does not apply to."""
+    row = {"filtered_resps": [(-1.5, False), (-2.0, False)], "acc": 1.0, "bias": (1, torch.nan)}
+    check_numbers({"a": [row], "text": [{"filtered_resps": ["yes"], "exact_match": 1.0}]})
+    with pytest.raises(UserError, match="a: the model computes NaN"):
+        check_numbers({"a": [row | {"acc": torch.nan}]})
+
+
+def test_a_group_logs_a_file_for_each_member(tmp_path):
+    groups = {"mmlu": ["stem"], "stem": ["physics", "algebra"], "physics": []}
+    (tmp_path / "mmlu.json").write_text(json.dumps({"group_subtasks": groups}))
+    assert sample_files(tmp_path, "mmlu") == ["samples_physics.jsonl", "samples_algebra.jsonl"]
+
+
+def test_the_chat_template_is_that_of_the_model_type(tiny_llama, tmp_path):
+    """As in pairs and DPO."""
+    from grath.modeling.chat import TEMPLATES
+
+    flags = ("--tasks", "grath_mc1", "--limit", 2, "--chat_template", "--model_type")
+    assert "hf-shared, chat template" in score(tiny_llama, tmp_path / "s", *flags, "zephyr").stdout
+    assert json.loads((tmp_path / "s" / "grath_mc1.json").read_text())["chat_template"] == TEMPLATES["zephyr"]
+    done = score(tiny_llama, tmp_path / "s", *flags, "auto", status=2)
+    assert "chat_template zephyr and not auto: choose another folder" in done.stderr
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    done = score(bare, tmp_path / "bare scores", *flags, "auto", "--dry_run", status=2)
+    assert "the tokenizer has no chat template" in done.stderr
+    done = score(bare, tmp_path / "bare scores", *flags[:4], "--samples", "--dry_run")
+    assert "no sample answers: the tokenizer has no chat template" in done.stderr
+    assert not (tmp_path / "bare scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--limit", "0"), "--limit: must be a number of questions or a share below 1, not '0'"),
+        (("--limit", "1.5"), "--limit: must be a number of questions or a share below 1, not '1.5'"),
+        (("--batch_size", "auto:x"), "--batch_size: must be a whole number of at least 1, not 'auto:x'"),
+        (("--backend", "vllm"), "--backend: invalid choice: 'vllm'"),
+        (("--tasks",), "TASKS names no task"),
+        (("--backend", "hf", "--server_url", "http://127.0.0.1:9"), "--server_url needs --backend server"),
+        (("--backend", "hf", "--precision", "nf4"), "BACKEND=hf scores in fp32, fp16, bf16 only, not nf4"),
+        (("--backend", "server"), "BACKEND=server (--backend server) needs SERVER_URL=http://host:port"),
+        (("--server_url", "localhost:8000"), "no address of a server"),
+    ],
+)
+def test_bad_flags(flags, said, tiny_llama, tmp_path):
+    done = score(tiny_llama, tmp_path, "--tasks", "grath_mc1", *flags, status=2)
+    assert said in done.stderr and done.stderr.count("\n") == 1 and not content(tmp_path)
+
+
+def test_processes_share_the_processors(tiny_llama, tmp_path):
+    """What evaluation.sh launches, after its check in one process of a `python` that does nothing."""
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    env = {"NUM_PROCESSES": "2", "DRY_RUN": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    launch = ["accelerate", "launch", "--quiet", "--config_file", f"{PROJECT}/accelerate_configs/data_parallel.yaml"]
+    for threads, share in (("6", "3"), ("1", "1")):
+        done = call("evaluation.sh", "m", env={**env, "OMP_NUM_THREADS": threads})
+        launch[5:] = ["--num_processes", "2", "--num_cpu_threads_per_process", share]
+        assert shlex.split(done.stdout)[:12] == [*launch, "-m", "grath.evaluation", "m"]
+    server = ("--tasks", "grath_mc1", "--server_url", "http://127.0.0.1:9")
+    done = score(tiny_llama, tmp_path / "s", *server, env={"WORLD_SIZE": "2"}, status=2)
+    assert "set NUM_PROCESSES=1" in done.stderr and not (tmp_path / "s").exists()
+
+
+def test_prefetch_names_what_it_fetches(tmp_path):
+    log = tmp_path / "log"
+    (tmp_path / "hf").write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
+    (tmp_path / "hf").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    folder = tmp_path / "the hub"
+    call("prefetch.sh", folder, "me/model", env=env)
+    fetched = log.read_text().splitlines()
+    assert len(fetched) == 5
+    assert fetched[0] == f"download allenai/ai2_arc --repo-type dataset --local-dir {folder}/allenai/ai2_arc"
+    assert fetched[4].startswith(f"download me/model --repo-type model --local-dir {folder}/me/model --include")
+    assert call("prefetch.sh", status=2).stderr.startswith("prefetch.sh: error: name a folder")

@@ -1,0 +1,165 @@
+"""CHECK=1: the machine is checked for a run before the run starts."""
+
+import json
+import re
+import shutil
+import sysconfig
+
+import pytest
+from support import BUNDLED, call, check_here
+
+
+def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "100", "DATA_PATH": str(BUNDLED), "CHECK": "1"}
+    env |= {"RUNS_DIR": str(tmp_path / "runs"), "TASKS": "grath_mc1"}
+    done = call("run_llama2.sh", env=env)
+    checked = [line.split(":")[0].split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("ok ")]
+    assert checked == ["packages", "device", "model", "chat template", "data", "disk"]
+    plan = done.stdout.split("The plan: 8 stages")[1].splitlines()[1:-1]
+    assert [line.strip() for line in plan][1:3] == [
+        "iteration 1: M_0 writes pairs",
+        "iteration 1: DPO trains M_1",
+    ]
+    assert re.search(r"^ok    disk: .* free, about \d+ MB to write$", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1] == "Ready: run the same command without CHECK=1"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED)}
+    done = check_here({**env, "RUNS_DIR": "/proc/runs", "TASKS": "hellaswag"}, status=2)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert failed[0] == "FAIL  data: NUM_QUERY=500, but there are only 160 questions"
+    assert failed[1].startswith("FAIL  disk: ") and "/proc" in failed[1]
+    assert done.stderr == "grath.run: error: not ready: data, disk; see above\n"
+    done = check_here({**env, "NUM_QUERY": "5", "TASKS": "hellaswag"}, status=2)
+    assert "FAIL  data: Rowan/hellaswag: " in done.stdout
+    done = check_here({**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
+    assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
+
+
+def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
+    from grath.common.errors import UserError
+    from grath.modeling.loading import check_weights, has_local_weights
+    from grath.run.check import read_model
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    assert read_model(str(model))[2] > 10_000 and has_local_weights(str(model))
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    for look in (check_weights, read_model):
+        with pytest.raises(
+            UserError, match="lacks 1 of 2 weight files, starting with model-00002-of-00002.safetensors"
+        ):
+            look(str(model))
+    assert not has_local_weights(str(model))
+    (model / "model.safetensors.index.json").unlink()
+    (model / "model-00001-of-00002.safetensors").rename(model / "pytorch_model.bin")
+    for look in (check_weights, read_model):
+        with pytest.raises(UserError, match="has no safetensors weights"):
+            look(str(model))
+
+
+@pytest.mark.parametrize("names", [["model"], ["model-00001-of-00002"]])
+def test_check_does_not_count_half_a_model_of_the_hub(names, tiny_llama, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from grath.common.errors import UserError
+    from grath.run.check import read_model
+
+    for name in names:
+        shutil.copy(tiny_llama / "model.safetensors", tmp_path / f"{name}.safetensors")
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    if names != ["model"]:
+        shards = {"a": f"{names[0]}.safetensors", "b": "model-00002-of-00002.safetensors"}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(tmp_path / "config.json"))
+    if names == ["model"]:
+        assert read_model("a/b")[2] == read_model(str(tiny_llama))[2]
+    else:  # the hub knows, and cannot be asked here
+        with pytest.raises(UserError, match="fetch it with prefetch.sh"):
+            read_model("a/b")
+
+
+def test_check_compares_packages_with_the_pins(tmp_path, monkeypatch):
+    import torch
+
+    from grath.common.errors import UserError
+    from grath.run import check
+
+    monkeypatch.setattr(check, "PROJECT", tmp_path)
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("# a note\npytest==0.1\nno-such-package==1; python_version < '3'\n")
+    assert check.check_packages(["bf16"]) == f"pytest is {pytest.__version__}, tested is 0.1"
+    requirements.write_text(f"pytest=={pytest.__version__}\n")
+    assert check.check_packages(["int8"]) == "as pinned in requirements.txt"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CC", raising=False)
+        with pytest.raises(UserError, match="there is no C compiler, which Triton needs"):
+            check.check_packages(["int8"])
+        patch.setenv("CC", "gcc")
+        patch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        with pytest.raises(UserError, match=r"there is no .*/Python.h, which Triton needs"):
+            check.check_packages(["int8"])
+        (tmp_path / "Python.h").touch()
+        check.check_packages(["int8"])
+    requirements.write_text("no-such-package==1\n")
+    with pytest.raises(UserError, match="no-such-package is missing: pip install -e . -c constraints.txt"):
+        check.check_packages(["bf16"])
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((9, 0), True), ((8, 9), True), ((6, 1), False)])
+def test_driver_cuda_and_capability_are_shown_side_by_side(capability, fits, monkeypatch):
+    import torch
+
+    from grath.common.errors import UserError
+    from grath.run import check
+
+    monkeypatch.setenv("DEVICE", "")
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+        monkeypatch.setattr(module, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120"])
+    monkeypatch.setattr(check, "driver_cuda_version", lambda: 12080)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if not fits:
+        with pytest.raises(UserError, match="compute capability 6.1; .* this torch has no code for the GPU"):
+            check.check_device(1)
+        return
+    text = check.check_device(1)
+    name = "{}.{}".format(*capability)
+    assert text.startswith(f"1 GPU(s), a GPU, compute capability {name}; driver for CUDA 12.8; torch ")
+    assert text.endswith(" for CUDA 13.0 (sm_75, sm_80, sm_90a, sm_120)")
+
+
+def test_a_cpu_is_for_small_models(tiny_llama, monkeypatch):
+    from grath.common.errors import UserError
+    from grath.run import check
+
+    monkeypatch.setattr(check, "_parameters", lambda folder: 7_000_000_000)
+    with pytest.raises(UserError, match="torch sees no GPU, and 7.0 G parameters take weeks on a CPU"):
+        check.read_model(str(tiny_llama))
+
+
+def test_the_disk_must_have_room_for_every_iteration(tiny_llama, tmp_path, monkeypatch):
+    from grath.common.errors import UserError
+    from grath.run.check import check_disk, disk_needed, read_model
+    from grath.run.settings import read_settings
+
+    given = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "1119", "RUNS_DIR": str(tmp_path), "SAVE_STEPS": "1"}
+    model = read_model(str(tiny_llama))
+    once, ten_times = (read_settings({**given, "ITERATIONS": count}) for count in ("1", "10"))
+    need = disk_needed(model[1], once, 0)
+    # Adapters of this model have 24 kB, and a checkpoint three times that.
+    assert 1000 * 3 * 24e3 < need < 2 * 1000 * 3 * 24e3
+    assert 9 * need < disk_needed(model[1], ten_times, 0) < 11 * need
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 2 * need))
+    assert "to write" in check_disk(model[1], once)
+    with pytest.raises(UserError, match="are free in .* and all iterations write about"):
+        check_disk(model[1], ten_times)

@@ -1,0 +1,137 @@
+"""A run that is killed, locked, or cannot be written: one case of each kind; `make faults` has them all."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from fault_injection import ASK, ITERATION_1, WITHOUT_SCORES, copy_without, hit_and_restart, point, start
+from support import call, weights
+
+# Between stages and inside one, for `make test`.
+FEW = ["after the pair file", "the first checkpoint"]
+# It only makes this process wait for a minute.
+HELD = point(ASK, "open", r"\.responses\.0$", signal="SIGCONT")
+
+
+@pytest.mark.slow
+def test_two_kills(llama_run, tmp_path):
+    undisturbed, settings, _ = llama_run
+    settings = {**settings, **WITHOUT_SCORES, "ITERATIONS": "1"}
+    run = hit_and_restart({name: ITERATION_1[name] for name in FEW}, settings, tmp_path)
+    pairs = next(run.glob("data/*_True.json"))
+    assert pairs.read_bytes() == (undisturbed / "data" / pairs.name).read_bytes()
+    for folder in (run / "models").iterdir():
+        ours, theirs = weights(folder), weights(undisturbed / "models" / folder.name)
+        assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
+
+
+@contextlib.contextmanager
+def held_start(settings, folder):
+    """A start that waits in its first stage; yield (process of the loop, its lock file, a list for its result)."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(start(settings, folder, HELD)))
+    thread.start()
+    lock, deadline = folder / ".llama2_seed_0.lock", time.monotonic() + 600
+    while not list(folder.glob("*/data/*.record.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield psutil.Process(int(re.match(r"process (\d+) on ", lock.read_text())[1])), lock, found
+    thread.join()
+
+
+def test_two_starts_at_once(llama_run, tmp_path):
+    settings = {**llama_run[1], **WITHOUT_SCORES}
+    with held_start(settings, tmp_path) as (loop, lock, found):
+        status, output = start(settings, tmp_path)
+        assert status == 2
+        said = rf"llama2_seed_0 is locked by process {loop.pid} on \S+ since 20\S+, or by the stage .*: wait for it"
+        assert re.search(said, output.splitlines()[-1])
+        loop.send_signal(signal.SIGTERM)
+    assert found[0][0] == 128 + signal.SIGTERM
+    assert lock.exists() and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_killed_loop_leaves_one_stage_that_holds_the_lock(llama_run, tmp_path):
+    settings = {**llama_run[1], **WITHOUT_SCORES}
+    with held_start(settings, tmp_path) as (loop, _, found):
+        (stage,) = [one for one in loop.children(recursive=True) if ASK in " ".join(one.cmdline())]
+        loop.kill()
+        loop.wait(60)
+        assert stage.is_running()
+        status, output = start(settings, tmp_path)
+        assert status == 2 and "or by the stage that it started: wait for it" in output
+        stage.terminate()
+    assert found[0][0] == -signal.SIGKILL
+    assert start(settings, tmp_path, HELD | {"signal": "SIGTERM"})[0] == 128 + signal.SIGTERM  # the lock is free
+
+
+def test_a_lock_whose_owner_is_dead_is_taken_over(llama_run, tmp_path):
+    undisturbed, settings, _ = llama_run
+    copy_without(undisturbed, tmp_path)
+    lock = tmp_path / ".llama2_seed_0.lock"
+    lock.write_text("process 1 on elsewhere since 2020-01-01\n")
+    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        status, output = start(settings, tmp_path)
+        assert status == 2 and "is locked by process 1 on elsewhere since 2020-01-01, or by" in output
+        holder.kill()
+    call("evaluation.sh", env={"RUNS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"})  # which locks the run too
+    assert "elsewhere" not in lock.read_text()
+
+
+@pytest.mark.parametrize("place", ["/proc/runs", "FILE/runs"])
+def test_a_folder_that_cannot_be_written(place, tiny_llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": place.replace("FILE", str(tmp_path / "file"))}
+    done = call("run_llama2.sh", env=env, status=2)
+    assert "set RUNS_DIR to a folder that can be written to" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_signal_to_every_process(llama_run, tmp_path):
+    """As `scancel` sends it: to the loop and to the stage at once."""
+    settings = {**llama_run[1], **WITHOUT_SCORES}
+    with held_start(settings, tmp_path) as (loop, _, found):
+        everything = [loop, *loop.children(recursive=True)]
+        assert len(everything) == 2  # the loop and the stage
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):  # the loop's own signal may have ended it
+                process.send_signal(signal.SIGTERM)
+    assert found[0][0] == 128 + signal.SIGTERM
+    assert "Traceback" not in found[0][1]
+
+
+@pytest.mark.parametrize(("number", "ignored"), [("HUP", True), ("INT", True), ("HUP", False)])
+def test_a_signal_that_the_shell_ignores_ends_nothing(number, ignored, tmp_path):
+    """nohup ignores SIGHUP, and a shell ignores SIGINT for what it starts in the background."""
+    python = tmp_path / "bin" / "python"  # the loop asks it for the settings, and then starts it for the pairs
+    python.parent.mkdir()
+    asked = f'if [[ $* == *settings* ]]; then exec {sys.executable} "$@"; fi'
+    python.write_text(
+        f"#!/bin/bash\n{asked}\ntouch '{tmp_path}/started'; until [[ -e '{tmp_path}/go' ]]; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    (python.parent / "accelerate").symlink_to(python)
+    env = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "TASKS": ""}
+    env |= {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "RUNS_DIR": str(tmp_path), "ITERATIONS": "1"}
+    trap = f"trap '' {number}; " if ignored else f"trap - {number}; "
+    with subprocess.Popen(
+        ["bash", "-c", f'{trap}exec "$0"', "./run_grath.sh"], env=env, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 600
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.Signals[f"SIG{number}"])
+        if ignored:
+            (tmp_path / "go").touch()
+        assert process.wait(timeout=60) == (0 if ignored else 128 + signal.Signals[f"SIG{number}"])

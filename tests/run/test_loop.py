@@ -1,0 +1,250 @@
+"""The loop and its presets: their commands, and whole runs on a tiny model."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from fault_injection import records
+from support import BUNDLED, CORRECT, PROJECT, call, check_here, rows
+
+PRESETS = {
+    "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
+    "run_llama2_fix_ref.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "fixed", 10, 1000, 1119),
+    "run_zephyr.sh": ("HuggingFaceH4/zephyr-7b-beta", "zephyr", "rolling", 2, 500, 1119),
+    "run_zephyr_fix_ref.sh": ("HuggingFaceH4/zephyr-7b-beta", "zephyr", "fixed", 10, 1000, 1119),
+    "run_smollm2.sh": (str(PROJECT / "models" / "smollm2"), "smollm2", "rolling", 2, 10, 160),
+    "run_smollm2_fix_ref.sh": (str(PROJECT / "models" / "smollm2"), "smollm2", "fixed", 4, 10, 160),
+}
+
+
+def value_of(line, flag):
+    """The value of a flag in a printed command."""
+    words = shlex.split(line)
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
+    model, model_type, reference, count, steps, questions = PRESETS[preset]
+    done = call(preset, env={"DRY_RUN": "1", "RUNS_DIR": str(tmp_path / "runs")})
+    assert not (tmp_path / "runs").exists()
+    lines = done.stdout.splitlines()
+    asks = [line for line in lines if "create_pair_responses.py" in line]
+    combines = [line for line in lines if "combine_new_correct_ori_wrong.py" in line]
+    trainings = [line for line in lines if re.match(r"accelerate launch .*dpo\.py", line)]
+    scores = [line for line in lines if "evaluation.sh" in line]
+    assert (len(asks), len(combines), len(trainings), len(scores)) == (count, count - 1, count, count + 1)
+    assert f"--model_name_or_path {model} " in asks[0]
+    assert f"--model_name_or_path {model} " in trainings[0]
+    for i, line in enumerate(trainings):
+        assert f"--reference {reference} " in line
+        assert f"--max_steps {steps} " in line
+        assert f"--model_type {model_type} " in line
+        combined = "_combined" if i else ""
+        assert f"data/iter{i}_arcc_num_{questions}_useGT_False_useFS_True{combined}.json" in line
+        assert value_of(line, "--output_dir").startswith(f"{tmp_path}/runs/")
+        assert f"models/iter_{i + 1}_arcc_num_{questions}_useGT_False_useFS_True " in line
+        if i:
+            assert f"models/iter_{i}_arcc" in value_of(line, "--model_name_or_path")
+            assert f"models/iter_{i}_arcc" in value_of(asks[i], "--model_name_or_path")
+    assert all(f"models/iter_{i}_arcc" in line for i, line in enumerate(scores) if i)
+    first = f"data/iter0_arcc_num_{questions}_useGT_False_useFS_True.json"
+    assert all(first in line.split("--ori_data_path")[1] for line in combines)
+    assert all(line.endswith("--report_to none ") for line in trainings)
+    assert "--batch_size" not in done.stdout
+    if "smollm2" not in preset:
+        assert all("--learning_rate 5e-4" in line and "--warmup_steps 100 " in line for line in trainings)
+
+
+def test_a_training_can_be_watched_elsewhere_and_the_rows_of_pairs_set():
+    done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb", "PAIRS_BATCH_SIZE": "7"})
+    assert done.stdout.count("--report_to wandb ") == done.stdout.count("--batch_size 7 ") == 2
+
+
+def test_a_run_has_its_folder(llama_run, tiny_llama):
+    run, _, done = llama_run
+    tail = "arcc_num_6_useGT_False_useFS_True"
+    for name in (f"iter0_{tail}", f"iter1_{tail}", f"iter1_{tail}_combined"):
+        assert [row["correct"] for row in rows(run / "data" / f"{name}.json")] == [CORRECT] * 6
+    for i in (1, 2):
+        config = json.loads((run / "models" / f"iter_{i}_{tail}" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tiny_llama)
+    for i in (0, 1, 2):
+        for task in ("grath_mc1", "grath_mc2"):
+            assert set(json.loads((run / "results" / f"iter_{i}" / f"{task}.json").read_text())["results"]) == {task}
+        assert len(rows(run / "results" / f"iter_{i}" / "samples.jsonl")) == 5
+    second = json.loads((run / "models" / f"iter_2_{tail}" / "grath.json").read_text())
+    assert f"models/iter_1_{tail}" in second["policy_starts_from"]
+    lines = done.stdout.splitlines()
+    model = f"{run}/models/iter_2_{tail}"
+    assert lines[-1] == f"Done: see {run}/report.md; M_2 is the LoRA adapter in {model}"
+    titles = [line[3:] for line in lines if line.startswith("== ")]
+    assert titles[:4] == [
+        "scores of M_0",
+        "iteration 1: M_0 writes pairs",
+        "iteration 1: DPO trains M_1",
+        "scores of M_1",
+    ]
+    assert titles[5:7] == [
+        "iteration 2: M_1 writes pairs", "iteration 2: combine with the incorrect answers of iteration 1"
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines if line.startswith("M_")] == ["M_0", "M_1", "M_0", "M_1", "M_2"]
+    assert "were not passed to `accelerate launch`" not in done.stderr
+
+
+@pytest.fixture
+def copied(llama_run, tmp_path):
+    """A copy of the run at another place, and its settings."""
+    run, settings, _ = llama_run
+    shutil.copytree(run, tmp_path / run.name)
+    return tmp_path / run.name, {**settings, "RUNS_DIR": str(tmp_path)}
+
+
+def test_the_records_tell_what_was_made_from_what(llama_run, tiny_llama):
+    run, _, _ = llama_run
+    made = {path.relative_to(run).as_posix(): record for path, record in records(run).items()}
+    assert len(made) == 2 + 2 + 3
+    weights = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
+    for name, record in made.items():
+        assert record["starts"] == 1 and record["seconds"] >= 0 and record["versions"]["trl"], name
+        assert record["inputs"]["model"]["base"]["model.safetensors"] == weights
+        for file, value in record["files"].items():
+            assert hashlib.sha256((run / name).with_name(file).read_bytes()).hexdigest() == value
+    pairs, dpo, scores = ([made[name] for name in sorted(made) if name.startswith(part)] for part in "dmr")
+    adapter = dpo[0]["files"]
+    assert pairs[1]["inputs"]["model"]["adapter"] == dpo[1]["inputs"]["model"]["adapter"] == adapter
+    assert scores[1]["inputs"]["model"]["adapter"] == adapter and "adapter" not in scores[0]["inputs"]["model"]
+    combined = next(run.glob("data/*_combined.json")).read_bytes()
+    assert hashlib.sha256(combined).hexdigest() in json.dumps(dpo[1]["inputs"])
+
+
+def test_the_same_command_does_nothing_twice(copied):
+    run, settings = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
+    done = call("run_llama2.sh", env=settings)
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
+    assert {path for path in after if after[path] != before.get(path)} == set(run.glob("data/*_combined.json"))
+    assert done.stdout.count(", finished") == 4 and done.stdout.count("Wrote") <= 4
+
+
+def test_other_settings_do_not_mix_into_a_run(copied):
+    run, settings = copied
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for changed, said in (
+        ({"LIMIT": "2"}, "limit 3, not 2"),
+        ({"TASKS": "", "MAX_NEW_TOKENS": "99"}, "max_new_tokens 100, not 99"),
+        ({"TASKS": "", "DEMOS": "halueval"}, "demos truthfulqa, not halueval"),
+        ({"TASKS": "", "MAX_STEPS": "3"}, "max_steps 4, not 3"),
+    ):
+        done = call("run_llama2.sh", env={**settings, **changed}, status=None)
+        errors = [line for line in done.stderr.splitlines() if " error: " in line]
+        assert len(errors) == 2 and said in errors[0] and "Traceback" not in done.stderr
+        assert "set another RUN_NAME, or FRESH=1 to move the run aside" in errors[1] and done.returncode in (1, 2)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_fresh_moves_the_old_run_aside_and_makes_the_same_bytes(copied, llama_run):
+    """Pairs and adapter of iteration 1, in another folder, from other processes; then a job that Slurm starts again."""
+    run, settings = copied
+    env = {**settings, "FRESH": "1", "ITERATIONS": "1", "TASKS": ""}
+    done = call("run_llama2.sh", env=env)
+    aside = run.with_name(f"{run.name}.old-1")
+    assert f"FRESH=1: moved the old run in {run} to {aside}" in done.stdout
+    old = {path.relative_to(aside) for path in aside.rglob("*")}
+    assert old == {path.relative_to(llama_run[0]) for path in llama_run[0].rglob("*")}
+    made = [*run.glob("data/*True.json"), *run.glob("models/*/adapter_model.safetensors")]
+    assert len(made) == 2
+    assert [file.name for file in made if file.read_bytes() != (aside / file.relative_to(run)).read_bytes()] == []
+    again = call("run_llama2.sh", env={**env, "SLURM_RESTART_COUNT": "1"})
+    assert "moved the old run" not in again.stdout
+    call("run_llama2.sh", env={**env, "DRY_RUN": "1", "SLURM_RESTART_COUNT": f"x[$(touch {run}/pwned)]"})
+    assert not (run / "pwned").exists()
+
+
+def test_few_interpreters(copied, tmp_path):
+    """Python is started at most 14 times for two iterations: `copied` is finished, so each start is quick."""
+    counter = tmp_path / "hook" / "sitecustomize.py"
+    counter.parent.mkdir()
+    counter.write_text(f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")
+    call("run_llama2.sh", env={**copied[1], "PYTHONPATH": str(counter.parent)})
+    assert len((tmp_path / "starts").read_text()) <= 14
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeypatch):
+    from accelerate.commands import launch
+    from accelerate.commands.config import config_args
+
+    for module in (launch, config_args):
+        own = str(PROJECT / "accelerate_configs" / "deepspeed_zero2.yaml")
+        monkeypatch.setattr(module, "default_config_file", own)
+    printed = call("run_llama2.sh", env={"DRY_RUN": "1", "NUM_PROCESSES": str(processes)}).stdout
+    command = next(line for line in printed.splitlines() if "dpo.py" in line)
+    args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(shlex.split(command)[2:]))
+    assert not args.use_deepspeed and not args.use_fsdp
+    assert (args.multi_gpu, args.num_processes, args.num_machines) == (processes > 1, processes, 1)
+    assert (args.mixed_precision, args.dynamo_backend, args.use_cpu) == ("no", "no", False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_can_be_given_to_slurm(preset, tmp_path):
+    lines = (PROJECT / preset).read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line for line in lines[:first_command] if line.startswith("#SBATCH ")]
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    assert any(line.startswith("#SBATCH --signal=B:USR1@") for line in options)
+    # Slurm runs a copy of the script from a folder of its own.
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/bash\ncp "$1" "{tmp_path}/slurm_script"\ncd "{tmp_path}"\nexec ./slurm_script\n')
+    sbatch.chmod(0o755)
+    env = {"SLURM_SUBMIT_DIR": str(PROJECT), "DRY_RUN": "1", "SLURM_JOB_ID": "1"}
+    env["PATH"] = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    assert f"{PROJECT}/dpo.py" in call("sbatch", f"./{preset}", env=env).stdout
+
+
+def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
+    run, settings = copied
+    (run / "results" / "iter_1" / "grath_mc2.json").unlink()
+    kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
+    env = {"RUNS_DIR": settings["RUNS_DIR"]}
+    asked = call("evaluation.sh", env={**env, "TASKS": "hellaswag", "DRY_RUN": "1", "EVAL_PRECISION": "fp32"})
+    assert f"newest run: {run}, 3 model(s) to score" in asked.stdout and "hellaswag, 10-shot" in asked.stdout
+    # What is not set is as in the run, the tasks too.
+    done = call("evaluation.sh", env=env)
+    limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
+    assert limited["effective"] == int(settings["LIMIT"])
+    assert f"newest run: {run}, 1 model(s) to score" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
+    assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
+
+
+def test_a_model_without_a_chat_template_is_not_ready(tiny_llama, tmp_path):
+    """By hand, `evaluation.sh` scores such a model without answers."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    env = {"MODEL_NAME_OR_PATH": str(model), "RUNS_DIR": str(tmp_path), "RUN_NAME": "r", "MODEL_TYPE": "auto"}
+    env |= {"NUM_QUERY": "2", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1", "SAMPLES": "0"}
+    checked = check_here(env, status=2)
+    line = "the tokenizer has no chat template: set --model_type (MODEL_TYPE) to llama2, zephyr, smollm2"
+    assert f"FAIL  chat template: {line}" in checked.stdout
+    done = call("evaluation.sh", model, tmp_path / "scores", env={"TASKS": "grath_mc1", "LIMIT": "2"})
+    assert f"no sample answers: {line}" in done.stdout + done.stderr
+    assert (tmp_path / "scores" / "grath_mc1.json").is_file() and not (tmp_path / "scores" / "samples.jsonl").exists()
+
+
+def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "TASKS": ""}
+    done = call("run_llama2.sh", env={**env, "RUNS_DIR": str(tmp_path)}, status=2)
+    assert "there are only 160 questions" in done.stderr
+    assert " EVAL_PRECISION=" in done.stdout and "MACHINE='the CPU (DEVICE=cpu)'" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: iteration 1: M_0 writes pairs failed")
+    env = {**env, "NUM_QUERY": "2", "MAX_LENGTH": "2", "RUNS_DIR": str(tmp_path)}
+    done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=1)  # accelerate's, for the script's 2
+    assert "no pair is left to train on" in done.stderr
+    assert "Traceback" not in done.stderr

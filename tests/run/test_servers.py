@@ -1,0 +1,74 @@
+"""The loop with `SERVER_URL`: pairs and scores on a server, DPO here."""
+
+import json
+
+import pytest
+from fault_injection import records
+from stand_in.inference_server import InferenceServer
+from support import RESPONSE, call, check_here, rows
+
+KEY = "sk-a-key-that-must-not-leak"
+
+
+@pytest.fixture
+def server(tiny_llama):
+    with InferenceServer(tiny_llama, answer=lambda ids: RESPONSE) as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_two_iterations(server, llama_run, tmp_path):
+    """The run equals one without a server: its pairs byte for byte, its scores to rounding; then nothing is left."""
+    run, settings, _ = llama_run
+    env = {**settings, "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url, "OPENAI_API_KEY": KEY}
+    ready = check_here(env, status=None)
+    assert f"ok    servers: {server.url} has {settings['MODEL_NAME_OR_PATH']}, at most 4096 tokens" in ready.stdout
+    done = call("run_llama2.sh", env=env)
+    ours = tmp_path / "llama2_seed_0"
+    for path in (run / "data").glob("*True*.json"):
+        if path.name.endswith(".record.json"):
+            continue
+        assert (ours / "data" / path.name).read_bytes() == path.read_bytes()
+    for number in range(3):
+        for task in ("grath_mc1", "grath_mc2"):
+            found, expected = (
+                json.loads((one / "results" / f"iter_{number}" / f"{task}.json").read_text())["results"][task]
+                for one in (ours, run)
+            )
+            assert found["acc,none"] == pytest.approx(expected["acc,none"], abs=1e-3)
+        assert len(rows(ours / "results" / f"iter_{number}" / "samples.jsonl")) == 5
+    assert server.keys == {f"Bearer {KEY}"}
+    written = [path.read_bytes() for path in ours.rglob("*") if path.is_file()]
+    assert KEY not in done.stdout + done.stderr and not any(KEY.encode() in content for content in written)
+    # M_0 by its name, M_1 and M_2 as adapters; none is left on the server.
+    assert len({body["model"] for body in server.seen}) == 3 and server.adapters == {}
+    made = {path.relative_to(ours).parts[0]: record for path, record in records(ours).items()}
+    assert made["data"]["inputs"]["precision"] == made["results"]["inputs"]["precision"] == "server"
+    asked = len(server.seen)
+    call("run_llama2.sh", env=env)
+    assert len(server.seen) == asked
+    other = call("run_llama2.sh", env={**env, "SERVER_URL": ""}, status=2)
+    assert "precision server, not fp32" in other.stderr and f"{ours}/results/iter_0" in other.stderr
+
+
+def test_a_server_that_is_not_there(tiny_llama, tmp_path):
+    env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": "http://127.0.0.1:9"}
+    done = check_here(env, status=2)
+    assert "FAIL  servers: [Errno 110] no response from http://127.0.0.1:9" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_cannot_load_adapters_fails_the_check(tiny_llama, tmp_path):
+    with InferenceServer(tiny_llama, loras=False) as server:
+        env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url}
+        done = check_here(env, status=2)
+    assert f"FAIL  servers: {server.url} cannot load adapters" in done.stdout
+
+
+def test_the_configuration_of_accelerate(tmp_path):
+    env = {"MODEL_NAME_OR_PATH": "m", "RUNS_DIR": str(tmp_path), "DRY_RUN": "1"}
+    lines = call("run_llama2.sh", env={**env, "ACCELERATE_CONFIG": "accelerate_configs/fsdp.yaml"}).stdout.splitlines()
+    (dpo, _) = [line for line in lines if "dpo.py --dataset_path" in line]
+    assert "--config_file accelerate_configs/fsdp.yaml " in dpo
+    (pairs, _) = [line for line in lines if "create_pair_responses.py" in line]
+    assert pairs.startswith("python ")

@@ -1,0 +1,127 @@
+"""The schema of settings, and what is derived from it."""
+
+import re
+import subprocess
+
+import pytest
+from support import PROJECT, call
+
+from grath.common.errors import UserError
+from grath.run.settings import EVERY_STAGE, SETTINGS, check_start, configuration_page, read_settings, shell_lines
+
+REQUIRED = {"MODEL_NAME_OR_PATH": "a/b", "NUM_QUERY": "7"}
+
+
+def read(**changes):
+    return read_settings({**REQUIRED, **changes})
+
+
+def test_a_shell_gets_every_value_as_it_is():
+    value = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ * ;\nend"
+    values = read(MODEL_NAME_OR_PATH=value, RUN_NAME="r", USE_FS="0")
+    names = '"${MODELS[0]}" "${MODELS[2]}" "${PAIRS[1]}" "${COMBINED[1]}" "${RESULTS[0]}" "${PREFIXES[1]}"'
+    script = f'{shell_lines(values)}printf "%s|" "$MODEL_NAME_OR_PATH" "$RUN" {names}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    tail = "arcc_num_7_useGT_False_useFS_False"
+    expected = [value, "runs/r_seed_0", value, f"runs/r_seed_0/models/iter_2_{tail}"]
+    expected += [f"runs/r_seed_0/data/iter1_{tail}{end}.json" for end in ("", "_combined")]
+    assert done.stdout.split("|")[:-1] == [*expected, "runs/r_seed_0/results/iter_0", "iter1_arcc"]
+
+
+def test_the_command_prints_the_lines_and_refuses_with_one_line(tmp_path):
+    ask = ("python", "-m", "grath.run", "settings", PROJECT)
+    done = call(*ask, env={**REQUIRED, "MAX_STEPS": "12"})
+    assert "\nMAX_STEPS=12\n" in done.stdout and "\nNUM_QUERY=7\n" in done.stdout
+    # `auto` is what it means on this machine.
+    assert "\nPAIRS_PRECISION=bf16\n" in done.stdout and "\nEVAL_PRECISION=fp32\n" in done.stdout
+    done = call(*ask, env={**REQUIRED, "MAX_STEPS": "many"}, status=2)
+    assert done.stdout == ""
+    assert done.stderr == "grath.run: error: MAX_STEPS must be a whole number of at least 1, not 'many'\n"
+    done = call(*ask[:-1], tmp_path, env=REQUIRED, status=2)
+    assert f"python has the project in {PROJECT}: run `pip install -e . -c constraints.txt` here first" in done.stderr
+
+
+def test_an_empty_value_is_the_default_except_for_tasks():
+    values = read(BETA="", TASKS="", MODEL_TYPE="")
+    assert (values["BETA"], values["MODEL_TYPE"], values["TASKS"]) == ("0.1", "auto", "")
+    assert read()["TASKS"].split()[0] == "arc_challenge"
+    assert read(TASKS=" a\n b ")["TASKS"] == "a b"
+
+
+def test_a_path_does_not_look_like_an_option():
+    values = read(RUNS_DIR="-x", DATA_PATH="--y")
+    assert (values["RUNS_DIR"], values["DATA_PATH"]) == ("./-x", "./--y")
+
+
+def test_every_default_is_valid_and_every_setting_has_its_help():
+    for setting in SETTINGS.values():
+        assert setting.name in REQUIRED or setting.check(str(setting.default)) is None
+        assert setting.help and setting.stage in (None, EVERY_STAGE, "pairs", "dpo", "scores")
+
+
+def test_the_papers_values_are_the_defaults():
+    """Where the paper's value is one number, it is the default, except for batch sizes, which change no result."""
+    others = {"PAIRS_BATCH_SIZE", "DPO_BATCH_SIZE", "EVAL_BATCH_SIZE", "NUM_QUERY", "GRADIENT_ACCUMULATION_STEPS"}
+    papers = {s.name: float(s.paper) for s in SETTINGS.values() if re.fullmatch(r"[\d.e-]+", s.paper)}
+    assert len(papers) > 10
+    assert {name for name in papers.keys() - others if float(SETTINGS[name].default) != papers[name]} == set()
+
+
+def test_a_missing_folder_of_data_sets_is_refused(monkeypatch):
+    monkeypatch.setattr("grath.run.settings.DATASETS_ROOT", "nowhere")
+    with pytest.raises(UserError, match="DATASETS_ROOT: there is no folder 'nowhere'"):
+        read()
+
+
+def test_the_page_is_generated():
+    assert (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8") == configuration_page()
+
+
+def test_the_shell_uses_no_setting_that_has_no_entry():
+    scripts = [PROJECT / "run_grath.sh", *PROJECT.glob("run_*.sh")]
+    used = {
+        name for path in scripts for name in re.findall(r"\$\{?([A-Z][A-Z_]{3,})", path.read_text(encoding="utf-8"))
+    }
+    derived = {
+        "HERE", "PATH", "BASH_SOURCE", "VIRTUAL_ENV", "SLURM_SUBMIT_DIR", "SLURM_RESTART_COUNT", "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "THREADS", "MACHINE", "PREFIXES", "PAIRS", "COMBINED", "MODELS",
+        "RESULTS",
+    }  # fmt: skip
+    assert used - derived - set(SETTINGS) == set()
+    assert {"ITERATIONS", "MAX_STEPS", "DATA_PATH"} <= used
+
+
+@pytest.mark.parametrize(("threads", "processes", "expected"), [("8", "2", "4"), ("6,2", "1", "6"), ("1", "4", "1")])
+def test_threads_of_a_training(threads, processes, expected, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert f"\nTHREADS={expected}\n" in shell_lines(read(NUM_PROCESSES=processes))
+
+
+def test_auto_is_what_it_means_on_this_machine(monkeypatch):
+    import torch
+
+    names = ("PAIRS_PRECISION", "DPO_PRECISION", "EVAL_PRECISION")
+    for gpu, precisions in ((False, ("bf16", "bf16", "fp32")), (True, ("int8", "fp4", "fp16"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr("grath.run.settings.describe_device", lambda: "a device")
+        values = check_start(read())
+        assert tuple(values[name] for name in names) == precisions and values["MACHINE"] == "a device"
+    with pytest.raises(UserError, match="NUM_PROCESSES=2, but torch sees 1 GPU"):
+        check_start(read(NUM_PROCESSES="2"))
+
+
+def test_a_tracker_that_is_not_there_is_refused_at_the_start():
+    with pytest.raises(UserError, match="there is no tracker nobody"):
+        check_start(read(REPORT_TO="nobody"))
+
+
+def test_servers_decide_the_precision_of_what_they_do():
+    given = {"PAIRS_PRECISION": "bf16", "EVAL_PRECISION": "bf16"}
+    assert read(**given)["BACKEND"] == "hf-shared"
+    there = read(**given, SERVER_URL="http://a:1 http://b:2")
+    assert (there["BACKEND"], there["PAIRS_PRECISION"], there["EVAL_PRECISION"]) == ("server", "auto", "auto")
+    pairs_only = read(**given, SERVER_URL="http://a:1", BACKEND="hf")
+    assert (pairs_only["PAIRS_PRECISION"], pairs_only["EVAL_PRECISION"]) == ("auto", "bf16")
+    with pytest.raises(UserError, match="no address of a server"):
+        read(SERVER_URL="host:8000")

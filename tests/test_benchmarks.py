@@ -1,0 +1,118 @@
+"""Counts of what costs time on a GPU, on requests of the real tasks' form; and the benchmark of a GPU's stages."""
+
+import json
+import sys
+from functools import cache
+
+import pytest
+import torch
+from support import BUNDLED, PROJECT, call_here, tiny
+
+from grath.common.errors import UserError
+from grath.evaluation import loglikelihood
+from grath.evaluation.loglikelihood import window_loglikelihoods
+from grath.generation import attention
+from grath.generation.shared_prefix import generate_shared_prefix
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+
+
+def count_passes(model):
+    """Return a list that gets the number of tokens of each forward pass."""
+    passes = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(args[0].numel()))
+    return passes
+
+
+def test_forward_passes_of_pairs(llama_tokenizer):
+    """One for the few-shot examples, one for each 16 prompts, and then one for each token of the longest completion."""
+    from gpu_stages import drawn_lengths
+    from made_requests import load_data, pair_prompts
+
+    questions = load_data(40)[0]
+    model = tiny("llama", vocab_size=len(llama_tokenizer), max_position_embeddings=8192)
+    prompts, passes = pair_prompts(llama_tokenizer, questions), count_passes(model)
+    with drawn_lengths(model):
+        done = list(generate_shared_prefix(model, prompts, 100, 64, [model.config.vocab_size - 1]))
+    lengths = [len(ids) for _, ids in done]
+    assert sorted(i for i, _ in done) == [*range(40)] and 40 <= min(lengths) < max(lengths) <= 100
+    assert len(passes) == 1 + 3 + max(lengths)
+    prefix = passes[0]
+    assert prefix > 0.8 * max(map(len, prompts))
+    # The first token of each completion is a prefill's.
+    assert sum(passes) == prefix + sum(len(prompt) - prefix for prompt in prompts) + sum(lengths)
+
+
+@pytest.mark.parametrize(
+    ("task", "passes_per_question", "share"),
+    [("arc_challenge", 0.2, 0.26), ("hellaswag", 0.2, 0.28), ("mmlu", 0.5, 0.1)],
+)
+def test_forward_passes_and_tokens_of_scores(task, passes_per_question, share, monkeypatch, llama_tokenizer):
+    """Every context is computed once, and so are MMLU's examples of a subject: a pass each, and one for its questions.
+
+    The `meta` device computes shapes only, in the way of a GPU.
+    """
+    import made_requests
+
+    monkeypatch.setattr(made_requests, "SUBJECTS", 5)
+    monkeypatch.setattr(attention, "fused_kernels_differ", lambda *_: None)
+    monkeypatch.setattr(loglikelihood, "download", lambda tensor: lambda: torch.zeros(tensor.shape).tolist())
+    _, test, rows, shots_from = made_requests.load_data(20)
+    requests, questions = made_requests.task_requests(test, shots_from, rows, 20, 20)[task]
+    encode = cache(lambda text: tuple(llama_tokenizer(text)["input_ids"]))
+    windows = [(encode(context), encode(answer)[1:]) for context, answer in requests]
+    with torch.device("meta"):
+        model = tiny("llama", num_hidden_layers=1, vocab_size=len(llama_tokenizer), max_position_embeddings=16384)
+    passes = count_passes(model)
+    found = list(window_loglikelihoods(model, windows, 16_384))
+    assert sorted(i for places, _ in found for i in places) == [*range(len(windows))]
+    asked = sum(len(context) + len(answer) for context, answer in windows)
+    assert len(passes) <= passes_per_question * questions and sum(passes) <= share * asked
+
+
+def test_a_stage_loads_its_model_once(monkeypatch, tiny_llama, pair_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    loads, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **more: loads.append(1) or load(*args, **more)
+    )
+    model = ("--model_name_or_path", tiny_llama, "--precision", "fp32")
+    ask = ("--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED, "--num_query", 2)
+    train = ("--dataset_path", pair_file, "--output_dir", tmp_path / "out", "--max_steps", 1, "--warmup_steps", 0)
+    score = (tmp_path / "out", tmp_path / "scores", "--tasks", "grath_mc1", "--limit", 2)
+    for number, (script, *arguments) in enumerate(
+        (("create_pair_responses.py", *model, *ask), ("dpo.py", *model, *train), ("grath.evaluation", *score)), 1
+    ):
+        call_here(script, *arguments)
+        assert len(loads) == number, script
+
+
+def test_too_few_steps_to_measure_are_refused(monkeypatch):
+    import gpu_stages
+
+    monkeypatch.setattr(sys, "argv", ["gpu_stages.py", "--dpo_steps", "5"])
+    with pytest.raises(UserError, match="the first 5 are not measured"):
+        gpu_stages.main()
+
+
+@pytest.mark.slow
+def test_the_stages_are_measured(monkeypatch, tiny_llama, tmp_path):
+    import gpu_stages
+
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    monkeypatch.setattr(gpu_stages, "LLAMA_2_7B", gpu_stages.LLAMA_2_7B | narrow)
+    file = tmp_path / "stages.json"
+    small = ["--limit", "3", "--layers", "2", "--rows", "4", "--dpo_steps", "6", "--tokenizer", str(tiny_llama)]
+    monkeypatch.setattr(sys, "argv", ["gpu_stages.py", *small, "--json", str(file)])
+    gpu_stages.main()
+    stages = json.loads(file.read_text())
+    of_pairs = {"pairs, 4 rows", "pairs, copied", "pairs in int8"}
+    assert set(stages) == {*of_pairs, "dpo", "arc_challenge", "hellaswag", "mmlu", "truthfulqa"}
+    assert all(stage["minutes"] > 0 for stage in stages.values())
+    for name in of_pairs:
+        tokens = stages[name]["tokens_per_s"] * stages[name]["seconds"]
+        assert 40 <= tokens / stages[name]["questions"] <= 100
