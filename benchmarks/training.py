@@ -8,9 +8,9 @@
 `second_model` train without it, as `ours` does; --gradient_checkpointing compares with TRL's own default.
 
 Each way trains in its own process. `before` is the time until the first step, with the reference pass of `ours` over
-all pairs; TRL computes the reference in every step. `ratio` compares the steps, `iteration` the paper's 1,000 steps
-with the reference pass over 1,119 pairs, as computed from these figures. With --same_order, `ours` takes the pairs in
-TRL's order, so that the losses can be compared step by step.
+the pairs of the steps; TRL computes the reference in every step. `ratio` compares the steps, `iteration` the paper's
+1,000 steps with the reference pass over 1,119 pairs, as computed from these figures. With --same_order, every way takes
+the pairs in the order of their file, so that the losses can be compared step by step.
 """
 
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 from generation import peak_bytes, run_child
 
 from grath.common.arguments import Parser, positive_int
+from grath.common.defaults import PAIRS_PER_STEP
 from grath.common.errors import run_main
 from grath.common.layout import PROJECT
 from grath.modeling.chat import template_for
@@ -39,8 +40,8 @@ def train(way, args, folder):
     """Train in one way.
 
     Returns:
-        dict of `before` (s, until the first step), `seconds` (of all steps), `tokens` (of the pairs trained on),
-        `losses` (one per step) and `peak` (bytes of memory).
+        dict of `before` (s, until the first step), `pairs`, `seconds` (of all steps), `tokens` (of the pairs trained
+        on), `losses` (one per step) and `peak` (bytes of memory).
     """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -56,22 +57,19 @@ def train(way, args, folder):
     tokenizer = load_tokenizer(args.model)
     rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, 0)
     tokenized = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
-    dataset = Dataset.from_list(filter_pairs(tokenized, 1024)[0].to_list())
+    kept = filter_pairs(tokenized, 1024)[0].to_list()
+    if args.same_order:  # TRL's last step of an epoch would be smaller
+        kept = [kept[i % len(kept)] for i in range(PAIRS_PER_STEP * args.steps)]
     settings = {
         "output_dir": folder, "max_steps": args.steps, "warmup_steps": 0, "learning_rate": 5e-4, "logging_steps": 1,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "seed": 0, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
+    } | ({"train_sampling_strategy": "sequential"} if args.same_order else {})  # fmt: skip
     model = load_model(args.model, args.dtype)
-    common = {
-        "model": model,
-        "train_dataset": dataset,
-        "processing_class": tokenizer,
-        "peft_config": lora_config(),
-    }
+    common = {"model": model, "processing_class": tokenizer, "peft_config": lora_config()}
+    common["train_dataset"] = Dataset.from_list(kept)
     if way == "ours":
-        order = {"train_sampling_strategy": "random"} if args.same_order else {}
-        config = GrathDPOConfig(precision=args.dtype, **settings, **order)
+        config = GrathDPOConfig(precision=args.dtype, **settings)
         start = time.perf_counter()
         with fp32_cpu_matmul(model):
             trainer = GrathDPOTrainer(args=config, reference="rolling", **common)
@@ -79,22 +77,18 @@ def train(way, args, folder):
             trainer.train()
     else:
         cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
-        config = DPOConfig(
-            **settings,
-            **cpu,
-            **({"bf16": False} if args.dtype == "fp32" else {}),
-            gradient_checkpointing=args.gradient_checkpointing,
-        )
+        bf16 = {"bf16": False} if args.dtype == "fp32" else {}
+        config = DPOConfig(**settings, **cpu, **bf16, gradient_checkpointing=args.gradient_checkpointing)
         second = load_model(args.model, args.dtype) if way == "second_model" else None
         start = time.perf_counter()
         trainer = PlainTrainer(args=config, ref_model=second, **common)
         before = time.perf_counter() - start
         trainer.train()
-    seconds = time.perf_counter() - start - before
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "before": before,
-        "seconds": seconds,
+        "pairs": len(getattr(trainer, "pairs", kept)),
+        "seconds": time.perf_counter() - start - before,
         "tokens": log[-1]["num_tokens"],
         "losses": [entry["loss"] for entry in log],
         "peak": peak_bytes(),
@@ -115,12 +109,9 @@ def main():
     )
     add("--pairs", type=positive_int, default=256, help="maximum number of pairs")
     add("--steps", type=positive_int, default=16, help="optimizer steps of 16 pairs")
-    add("--same_order", action="store_true", help="take the pairs in TRL's order in every way")
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="train with gradient checkpointing in `trl` and `second_model`, which is TRL's own default",
-    )
+    add("--same_order", action="store_true", help="take the pairs in the order of their file")
+    checkpointing = "train with gradient checkpointing in `trl` and `second_model`, which is TRL's own default"
+    add("--gradient_checkpointing", action="store_true", help=checkpointing)
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare")
     add("--only", choices=WAYS, help="train in one way in this process, and print the results as JSON")
     args = parser.parse_args()
@@ -128,10 +119,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(train(args.only, args, folder)))
         return
-    baseline = "TRL with gradient checkpointing (its default)"
-    if not args.gradient_checkpointing:
-        baseline = "TRL without gradient checkpointing"
-    print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}; {baseline}")
+    checkpointing = "with" if args.gradient_checkpointing else "without"
+    print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}; TRL {checkpointing} gradient checkpointing")
     print(
         f"{'way':14}{'before':>8}{'s/step':>8}{'tokens/s':>10}{'peak MB':>9}{'ratio':>7}{'iteration':>11}{'memory':>8}"
         f"{'largest loss difference':>25}"
@@ -139,7 +128,7 @@ def main():
 
     def iteration(found):
         """Seconds of the paper's iteration."""
-        return found["before"] / args.pairs * PAPER_PAIRS + found["seconds"] / args.steps * PAPER_STEPS
+        return found["before"] / found["pairs"] * PAPER_PAIRS + found["seconds"] / args.steps * PAPER_STEPS
 
     first = None
     for way in args.ways:

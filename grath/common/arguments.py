@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 
 from grath.common.errors import UserError, program_name
 
@@ -28,14 +27,9 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
         options = {"prog": program_name(), **options}
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
-    def parse_with_rest(self):
-        """Parse the arguments before the first `--`; the attribute `rest` is the list of those after it, unparsed."""
-        at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-        return self.parse_args(sys.argv[1:at], argparse.Namespace(rest=sys.argv[at + 1 :]))
-
 
 def positive_int(text):
     """Convert `text` to an integer of at least 1; an `argparse` type."""
-    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)

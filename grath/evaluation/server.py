@@ -65,10 +65,13 @@ class ServerLM(LocalCompletionsAPI):
         bodies = [self._create_payload([ids], generate=generate, **copy.deepcopy(kwargs)) for ids in requests]
         answers = [None] * len(requests)
         with tqdm(total=len(requests), desc="Scoring requests") as bar:
-            async for index, response in complete_all(self.served, bodies, self.in_flight):
+
+            def done(index, response):
                 if generate:
                     answers[index] = self.parse_generations(response)
                 else:
                     answers[index] = self.parse_logprobs(response, [requests[index]], [ctxlens[index]])
                 bar.update()
+
+            await complete_all(self.served, bodies, done, self.in_flight)
         return answers

@@ -1,8 +1,8 @@
-"""What writes completions, behind one interface: a model on this machine, or a model on inference servers.
+"""Greedy completions behind one interface: of a model on this machine, or of one on inference servers.
 
-`LocalGenerator` and `ServerGenerator` have the same three names: `generate(prompts)`, where each prompt is a list of
-token ids, yields the index, the text and the number of tokens of each completion, as they are done; `window` is the
-context window in tokens, or None if it is not known; `rows` is the number of rows of a batch, and None on servers.
+Of both generators, `generate(prompts)` takes lists of token ids; it yields the index, the text and the number of tokens
+of each completion, as it is done. `window` is the context window in tokens, or None if it is not known. `rows` is the
+number of rows of a batch, None on servers.
 """
 
 import asyncio
@@ -48,16 +48,15 @@ class LocalGenerator:
         Raises:
             torch.OutOfMemoryError: a single row does not fit.
         """
-        state, engine, eos_ids = PartialState(), self.engine, eos_token_ids(self.model, self.tokenizer)
-        if engine == "shared_prefix":
-            reason = unsupported_reason(self.model, max(map(len, prompts)) + self.max_new_tokens)
-            if reason:
-                engine = "generate"
-                state.print(f"Falling back to plain batched generation: {reason}")
-        generate_fn, device = (generate_shared_prefix if engine == "shared_prefix" else generate_hf), self.model.device
-        self.rows = self.rows or (GPU_ROWS if engine == "shared_prefix" and device.type == "cuda" else ROWS)
-        state.print(f"Asking {len(prompts)} questions ({engine}, {device}, batches of {self.rows})")
-        left = list(range(len(prompts)))
+        state, device = PartialState(), self.model.device
+        reason = unsupported_reason(self.model, max(map(len, prompts)) + self.max_new_tokens)
+        if self.engine == "shared_prefix" and reason:
+            self.engine = "generate"
+            state.print(f"Falling back to plain batched generation: {reason}")
+        generate_fn = generate_shared_prefix if self.engine == "shared_prefix" else generate_hf
+        self.rows = self.rows or (GPU_ROWS if self.engine == "shared_prefix" and device.type == "cuda" else ROWS)
+        state.print(f"Asking {len(prompts)} questions ({self.engine}, {device}, batches of {self.rows})")
+        eos_ids, left = eos_token_ids(self.model, self.tokenizer), list(range(len(prompts)))
         while left:
             done, unfinished = set(), [prompts[i] for i in left]
             try:
@@ -68,7 +67,7 @@ class LocalGenerator:
                 used = min(self.rows, len(left))
                 if used == 1:
                     raise
-                self.rows = used // 2
+                self.rows = used - 1
                 print(f"The memory is full with {used} questions in a batch: going on with {self.rows}", flush=True)
             left = [i for i in left if i not in done]
             # Not while the error is handled: its traceback keeps the batch.

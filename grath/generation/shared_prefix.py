@@ -49,8 +49,10 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids):
 
 
 class _ActiveBatch:
-    """The active rows. For each one: its prompt's index, its completion so far, and an index of its own tokens. The
-    newest token is not in the cache yet.
+    """The active rows. For each one: its prompt's index, its completion so far, and an index of its own tokens.
+
+    The newest token is not in the cache yet. `prefill` and `step` return the completions that are done, as
+    `generate_shared_prefix` yields them.
     """
 
     def __init__(self, model, cache, max_new_tokens, eos_ids):
@@ -59,11 +61,7 @@ class _ActiveBatch:
         self.prompts, self.completions, self.indices = [], [], []
 
     def prefill(self, prompts, suffixes):
-        """Add rows for new prompts, and run their tokens after the prefix (`suffixes`) through the model.
-
-        Returns:
-            the completions that are done, as `generate_shared_prefix` yields them.
-        """
+        """Add rows for new prompts, and run their tokens after the prefix (`suffixes`) through the model."""
         first = len(self.prompts)
         last = upload([end - 1 for end in accumulate(map(len, suffixes))], self.model.device)
         hidden = self.cache.forward(self.model, suffixes, first, [0] * len(suffixes))
@@ -73,11 +71,7 @@ class _ActiveBatch:
         return self._append_tokens(first, [[token] for token in self._greedy_tokens(hidden[last])])
 
     def step(self):
-        """Run each row's newest token and its draft; append the accepted tokens, and the model's own after them.
-
-        Returns:
-            as `prefill`.
-        """
+        """Run each row's newest token and its draft; append the accepted tokens, and the model's own after them."""
         tokens = [[completion[-1], *self._draft(row)] for row, completion in enumerate(self.completions)]
         cache_lengths = [len(index.tokens) - 1 for index in self.indices]
         hidden = self.cache.forward(self.model, tokens, 0, cache_lengths)

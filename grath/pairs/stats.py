@@ -5,7 +5,7 @@ from statistics import mean
 
 from grath.common.files import read_json
 from grath.common.layout import combined_path, record_path
-from grath.common.record import check_files, read_record
+from grath.common.record import read_record
 from grath.pairs.files import read_pairs
 from grath.pairs.truth import format_signal, truth_signal
 
@@ -47,7 +47,6 @@ def pair_stats(path, questions=()):
         `grath.distance`: "distance" and "probe", or None if it has not run.
     """
     record = read_record(record_path(path)) or {}
-    check_files(record, path.parent, "write the pairs again")
     rows = read_pairs(path)
     combined = combined_path(path)
     trained_on = combined if combined.is_file() else path

@@ -26,9 +26,10 @@ from grath.report.paired import pool
 
 # Settings that change no result: places, and how much is computed at once.
 NOT_COMPARED = {
-    "batch_size", "dataset_path", "disable_tqdm", "gradient_accumulation_steps", "logging_steps", "model_name_or_path",
-    "output_dir", "overwrite", "overwrite_output_dir", "per_device_train_batch_size", "precompute_ref_batch_size",
-    "report_to", "run_name", "save_dir", "save_prefix", "save_steps", "seed", "server_timeout", "server_url",
+    "batch_size", "dataloader_num_workers", "dataset_path", "disable_tqdm", "gradient_accumulation_steps", "log_level",
+    "logging_first_step", "logging_steps", "model_name_or_path", "output_dir", "overwrite_output_dir",
+    "per_device_eval_batch_size", "per_device_train_batch_size", "precompute_ref_batch_size", "project", "report_to",
+    "resume_from_checkpoint", "run_name", "save_steps", "save_total_limit", "seed", "trackio_space_id",
 }  # fmt: skip
 # Settings of pairs that their record has among its inputs.
 RESOLVED = ("precision", "max_new_tokens")
@@ -111,7 +112,7 @@ def _settings(models):
     pairs = base.get("pairs", {})
     stages = {
         "pairs": pairs.get("settings", {}) | {name: pairs["inputs"].get(name) for name in RESOLVED if pairs},
-        "dpo": training.get("settings", {}) | {"pairs in a step": training.get("effective_batch")},
+        "dpo": training.get("settings", {}) | {"pairs in a step": training.get("inputs", {}).get("effective_batch")},
         "scores": base.get("scores", {}).get("inputs", {}),
     }
     found = {"base model": models[0]["name"], "seed": stages["dpo"].get("seed")}

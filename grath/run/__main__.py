@@ -1,7 +1,7 @@
 """What the shell scripts ask of Python.
 
     python -m grath.run settings FOLDER       print the settings as lines for bash; FOLDER is the project that asks
-    python -m grath.run check                 check the machine for the run and print its plan
+    python -m grath.run check TITLE...        check the machine for the run and print its plan
     python -m grath.run unscored              print the newest run and its models without scores as lines for bash
     python -m grath.run configuration         print docs/configuration.md
 
@@ -20,7 +20,8 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=type(parser))
     settings = commands.add_parser("settings", description="print the settings for bash")
     settings.add_argument("folder", type=Path, help="the project that asks")
-    commands.add_parser("check", description="check the machine for the run")
+    check = commands.add_parser("check", description="check the machine for the run")
+    check.add_argument("titles", nargs="*", help="titles of the run's stages")
     commands.add_parser("unscored", description="print the newest run and its models without scores for bash")
     commands.add_parser("configuration", description="print docs/configuration.md")
     args = parser.parse_args()
@@ -45,7 +46,7 @@ def main():
     else:
         from grath.run.check import check_run
 
-        check_run()
+        check_run(args.titles)
 
 
 if __name__ == "__main__":

@@ -211,21 +211,11 @@ def check_disk(config, values):
     return f"{free / 1e9:.1f} GB free, about {need / 1e6:.0f} MB to write"
 
 
-def plan(values):
-    """List the titles of the stages of a run, in order."""
-    scores = bool(values["TASKS"])
-    titles = ["scores of M_0"] if scores else []
-    for i in range(1, int(values["ITERATIONS"]) + 1):
-        titles.append(f"iteration {i}: M_{i - 1} writes pairs")
-        if i > 1:
-            titles.append(f"iteration {i}: combine with the incorrect answers of iteration 1")
-        titles.append(f"iteration {i}: DPO trains M_{i}")
-        titles += [f"scores of M_{i}"] if scores else []
-    return titles
-
-
-def check_run():
+def check_run(titles):
     """Check the machine for the run in the environment, print a line for each check, and print the plan.
+
+    Args:
+        titles: those of the run's stages, in order.
 
     Raises:
         UserError: a check failed.
@@ -259,7 +249,6 @@ def check_run():
     check("data", check_data, values)
     if model:
         check("disk", check_disk, model[1], values)
-    titles = plan(values)
     print(f"The plan: {len(titles)} stages in {run_folder(values['RUNS_DIR'], values['RUN_NAME'], values['SEED'])}:")
     for title in titles:
         print(f"  {title}")

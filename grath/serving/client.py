@@ -18,7 +18,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30
 # Seconds of failures after which a line says what is waited for.
 SILENT_WAIT = 10
 # HTTP statuses of a server that is busy, starting or broken; every other one from 400 on refuses the request.
-TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class Unavailable(Exception):

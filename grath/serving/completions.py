@@ -13,18 +13,8 @@ from dataclasses import dataclass, field
 from grath.common.defaults import SERVER_TIMEOUT
 from grath.common.errors import UserError
 from grath.common.signals import SignalReceived
-from grath.serving.client import (
-    FIRST_WAIT,
-    LONGEST_WAIT,
-    TRY_AGAIN,
-    Outage,
-    Refused,
-    Unavailable,
-    open_session,
-    send,
-    send_completion,
-    send_until,
-)
+from grath.serving import client
+from grath.serving.client import Outage, Refused, Unavailable, open_session, send, send_completion, send_until
 
 # Requests in flight at each server; those that the server refuses as too many wait.
 MOST_IN_FLIGHT = 512
@@ -79,7 +69,7 @@ async def complete_all(served, bodies, on_done, in_flight=None):
         waiting.put_nowait(index)
 
     async def work(session, url, loading):
-        wait = FIRST_WAIT
+        wait = client.FIRST_WAIT
         while True:
             index = await waiting.get()
             try:
@@ -89,11 +79,11 @@ async def complete_all(served, bodies, on_done, in_flight=None):
                 outage.failed(url, error)
                 # Servers that lost many requests at once do not get all of them back at once.
                 await asyncio.sleep(wait * random.uniform(0.5, 1))
-                wait = min(2 * wait, LONGEST_WAIT)
+                wait = min(2 * wait, client.LONGEST_WAIT)
             else:
                 on_done(index, response)
                 outage.succeeded()
-                wait = FIRST_WAIT
+                wait = client.FIRST_WAIT
                 left.remove(index)
                 if not left:
                     finished.set_result(None)
@@ -171,10 +161,9 @@ async def load_adapter(session, url, served, timeout):
     if await is_loaded():
         return
     body = {"lora_name": served.name, "lora_path": served.adapter}
-    # vLLM answers 500 where it cannot use the adapter.
-    try_again = [status for status in TRY_AGAIN if status != 500]
     try:
-        await send_until(session, timeout, send, f"{url}{LOAD}", body, try_again)
+        # vLLM answers 500 where it cannot use the adapter.
+        await send_until(session, timeout, send, f"{url}{LOAD}", body, client.TRY_AGAIN - {500})
         served.loaded.add(url)
     except Refused as error:
         if not await is_loaded():  # another program may have loaded it meanwhile

@@ -13,14 +13,7 @@ from grath.common.files import sha256
 from grath.common.layout import ADAPTER
 from grath.modeling.loading import has_local_weights, load_for_inference, resolve_base_and_adapter
 from grath.serving.client import open_session, server_urls
-from grath.serving.completions import (
-    Served,
-    check_adapters,
-    complete_all,
-    load_adapter,
-    served_models,
-    unload_adapter,
-)
+from grath.serving.completions import Served, check_adapters, complete_all, load_adapter, served_models, unload_adapter
 
 # Its tokens are likely enough to be stable in 16 bits, and open enough to tell one model from another.
 PROBE = (

@@ -2,20 +2,21 @@
 
 import json
 import os
+import re
 
 import pytest
-from support import call, call_here, put_arc, put_truthful, rows
+from support import call, call_here, put_arc, put_truthful
 
 from grath.common.local_data import content_hash
 
 
 def ask(out):
-    """Return the numbers of the ARC questions that stage 1 asks."""
-    call_here(
+    """Return the number of ARC questions that stage 1 asks."""
+    done = call_here(
         "create_pair_responses.py", "--model_name_or_path", "me/tiny", "--save_prefix", "x", "--save_dir", out,
         "--tokenizer_name", "me/tiny", "--precision", "fp32", cwd=out.parent,
     )  # fmt: skip
-    return [int(row["question"].split()[-1]) for row in rows(next(out.glob("x_*.json")))]
+    return int(re.search(r"Asking (\d+) questions", done.stdout)[1])
 
 
 def train(out):
@@ -27,48 +28,60 @@ def train(out):
     return json.loads((out / "grath.json").read_text())["pairs"]["read"]
 
 
-def evaluate(out, status=0):
-    """Return the number of TruthfulQA questions that stage 4 scores, and the finished process."""
-    done = call_here("grath.evaluation", "me/tiny", out, "--tasks", "truthfulqa_mc1", cwd=out.parent, status=status)
-    return scored(out), done
+def evaluate(out, *tasks, status=0):
+    """Run stage 4, on TruthfulQA if no tasks are named."""
+    tasks = tasks or ("truthfulqa_mc1",)
+    return call_here("grath.evaluation", "me/tiny", out, "--tasks", *tasks, cwd=out.parent, status=status)
 
 
 def scored(out):
+    """Return the number of TruthfulQA questions in a folder of scores."""
     return json.loads((out / "truthfulqa_mc1.json").read_text())["n-samples"]["truthfulqa_mc1"]["effective"]
 
 
-@pytest.mark.slow
-def test_two_folders_of_one_layout_and_an_edited_one(tiny_llama, tmp_path, monkeypatch):
-    """`datasets` would give them one cache entry, by their layout, in one process and in several.
-
-    Every stage finds the hub names of data sets and of the model in DATASETS_ROOT.
-    """
+@pytest.fixture
+def fill(tiny_llama, tmp_path, monkeypatch):
+    """A function that fills a folder in the hub's layout with questions of some numbers, and makes it DATASETS_ROOT."""
 
     def fill(name, numbers):
         put_arc(tmp_path / name, numbers)
         put_truthful(tmp_path / name, numbers)
         monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(tmp_path / name))
-        return list(numbers)
+        if not (tmp_path / name / "me").exists():
+            (tmp_path / name / "me").mkdir()
+            (tmp_path / name / "me" / "tiny").symlink_to(tiny_llama)
 
-    for name, numbers in (("a", range(3)), ("b", range(10, 15))):
-        (tmp_path / name / "me").mkdir(parents=True)
-        (tmp_path / name / "me" / "tiny").symlink_to(tiny_llama)
-        expected = fill(name, numbers)
-        assert ask(tmp_path / f"asked {name}") == expected
-        assert train(tmp_path / f"trained {name}") == len(expected)
-        assert evaluate(tmp_path / f"scores {name}")[0] == len(expected)
+    return fill
 
-    expected = fill("a", range(20, 24))
-    assert ask(tmp_path / "asked again") == expected
-    assert train(tmp_path / "trained again") == 4
-    # Scores of the old questions are not taken for scores of the new ones.
-    count, done = evaluate(tmp_path / "scores a", status=2)
-    assert count == 3 and done.stderr.count("\n") == 1
-    assert "contains scores with truthfulqa/truthful_qa=" in done.stderr
+
+@pytest.mark.slow
+def test_two_folders_of_one_layout_and_an_edited_one(fill, tmp_path):
+    """`datasets` would give them one cache entry, by their layout, in one process and in several."""
+    for start, (name, numbers) in enumerate((("a", range(3)), ("b", range(10, 15)), ("a", range(20, 24)))):
+        fill(name, numbers)
+        assert ask(tmp_path / f"asked {start}") == len(numbers)
+        assert train(tmp_path / f"trained {start}") == len(numbers)
+        evaluate(tmp_path / f"scores {start}")
+        assert scored(tmp_path / f"scores {start}") == len(numbers)
     # In a process of its own, as a user starts it.
     env = {"DATASETS_ROOT": str(tmp_path / "a"), "TASKS": "truthfulqa_mc1"}
     call("evaluation.sh", "me/tiny", tmp_path / "scores again", env=env, cwd=tmp_path)
     assert scored(tmp_path / "scores again") == 4
+
+
+def test_scores_are_refused_if_their_own_data_has_changed(fill, tmp_path):
+    """But not if the data of another task has changed, or a task is added."""
+    fill("a", range(3))
+    evaluate(tmp_path / "s")
+    put_arc(tmp_path / "a", range(30))
+    assert "is up to date" in evaluate(tmp_path / "s").stdout
+    done = evaluate(tmp_path / "s", "truthfulqa_mc1", "arc_challenge")
+    assert "truthfulqa_mc1.json is up to date" in done.stdout and "arc_challenge, 25-shot" in done.stdout
+    put_truthful(tmp_path / "a", range(5))
+    assert "is up to date" in evaluate(tmp_path / "s", "arc_challenge").stdout
+    done = evaluate(tmp_path / "s", status=2)
+    assert "was made with data truthfulqa/truthful_qa " in done.stderr and done.stderr.count("\n") == 1
+    assert scored(tmp_path / "s") == 3
 
 
 def test_equal_folders_share_a_cache_entry_and_hidden_files_do_not_count(tmp_path):
@@ -91,32 +104,3 @@ def test_equal_folders_share_a_cache_entry_and_hidden_files_do_not_count(tmp_pat
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert content_hash(folder) != content_hash(other)
-
-
-@pytest.mark.parametrize("edited", ["truthfulqa/truthful_qa", "allenai/ai2_arc"])
-def test_scores_run_again_if_their_data_has_changed(edited, tmp_path, monkeypatch):
-    """But not if the data of another task has changed, or a task is added."""
-    monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(tmp_path / "hub"))
-    put_arc(tmp_path / "hub", range(3))
-    put_truthful(tmp_path / "hub", range(3))
-    run = tmp_path / "run_seed_0"
-    hub = {"DATASETS_ROOT": str(tmp_path / "hub")}
-    start = {"MODEL_NAME_OR_PATH": "a/b", "NUM_QUERY": "1", "RUNS_DIR": str(tmp_path), "RUN_NAME": "run", **hub}
-    call("python", "-m", "grath.run", "start", env=start)
-
-    def score(tasks):
-        outputs = [f"{run / task}.json" for task in tasks.split()]
-        call(
-            "python", "-m", "grath.run", "stage", run, "--iteration", "0", "--stage", "scores",
-            "--title", "scores", "--output", *outputs, "--",
-            "bash", "-c", f"cd '{run}'; for t in {tasks}; do [[ -f $t.json ]] || echo $RANDOM >$t.json; done",
-            env={**hub, "TASKS": tasks},
-        )  # fmt: skip
-        return {task: (run / f"{task}.json").read_text() for task in tasks.split()}
-
-    first = score("truthfulqa_mc1")
-    both = score("truthfulqa_mc1 arc_challenge")
-    assert both == score("truthfulqa_mc1 arc_challenge") and first.items() <= both.items()
-    put_truthful(tmp_path / "hub", range(5)) if "truthful" in edited else put_arc(tmp_path / "hub", range(5))
-    again = score("truthfulqa_mc1")
-    assert (again == first) == ("truthful" not in edited)

@@ -52,7 +52,7 @@ def test_finished_output_is_not_changed(first_iteration, tiny_llama, pair_file, 
 @pytest.mark.parametrize("state", ["finished", "interrupted"])
 def test_another_base_is_refused(first_iteration, tiny_llama, pair_file, tmp_path, state):
     output = tmp_path / "m"
-    shutil.copytree(first_iteration[0], output) if state == "finished" else interrupt(first_iteration[0], output, 2)
+    shutil.copytree(first_iteration[0], output) if state == "finished" else interrupt(first_iteration[0], output, 3)
     source = ("--dataset_path", pair_file)
     for file in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copytree(tiny_llama, tmp_path / file)
@@ -75,7 +75,7 @@ def test_an_edited_adapter_is_refused(first_iteration, tiny_llama, pair_file, tm
         done, _ = train(tiny_llama, output, source=source, status=2)
         assert f"{output / file} is not the file that was written: choose another --output_dir" in done.stderr
         done, _ = train(output, tmp_path / "next", source=source, status=2)
-        assert f"{output / file} is not the file that its training saved" in done.stderr
+        assert f"{output / file} is not the file that was written: train the adapter again" in done.stderr
 
 
 def test_files_of_an_early_kill_are_ignored(tiny_llama, pair_file, tmp_path):

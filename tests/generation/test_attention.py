@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from greedy import same, shared
 from support import FAMILIES, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,7 +10,7 @@ from grath.evaluation import loglikelihood
 from grath.evaluation.loglikelihood import window_loglikelihoods
 from grath.generation import attention
 from grath.generation.attention import explicit_attention, fused_attention, fused_kernels_differ, select_attention_fn
-from grath.generation.shared_prefix import generate_shared_prefix
+from grath.generation.shared_prefix import _ActiveBatch
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,15 @@ def test_kernels_that_differ_are_found(kernels, pair):
     assert "differ from the exact result" in fused_kernels_differ(CPU, torch.float16, 2, 16)
 
 
+def test_a_full_memory_is_no_difference(kernels):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    kernels(full, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused_kernels_differ(CPU, torch.float32, 2, 16)
+
+
 def test_without_fused_kernels_the_exact_attention_is_used_and_a_line_says_so(monkeypatch, capsys):
     cuda = torch.device("cuda", 7)
     select_attention_fn.cache_clear()
@@ -79,12 +89,6 @@ def test_without_fused_kernels_the_exact_attention_is_used_and_a_line_says_so(mo
     assert capsys.readouterr().out.count("without fused kernels") == 1
     monkeypatch.setattr(attention, "fused_kernels_differ", lambda *_: None)
     assert select_attention_fn(cuda, torch.bfloat16, 2, 16) is fused_attention
-
-
-def completions(model, prompts):
-    done = {}
-    generate_shared_prefix(model, prompts, 9, 3, [5], done.__setitem__)
-    return done
 
 
 def scored(model, windows):
@@ -100,15 +104,15 @@ def test_the_engine_gives_the_same_with_the_kernels_of_a_gpu(kernels, monkeypatc
     head = [7, 8, 9, *range(20, 55)]
     prompts = [[*head, i, *range(1, 2 + i % 5)] for i in range(9)]
     windows = [((*prompt, 3), (i, 4)) for prompt in prompts for i in (1, 2)] + [((1, 2), (3,)), ((4,) * 90, (5, 6))]
-    expected, likely = completions(model, prompts), scored(model, windows)
+    expected, likely = shared(model, prompts, 9, {5}, 3), scored(model, windows)
     used = []
     monkeypatch.setattr(attention, "select_attention_fn", lambda *_: used.append(1) or fused_attention)
-    ours, scores = completions(model, prompts), scored(model, windows)
+    ours, scores = shared(model, prompts, 9, {5}, 3), scored(model, windows)
     assert used
     tolerance = {"rel": 1e-5, "abs": 1e-4} if dtype == torch.float32 else {"rel": 0.05, "abs": 0.1}
     assert [score for score, _ in scores] == pytest.approx([score for score, _ in likely], **tolerance)
     if dtype == torch.float32:
-        assert ours == expected
+        same(model, prompts, ours, expected)
 
 
 def test_one_synchronization_for_each_forward_pass(monkeypatch):
@@ -130,7 +134,7 @@ def test_one_synchronization_for_each_forward_pass(monkeypatch):
                 reads.append(func)
             return func(*args, **(kwargs or {}))
 
-    for work in (lambda: completions(model, prompts), lambda: scored(model, windows)):
+    for work in (lambda: shared(model, prompts, 9, {5}, 3), lambda: scored(model, windows)):
         work()  # what is done once, such as choosing the attention, is not counted
         reads.clear(), forwards.clear(), uploads.clear()
         with Reads():
@@ -152,20 +156,17 @@ def test_results_are_copied_before_the_next_batch_is_launched(monkeypatch):
 
 
 def test_a_prefill_waits_until_an_eighth_of_the_rows_are_free(monkeypatch):
-    from grath.generation.shared_prefix import _ActiveBatch
-
     model, sizes = tiny("llama"), []
     prefill = _ActiveBatch.prefill
 
     def recorded(batch, prompts, suffixes):
         sizes.append((len(batch.prompts), len(prompts)))
-        prefill(batch, prompts, suffixes)
+        return prefill(batch, prompts, suffixes)
 
     monkeypatch.setattr(_ActiveBatch, "prefill", recorded)
     prompts = [[*range(1, 20), i % 60, *range(1, 2 + i % 3), i // 60 + 1] for i in range(150)]
-    done = {}
-    generate_shared_prefix(model, prompts, 40, 32, [*range(0, 60, 7)], done.__setitem__)
-    assert len(done) == 150 and len({len(completion) for completion in done.values()}) > 3
+    done = shared(model, prompts, 40, {*range(0, 60, 7)}, 32)
+    assert len({len(completion) for completion in done}) > 3
     assert sum(new for _, new in sizes) == 150 and sizes[:2] == [(0, 16), (16, 16)]
     # Of 32 rows, four; fewer only where no row runs, or no more prompts wait.
     assert all(new >= 4 or not running for running, new in sizes[:-1])

@@ -3,20 +3,54 @@
 import asyncio
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from stand_in.inference_server import InferenceServer
 from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, call_here, pair, rows
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
-from grath.serving import served
+from grath.serving import client, served
 from grath.serving.client import server_urls
 from grath.serving.completions import Served, complete_all
 
 KEY = "sk-a-key-that-must-not-leak"
+
+
+def own_answer(server):
+    """An answer for every question: a response that belongs to another prompt is another one."""
+
+    def answer(ids):
+        question = server.tokenizer.decode(ids).split("Question: ")[-1].split(" [/INST]")[0]
+        return f"Question: {question}\nCorrect answer: {CORRECT} {question}\nIncorrect answer: {INCORRECT}"
+
+    return answer
+
+
+@pytest.fixture
+def serve(tiny_llama):
+    """A function that starts a server of the tiny model; every server ends with the test."""
+    servers = []
+
+    def start(**options):
+        server = InferenceServer(**{"model": tiny_llama, **options})
+        server.answer = server.answer or own_answer(server)
+        servers.append(server.__enter__())
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Requests that fail are sent again at once."""
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.005)
 
 
 def command(model, folder, *urls, questions=4, timeout=20):
@@ -27,6 +61,29 @@ def command(model, folder, *urls, questions=4, timeout=20):
     )  # fmt: skip
 
 
+def ask(*arguments, flags=(), status=0, **options):
+    return call_here(*command(*arguments, **options), *flags, status=status)
+
+
+def start(*arguments, **options):
+    """The command in a process of its own."""
+    script, *flags = map(str, command(*arguments, **options))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, PROJECT / script, *flags], **pipes)
+
+
+def wait_for(reached):
+    deadline = time.monotonic() + 600
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def pairs_in(folder):
+    (path,) = folder.glob("*_False.json")
+    return rows(path)
+
+
 def expected(questions):
     asked = [row["question"] for row in rows(BUNDLED)[:questions]]
     return [pair(question, f"{CORRECT} {question}", INCORRECT) for question in asked]
@@ -34,21 +91,20 @@ def expected(questions):
 
 def saved(folder):
     """The indices of the questions whose responses an interrupted run has saved."""
-    lines = [line for path in folder.iterdir() for line in path.read_text().splitlines()]
+    lines = [line for path in folder.glob(".*.responses*") for line in path.read_text().split("\n")[:-1]]
     return [json.loads(line)[0] for line in lines]
 
 
 def test_the_file_is_that_of_the_engine(serve, tiny_llama, tmp_path):
     """The server gets the token ids of our own prompt, asks greedily, and is compared with the local model first."""
     server = serve(answer=lambda ids: RESPONSE)
-    done = call_here(*command(tiny_llama, tmp_path / "server", f"{server.url}/v1/"))
+    done = ask(tiny_llama, tmp_path / "server", f"{server.url}/v1/")
     call_here(
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
         tmp_path / "here", "--data_path", BUNDLED, "--num_query", 4, "--precision", "fp32",
     )  # fmt: skip
-    (ours,), (theirs,) = ((tmp_path / name).iterdir() for name in ("server", "here"))
-    assert ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes()
-    assert len(rows(ours)) == 4
+    (ours,), (theirs,) = ((tmp_path / name).glob("*_False.json") for name in ("server", "here"))
+    assert ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes() and len(rows(ours)) == 4
     assert "on the servers has the local weights (the log-probabilities of" in done.stdout
     probe, *asked = server.seen
     assert probe["echo"] and len(asked) == 4
@@ -61,7 +117,7 @@ def test_the_file_is_that_of_the_engine(serve, tiny_llama, tmp_path):
 def test_the_prompt_has_what_the_flags_ask_for(serve, tiny_llama, tmp_path, flags):
     """Few-shot examples are turns before the question; ground-truth candidates stand in each of its turns."""
     server = serve(answer=lambda ids: RESPONSE)
-    call_here(*command(tiny_llama, tmp_path, server.url, questions=1), *flags)
+    ask(tiny_llama, tmp_path, server.url, questions=1, flags=flags)
     text = server.tokenizer.decode(server.seen[-1]["prompt"])
     turns = 1 + 6 * ("--useFS" in flags)
     assert text.count("Answer the question below twice") == turns
@@ -73,78 +129,71 @@ def test_the_prompt_has_what_the_flags_ask_for(serve, tiny_llama, tmp_path, flag
 
 def test_several_servers_share_the_questions(serve, tiny_llama, tmp_path):
     servers = [serve(), serve()]
-    call_here(*command(tiny_llama, tmp_path, *(server.url for server in servers), questions=60))
+    ask(tiny_llama, tmp_path, *(server.url for server in servers), questions=60)
     asked = [[json.dumps(body["prompt"]) for body in server.seen[1:]] for server in servers]
     assert min(map(len, asked)) > 10
     assert len(asked[0] + asked[1]) == 60 and len(set(asked[0] + asked[1])) == 60
-    assert rows(next(tmp_path.iterdir())) == expected(60)
+    assert pairs_in(tmp_path) == expected(60)
 
 
-FAULTS = {
-    "it drops connections": "drop",
-    "it is busy": 429,
-    "it has an error": 500,
-    "it is starting": 503,
-    "its response is cut": "cut",
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_what_passes_is_waited_for(serve, tiny_llama, tmp_path, quick, fault):
-    """Every second request fails, the probe too."""
-    server = serve(faults=lambda number: fault if number % 2 else None)
-    call_here(*command(tiny_llama, tmp_path, server.url, questions=20))
-    assert rows(next(tmp_path.iterdir())) == expected(20)
+def test_what_passes_is_waited_for(serve, tiny_llama, tmp_path, quick):
+    """Every second request fails, the probe too: dropped, busy, broken, starting, or its response is cut."""
+    faults = ("drop", 429, 500, 503, "cut")
+    server = serve(faults=lambda number: faults[number // 2 % 5] if number % 2 else None)
+    ask(tiny_llama, tmp_path, server.url, questions=20)
+    assert pairs_in(tmp_path) == expected(20)
 
 
 @pytest.mark.parametrize("fault", ["drop", 503, "silent"])
 def test_a_lost_server_is_one_line_and_responses_are_kept(serve, tiny_llama, tmp_path, quick, fault):
     asked = lambda: sum(not body.get("echo") for body in server.seen)  # noqa: E731
     server = serve(faults=lambda number: fault if asked() > 3 else None)
-    done = call_here(*command(tiny_llama, tmp_path, server.url, questions=6, timeout=2), status=1)
+    done = ask(tiny_llama, tmp_path, server.url, questions=6, timeout=2, status=1)
     assert f"no response from {server.url} for 2 s" in done.stderr and "asks only what is left" in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("create_pair_responses.py: error: ")
     assert len(saved(tmp_path)) == 3
     server.faults = lambda number: None
     before = len(server.seen)
-    call_here(*command(tiny_llama, tmp_path, server.url, questions=6))
+    ask(tiny_llama, tmp_path, server.url, questions=6)
     assert len(server.seen) - before == 1 + 3
-    assert rows(next(tmp_path.iterdir())) == expected(6)
+    assert pairs_in(tmp_path) == expected(6)
 
 
 def test_a_server_dies_in_the_middle_and_comes_back(serve, tiny_llama, tmp_path):
     first = serve(faults=lambda number: "silent" if number > 21 else None)
-    script = [sys.executable, PROJECT / "create_pair_responses.py", *command(tiny_llama, tmp_path, first.url)[1:]]
-    script[script.index("--num_query") + 1] = 40
-    with subprocess.Popen([*map(str, script), "--batch_size", "4"], stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 600
-        while len(first.seen) < 25:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with start(tiny_llama, tmp_path, first.url, questions=40) as process:
+        wait_for(lambda: len(first.seen) >= 41)
         first.stop()
         second = serve(port=first.port)
         assert process.wait(timeout=120) == 0
-    answered = sum(first.served.values()) - 1
-    assert answered == 20
-    assert sum(second.served.values()) == 40 - answered
-    assert rows(next(tmp_path.iterdir())) == expected(40)
+    assert sum(first.served.values()) - 1 == 20 and sum(second.served.values()) == 20
+    assert pairs_in(tmp_path) == expected(40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle(serve, tiny_llama, tmp_path, number):
+    server = serve(faults=lambda number: "silent" if number > 4 else None)
+    with start(tiny_llama, tmp_path, server.url, questions=6) as process:
+        wait_for(lambda: len(saved(tmp_path)) == 3)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number
+        said = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
+        assert process.stderr.read().splitlines()[-1] == f"create_pair_responses.py: {said}"
+    assert len(saved(tmp_path)) == 3
+    ask(tiny_llama, tmp_path, serve().url, questions=6)
+    assert pairs_in(tmp_path) == expected(6)
 
 
 def test_a_refused_request_names_the_reason(serve, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(faults=lambda number: 400 if number > 2 else None)
-    done = call_here(*command(tiny_llama, tmp_path, server.url), status=2)
+    done = ask(tiny_llama, tmp_path, server.url, status=2)
     assert "refuses the request (HTTP 400): a fault, asked with Bearer ***" in done.stderr
     monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
-    assert "a line break" in call_here(*command(tiny_llama, tmp_path, server.url), status=2).stderr
+    assert "a line break" in ask(tiny_llama, tmp_path, server.url, status=2).stderr
     assert server.keys == {f"Bearer {KEY}"}
     said = done.stdout + done.stderr + "".join(path.read_text() for path in tmp_path.iterdir())
     assert KEY not in said
-
-
-def test_a_model_is_known_by_the_folder_that_it_was_loaded_from(serve, tiny_llama, tmp_path):
-    done = call_here(*command(tiny_llama, tmp_path, serve(name="other").url))
-    assert "other on the servers has the local weights" in done.stdout
 
 
 def test_another_model_is_refused(serve, tiny_llama, tmp_path):
@@ -160,78 +209,74 @@ def test_another_model_is_refused(serve, tiny_llama, tmp_path):
     # The second one would generate the same tokens, with less confidence.
     other, similar = changed("other", lambda weight: weight.flip(0)), changed("similar", lambda weight: 0.3 * weight)
     other_weights, similar_weights = (serve(model=folder, name=str(tiny_llama)) for folder in (other, similar))
-    other_name = serve(model=other, name="other")
-    other_tokens = serve()
+    other_tokens, unknown = serve(), serve(prompt_logprobs=False)
     other_tokens._text = lambda token: other_tokens.tokenizer.decode([token + 1])
+    unknown._text = lambda token: "never a token"
     for server, said in (
         (other_weights, "has other weights than"),
         (similar_weights, "has other weights than"),
+        (unknown, "has other weights than"),
         (other_tokens, "has another vocabulary than"),
-        (other_name, f"serves other, not {tiny_llama}"),
+        (serve(model=other, name="other"), f"serves other, not {tiny_llama}"),
     ):
-        done = call_here(*command(tiny_llama, tmp_path / "out", server.url), status=2)
+        done = ask(tiny_llama, tmp_path / "out", server.url, status=2)
         assert said in done.stderr and len(server.seen) <= 1 and not (tmp_path / "out").exists()
 
 
-def test_a_server_without_log_probabilities_of_prompts_serves_pairs(serve, tiny_llama, tmp_path):
-    done = call_here(*command(tiny_llama, tmp_path, serve(prompt_logprobs=False).url))
-    assert "log-probabilities of 1 tokens" in done.stdout
-    unknown = serve(prompt_logprobs=False)
-    unknown._text = lambda token: "never a token"
-    done = call_here(*command(tiny_llama, tmp_path / "other", unknown.url), status=2)
-    assert "has other weights than" in done.stderr
-    assert rows(next(tmp_path.iterdir())) == expected(4)
-
-
-def names_of(server):
-    """The models that were asked for completions."""
-    return {body["model"] for body in server.seen}
+def test_the_same_model_is_recognized(serve, tiny_llama, tmp_path):
+    """By the folder that it was loaded from; and without log-probabilities of prompts, by one token."""
+    done = ask(tiny_llama, tmp_path, serve(name="other", prompt_logprobs=False).url)
+    assert "other on the servers has the local weights (the log-probabilities of 1 tokens" in done.stdout
+    assert pairs_in(tmp_path) == expected(4)
 
 
 def test_a_server_that_does_not_answer_is_left_out(serve, tiny_llama, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(served, "FIRST_TIMEOUT", 0.5)
     dead = "http://127.0.0.1:9"
-    done = call_here(*command(tiny_llama, tmp_path, dead, serve().url))
+    done = ask(tiny_llama, tmp_path, dead, serve().url)
     assert f"Going on without {dead}: no response" in done.stderr
-    assert rows(next(tmp_path.iterdir())) == expected(4)
-    done = call_here(*command(tiny_llama, tmp_path / "none", dead, timeout=1), status=1)
+    assert pairs_in(tmp_path) == expected(4)
+    done = ask(tiny_llama, tmp_path / "none", dead, timeout=1, status=1)
     assert f"no response from {dead}" in done.stderr
 
 
-def test_an_adapter_is_loaded_and_unloaded(serve, llama_run, tmp_path):
-    run, _, _ = llama_run
-    (adapter,) = run.glob("models/iter_1_*")
-    server = serve(model=llama_run[1]["MODEL_NAME_OR_PATH"])
-    call_here(*command(adapter, tmp_path / "a", server.url))
-    (name,) = names_of(server)
+@pytest.fixture
+def adapter(tiny_llama, tmp_path):
+    """An adapter of the tiny model with random weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    get_peft_model(model, LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_loaded_and_unloaded(serve, adapter, tmp_path):
+    server = serve()
+    ask(adapter, tmp_path / "a", server.url)
+    (name,) = {body["model"] for body in server.seen}
     assert name.startswith("grath-") and server.adapters == {}
     # A server that was restarted in the middle has lost the adapter.
-    forget = serve(
-        model=llama_run[1]["MODEL_NAME_OR_PATH"],
-        faults=lambda number: forget.adapters.clear() or 500 if number == 3 else None,
-    )
-    call_here(*command(adapter, tmp_path / "b", forget.url, questions=30), "--batch_size", 2)
-    assert rows(next((tmp_path / "b").iterdir())) == expected(30)
-    plain = serve(model=llama_run[1]["MODEL_NAME_OR_PATH"], loras=False)
-    broken = serve(model=llama_run[1]["MODEL_NAME_OR_PATH"])
+    forget = serve(faults=lambda number: forget.adapters.clear() or 500 if number == 3 else None)
+    ask(adapter, tmp_path / "b", forget.url, questions=30, flags=("--batch_size", 2))
+    assert pairs_in(tmp_path / "b") == expected(30)
+    plain, broken = serve(loras=False), serve()
     broken.load_status = 500
     for server in (plain, broken):
-        done = call_here(*command(adapter, tmp_path / "c", server.url), status=2)
+        done = ask(adapter, tmp_path / "c", server.url, status=2)
         assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in done.stderr and "grath.export" in done.stderr
     # One that can, beside one that cannot: nothing is left on the first. One that was loaded before is left alone.
-    done = call_here(*command(adapter, tmp_path / "c", forget.url, broken.url), status=2)
+    ask(adapter, tmp_path / "c", forget.url, broken.url, status=2)
     assert forget.adapters == {}
-    forget.adapters = {name: str(adapter) for name in names_of(forget)}
-    call_here(*command(adapter, tmp_path / "d", forget.url))
+    forget.adapters = {name: str(adapter)}
+    ask(adapter, tmp_path / "d", forget.url)
     assert forget.adapters
 
 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("localhost:8000", "no address of a server"),
-        ("http://", "no address of a server"),
-        ("http://host:port", "no address of a server"),
+        *((url, "no address of a server") for url in ("localhost:8000", "http://", "http://host:port")),
         ("http://name:secret@host:8000", "may contain no password"),
         ("http://name:secret@host:80OO/?x=1", "may contain no password"),
         ("name:secret@host", "may contain no password"),
@@ -278,20 +323,3 @@ def test_five_hundred_requests_at_once(serve, quick, many_files):
     assert sorted(found) == [(i, str(i)) for i in range(500)]
     assert len(server.seen) > 500 and sum(server.served.values()) == 500
     assert server.most_at_once == 500
-
-
-def test_a_signal_in_the_middle(serve, tiny_llama, tmp_path):
-    server = serve(faults=lambda number: "silent" if number > 4 else None)
-    script = [sys.executable, PROJECT / "create_pair_responses.py", *command(tiny_llama, tmp_path, server.url)[1:]]
-    script[script.index("--num_query") + 1] = 6
-    with subprocess.Popen(list(map(str, script)), stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 600
-        while not any(path.read_text().count("\n") == 3 for path in tmp_path.glob(".*.responses.0")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.terminate()
-        assert process.wait(timeout=60) == 128 + 15
-        assert process.stderr.read().splitlines()[-1] == "create_pair_responses.py: ended by SIGTERM"
-    assert len(saved(tmp_path)) == 3
-    call_here(*command(tiny_llama, tmp_path, serve().url, questions=6))
-    assert rows(next(tmp_path.iterdir())) == expected(6)

@@ -1,0 +1,120 @@
+"""The rows of a batch when the memory is full, and the benchmark of the ways to generate."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from greedy import make_prompts, plain, same
+from support import BUNDLED, HUB, PROJECT, VLLM_ENV, call, call_here, needs_hub, tiny
+
+from grath.generation import select
+from grath.generation.cache import SharedPrefixCache
+from grath.generation.select import GPU_ROWS, ROWS, LocalGenerator
+
+TOKENIZER = SimpleNamespace(eos_token_id=5, decode=lambda ids, **_: list(ids))
+
+
+class Full:
+    """Called at each forward pass; the memory is full at the passes of these numbers, from 0 on."""
+
+    def __init__(self, *passes):
+        self.passes, self.count = passes, 0
+
+    def __call__(self, *_):
+        self.count += 1
+        if self.count - 1 in self.passes:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("engine", ["shared_prefix", "generate"])
+@pytest.mark.parametrize(
+    ("passes", "rows"),
+    [((), 8), ((0,), 4), ((1,), 4), ((5,), 4), ((0, 1, 2), 1), ((9, 20), 2)],
+    ids=["never", "prefix", "prefill", "step", "to one row", "twice"],
+)
+def test_when_the_memory_is_full_half_of_the_rows_remain(engine, passes, rows, monkeypatch, capsys):
+    """All completions come once, are those of a small batch, and are not computed again."""
+    model, prompts, asked, found = tiny("llama"), make_prompts(24, 12), [], {}
+    model.generation_config.eos_token_id = [5, *range(0, 60, 7)]
+    expected = plain(model, prompts, 12, set(model.generation_config.eos_token_id))
+    for name in ("generate_shared_prefix", "generate_hf"):
+        generate_fn = getattr(select, name)
+        monkeypatch.setattr(
+            select, name, lambda model, new, *rest, fn=generate_fn: asked.append(new) or fn(model, new, *rest)
+        )
+    model.model.register_forward_pre_hook(Full(*passes))
+    generator = LocalGenerator(model, TOKENIZER, 12, engine, batch_size=8)
+    for index, ids, count in generator.generate(prompts):
+        assert index not in found and count == len(ids) and prompts[index] in asked[-1]
+        found[index] = ids
+    same(model, prompts, [found[i] for i in range(24)], expected)
+    assert generator.rows == rows and len(asked) == len(passes) + 1
+    assert capsys.readouterr().out.count("The memory is full with") == len(passes)
+    if passes in ((5,), (9, 20)) and engine == "shared_prefix":
+        assert len(asked[-1]) < 24
+
+
+def test_a_single_row_that_does_not_fit_is_an_error():
+    model, prompts, found = tiny("llama"), make_prompts(24, 12), []
+    model.model.register_forward_pre_hook(Full(*range(99)))
+    generator = LocalGenerator(model, TOKENIZER, 12)
+    with pytest.raises(torch.OutOfMemoryError):
+        found += generator.generate(prompts)
+    assert generator.rows == 1 and not found
+
+
+def test_the_device_decides_the_first_rows(monkeypatch):
+    def all_at_once(model, prompts, *_):
+        return ((i, [1]) for i in range(len(prompts)))
+
+    for name in ("generate_shared_prefix", "generate_hf"):
+        monkeypatch.setattr(select, name, all_at_once)
+    base = tiny("llama")
+    for device, engine, rows in (
+        ("cuda", "shared_prefix", GPU_ROWS),
+        ("cuda", "generate", ROWS),
+        ("cpu", "shared_prefix", ROWS),
+    ):
+        model = SimpleNamespace(
+            device=torch.device(device), config=base.config, generation_config=base.generation_config
+        )
+        generator = LocalGenerator(model, TOKENIZER, 12, engine)
+        assert len(list(generator.generate(make_prompts(3, 4)))) == 3 and generator.rows == rows
+
+
+def test_pairs_are_the_same_when_the_memory_was_full(tiny_llama, tmp_path, monkeypatch):
+    command = (
+        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--data_path",
+        BUNDLED, "--num_query", 12, "--precision", "fp32", "--save_dir",
+    )  # fmt: skip
+    call_here(*command, tmp_path / "small", "--batch_size", 3)
+    forward, full = SharedPrefixCache.forward, Full(1, 9)
+    monkeypatch.setattr(SharedPrefixCache, "forward", lambda *args: full() or forward(*args))
+    done = call_here(*command, tmp_path / "large", "--batch_size", 12)
+    assert "The memory is full with 12 questions in a batch: going on with 6" in done.stdout
+    small, large = (next((tmp_path / name).glob("*_False.json")) for name in ("small", "large"))
+    assert small.read_bytes() == large.read_bytes()
+
+
+@needs_hub
+@pytest.mark.parametrize(("dtype", "ways"), [("fp32", ["one", "vllm", "engine"]), ("bf16", ["padded", "copied"])])
+def test_the_generation_benchmark(dtype, ways, tiny_llama):
+    env = VLLM_ENV if "vllm" in ways else {}
+    done = call(
+        sys.executable, PROJECT / "benchmarks" / "generation.py", "--model", tiny_llama, "--num_query", "5",
+        "--batch_size", "2", "--max_new_tokens", "40", "--dtype", dtype, "--data_name", "allenai/ai2_arc",
+        "--runs", "1", "--ways", *ways, cwd=HUB, env=env,
+    )  # fmt: skip
+    table = [line.split() for line in done.stdout.splitlines() if re.search(r"\d of 5$", line)]
+    assert [line[0] for line in table] == ways
+    if dtype == "fp32":
+        assert [line[-3] for line in table] == ["5"] * 3
+    assert ("engine over" in done.stdout) == ("engine" in ways)
+
+
+def test_the_generation_benchmark_needs_the_python_of_vllm():
+    script = [sys.executable, PROJECT / "benchmarks" / "generation.py", "--ways", "vllm"]
+    done = call(*script, env={"VLLM_PYTHON": ""}, status=2)
+    assert "needs VLLM_PYTHON" in done.stderr and done.stderr.count("\n") == 1
