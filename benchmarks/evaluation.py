@@ -41,22 +41,17 @@ def letter_requests(limit):
     """
     from lm_eval.api.instance import Instance
 
-    questions = load_questions(data_path=PROJECT / "data" / "questions.jsonl")
-    questions = [question for question in questions if len(question["choices"]) == 4]
+    bundled = load_questions(data_path=PROJECT / "data" / "questions.jsonl")
+    questions = [question for question in bundled if len(question["choices"]) == 4]
 
     def ask(question):
-        choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, question["choices"], strict=True))
-        return f"{question['question']}\n{choices}\nAnswer:"
+        choices = [f"{letter}. {text}" for letter, text in zip(LETTERS, question["choices"], strict=True)]
+        return "\n".join([question["question"], *choices, "Answer:"])
 
     shots = "".join(f"{ask(question)} {LETTERS[question['answer']]}\n\n" for question in questions[:5])
-    head = "These are multiple choice questions about science, with their answers.\n\n"
-    asked = questions[5 : 5 + limit]
-    requests = [
-        Instance("loglikelihood", {}, (head + shots + ask(question), f" {letter}"), i)
-        for question in asked
-        for i, letter in enumerate(LETTERS)
-    ]
-    return requests, [question["answer"] for question in asked]
+    head, asked = "These are multiple choice questions about science, with their answers.\n\n", questions[5 : 5 + limit]
+    pairs = [(head + shots + ask(question), f" {letter}") for question in asked for letter in LETTERS]
+    return [Instance("loglikelihood", {}, pair, 0) for pair in pairs], [question["answer"] for question in asked]
 
 
 def measure(lm, name, limit):
@@ -99,17 +94,10 @@ def vllm_class():
             start = time.perf_counter()
             # The one token that vLLM generates after a prompt has to fit too.
             prompts = [(context + answer)[1 - self.max_length :] for _, context, answer in requests]
-            found = run_vllm(
-                {
-                    "model": self.config.name_or_path,
-                    "dtype": str(self.model.dtype).removeprefix("torch."),
-                    "prompts": prompts,
-                    "answer_lengths": [len(answer) for _, _, answer in requests],
-                    "batch_size": self.batch_size,
-                    "max_length": max(map(len, prompts)) + 1,
-                    "runs": 1,
-                }
-            )
+            lengths = [len(answer) for _, _, answer in requests]
+            work = {"model": self.config.name_or_path, "dtype": str(self.model.dtype).removeprefix("torch.")}
+            work |= {"prompts": prompts, "answer_lengths": lengths, "max_length": max(map(len, prompts)) + 1}
+            found = run_vllm(work | {"batch_size": self.batch_size, "runs": 1})
             self.load_seconds += time.perf_counter() - start - found["seconds"][0]
             # No score here reads whether an answer is the greedy one.
             return [(log_likelihood, False) for log_likelihood in found["log_likelihoods"]]
@@ -150,10 +138,8 @@ def main():
         raise UserError("the way vllm needs a model, not an adapter")
     os.chdir(os.environ.get("DATASETS_ROOT", "."))
     print(f"{args.dtype}, batches of {args.batch_size}")
-    print(
-        f"{'task':15}{'way':11}{'load':>7}{'requests':>9}{'seconds':>9}{'requests/s':>12}{'ratio':>7}"
-        f"{'largest difference':>20}"
-    )
+    columns = f"{'task':15}{'way':11}{'load':>7}{'requests':>9}{'seconds':>9}{'requests/s':>12}{'ratio':>7}"
+    print(f"{columns}{'largest difference':>20}")
     for name in args.tasks:
         first = None
         for way in args.ways:

@@ -166,7 +166,7 @@ def measure_dpo(add_row, folder, tokenizer, questions, steps):
         trainer.add_callback(Clock())
         trainer.train()
     step = (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
-    minutes = (reference / len(dataset) * QUESTIONS["pairs"] + MAX_STEPS * step) / 60
+    minutes = (reference / len(trainer.pairs) * QUESTIONS["pairs"] + MAX_STEPS * step) / 60
     add_row("dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
 
 

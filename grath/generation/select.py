@@ -67,7 +67,7 @@ class LocalGenerator:
                 used = min(self.rows, len(left))
                 if used == 1:
                     raise
-                self.rows = used - 1
+                self.rows = used // 2
                 print(f"The memory is full with {used} questions in a batch: going on with {self.rows}", flush=True)
             left = [i for i in left if i not in done]
             # Not while the error is handled: its traceback keeps the batch.

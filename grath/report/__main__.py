@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grath.common.arguments import Parser
 from grath.common.errors import run_main
-from grath.report.pages import model_scores, read_runs, write_comparison, write_report
+from grath.report.pages import model_scores, write_comparison, write_report
 from grath.report.runs import group_runs, is_run, read_run
 
 
@@ -22,7 +22,7 @@ def main():
     )
     folders = parser.parse_args().folders
     if len(folders) > 1:
-        print(write_comparison(folders[0].resolve().parent, group_runs(read_runs(folders))))
+        print(write_comparison(folders[0].resolve().parent, group_runs([read_run(folder) for folder in folders])))
     elif is_run(folders[0]):
         print(write_report(read_run(folders[0])))
     else:

@@ -1,4 +1,6 @@
-"""Scores of the same questions: restrict them, pool runs, and the paired difference between two models."""
+"""Scores of the same questions: pool runs, and the paired difference between two models."""
+
+from statistics import mean
 
 from grath.common.bootstrap import bootstrap_means, interval
 from grath.evaluation.results import QUESTIONS
@@ -9,23 +11,6 @@ def values(score):
     import numpy
 
     return 100 * numpy.array(score[QUESTIONS]["scores"], dtype=float)
-
-
-def restrict(score, kept):
-    """Return an entry of `read_scores` for some of its questions; None if none of them is kept.
-
-    Args:
-        kept: for each question, whether it is kept.
-    """
-    import numpy
-
-    of_questions = numpy.where(kept, values(score), numpy.nan)
-    found = of_questions[~numpy.isnan(of_questions)]
-    if not len(found):
-        return None
-    stderr = float(found.std(ddof=1)) / len(found) ** 0.5 if len(found) > 1 else None
-    questions = {**score[QUESTIONS], "scores": (of_questions / 100).tolist()}
-    return {**score, "score": float(found.mean()), "stderr": stderr, QUESTIONS: questions}
 
 
 def pool(runs):
@@ -45,20 +30,14 @@ def pool(runs):
     pooled = {}
     for task in dict.fromkeys(task for scores in runs for task in scores):
         found = [scores[task] for scores in runs if task in scores]
-        pooled[task] = {
-            **found[0],
-            "score": sum(score["score"] for score in found) / len(found),
-            "stderr": None,
-            QUESTIONS: None,
-        }
-        if len({(score[QUESTIONS] or {}).get("sha256") for score in found}) == 1 and found[0][QUESTIONS]:
-            rows = numpy.array([values(score) for score in found])
-            counts = (~numpy.isnan(rows)).sum(0)
-            means = numpy.where(counts, numpy.nansum(rows, axis=0) / numpy.maximum(counts, 1), numpy.nan)
-            pooled[task][QUESTIONS] = {**found[0][QUESTIONS], "scores": (means / 100).tolist()}
-            pooled[task]["score"] = float(numpy.nanmean(means))
+        of_task = {**found[0], "score": mean(score["score"] for score in found), "stderr": None, QUESTIONS: None}
+        if found[0][QUESTIONS] and len({(score[QUESTIONS] or {}).get("sha256") for score in found}) == 1:
+            means = numpy.ma.masked_invalid([values(score) for score in found]).mean(axis=0)
+            of_questions = (means / 100).filled(numpy.nan).tolist()
+            of_task |= {"score": float(means.mean()), QUESTIONS: {**found[0][QUESTIONS], "scores": of_questions}}
         if len(found) < len(runs):
-            pooled[task]["runs"] = f"{len(found)} of {len(runs)} runs"
+            of_task["runs"] = f"{len(found)} of {len(runs)} runs"
+        pooled[task] = of_task
     return pooled
 
 

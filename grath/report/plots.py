@@ -7,6 +7,20 @@ from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
 
 
+def new_figure(width, height):
+    """Make an empty matplotlib figure; sizes in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    """Save a matplotlib figure atomically, in the format of the file's suffix."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], dpi=120)
+    atomic_write_bytes(path, content.getvalue())
+
+
 def plot_iterations(rows, *paths):
     """Plot the scores of (name, scores) rows by iteration; a dashed line marks the base.
 
@@ -15,22 +29,15 @@ def plot_iterations(rows, *paths):
     Args:
         paths: the files to write; their suffixes choose the format.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for task in tasks_of(rows):
-        points = [(at, scores[task]) for at, (_, scores) in enumerate(rows) if task in scores]
-        where, heights = [at for at, _ in points], [score["score"] for _, score in points]
-        line = axes.errorbar(
-            where,
-            heights,
-            yerr=[0 if score[QUESTIONS] else score["stderr"] or 0 for _, score in points],
-            marker="o",
-            capsize=3,
-            label=get_task(task).title,
-        )
-        if where[0] == 0:
+        found = {at: scores[task] for at, (_, scores) in enumerate(rows) if task in scores}
+        heights = [score["score"] for score in found.values()]
+        errors = [0 if score[QUESTIONS] else score["stderr"] or 0 for score in found.values()]
+        title = get_task(task).title
+        line = axes.errorbar(list(found), heights, yerr=errors, marker="o", capsize=3, label=title)
+        if 0 in found:
             axes.axhline(heights[0], linestyle="--", linewidth=1, alpha=0.6, color=line[0].get_color())
     axes.set(xlabel="iteration", ylabel="percent", title="Scores (dashed: the base model)")
     axes.set_xticks(range(len(rows)), [name.split()[0] for name, _ in rows])
@@ -41,29 +48,18 @@ def plot_iterations(rows, *paths):
 
 
 def plot_comparison(groups, tasks, path):
-    """Plot the scores of groups of runs by iteration, one panel per task, with the legend below.
-
-    Args:
-        groups: what `group_runs` returned.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(tasks), 3.6 + 0.12 * len(groups)), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False).flat
-    lines = {}
-    for axes, task in zip(panels, tasks, strict=True):
-        for at, group in enumerate(groups):
-            points = [
-                (number, model["scores"][task]["score"])
-                for number, model in group["models"].items()
-                if task in model["scores"]
-            ]
-            where, heights = zip(*points, strict=True) if points else ((), ())
-            lines[group["name"]] = axes.plot(where, heights, marker="o", color=f"C{at}")[0]
+    """Plot the scores of groups of runs, as from `group_runs`, by iteration: one panel per task, the legend below."""
+    figure = new_figure(4 * len(tasks), 3.6 + 0.12 * len(groups))
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
+        lines = []
+        for group in groups:
+            scores = {number: model["scores"].get(task) for number, model in group["models"].items()}
+            points = {number: score["score"] for number, score in scores.items() if score}
+            lines += axes.plot(list(points), list(points.values()), marker="o")
         axes.set(title=get_task(task).title, xlabel="iteration", ylabel="percent")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    figure.legend(lines, [group["name"] for group in groups], loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 
@@ -74,28 +70,19 @@ def plot_training(log, path):
         log: list of dict, the entries of TRL's log.
         path: the PNG file; it is written atomically.
     """
-    from matplotlib.figure import Figure
-
     panels = {
         "loss": {"loss": "loss"},
         "reward margin": {"margin": "rewards/margins"},
         "reward accuracy": {"accuracy": "rewards/accuracies"},
         "log-probability of an answer": {"chosen": "logps/chosen", "rejected": "logps/rejected"},
     }
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = new_figure(9, 6)
     for axes, (title, lines) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for label, key in lines.items():
-            points = [(entry["step"], entry[key]) for entry in log if key in entry]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=label)
+            points = {entry["step"]: entry[key] for entry in log if key in entry}
+            axes.plot(list(points), list(points.values()), marker=".", label=label)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend()
     save_figure(figure, path)
-
-
-def save_figure(figure, path):
-    """Save a matplotlib figure atomically, in the format of the file's suffix."""
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=120)
-    atomic_write_bytes(path, content.getvalue())
