@@ -25,15 +25,12 @@ from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, hash_of, sha256
 from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD
 from grath.common.record import recording
+from grath.dpo import option
 from grath.modeling.chat import MODEL_TYPES, template_for
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import load_model, load_tokenizer
 from grath.pairs.files import read_pairs
 from grath.pairs.questions import LABELED_DATASETS, load_preferences
-
-
-def option(default, help, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass

@@ -46,11 +46,15 @@ settings=$(python -m grath.run settings "$HERE") || {
     ((status == 2)) || echo "run_grath.sh: error: run \`pip install -e . -c constraints.txt\` in $HERE first" >&2
     exit 2
 }
-eval "$settings" # all settings, RUN, THREADS, MACHINE and, by iteration: PREFIXES PAIRS COMBINED MODELS RESULTS
+eval "$settings" # all settings, RUN, MACHINE and, by iteration: PREFIXES PAIRS COMBINED MODELS RESULTS
 echo "GRATH: $ITERATIONS iteration(s) in $RUN"
 grep -v '=(' <<<"$settings" | sed 's/^/  /'
 
-launch=(accelerate launch --quiet --num_processes "$NUM_PROCESSES" --num_cpu_threads_per_process "$THREADS" --config_file)
+threads=$(($(nproc) / NUM_PROCESSES)) # nproc reads OMP_NUM_THREADS
+launch=(
+    accelerate launch --quiet --num_processes "$NUM_PROCESSES"
+    --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" --config_file
+)
 config=$HERE/accelerate_configs/one_gpu.yaml ask=(python)
 if ((NUM_PROCESSES > 1)); then
     config=$HERE/accelerate_configs/data_parallel.yaml

@@ -7,24 +7,28 @@
 `grath.dpo.trainer`. TRL turns gradient checkpointing on by default. The sequences are short and need none, so `trl` and
 `second_model` train without it, as `ours` does; --gradient_checkpointing compares with TRL's own default.
 
-Each way trains in its own process. `before` is the time until the first step, with the reference pass of `ours` over
-the pairs of the steps; TRL computes the reference in every step. `ratio` compares the steps, `iteration` the paper's
-1,000 steps with the reference pass over 1,119 pairs, as computed from these figures. With --same_order, every way takes
-the pairs in the order of their file, so that the losses can be compared step by step.
+`before` is the time until the first step, with the reference pass of `ours` over the pairs of the steps; TRL computes
+the reference in every step. `ratio` compares the steps, `iteration` the paper's 1,000 steps with the reference pass
+over 1,119 pairs, as computed from these figures. The peak memory contains what earlier ways have left. With
+--same_order, every way takes the pairs in the order of their file, so that the losses can be compared step by step.
 """
 
-import json
-import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-from generation import peak_bytes, run_child
+from generation import peak_bytes, reset_peak
+from transformers import PrinterCallback
+from trl import DPOConfig, DPOTrainer
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.defaults import PAIRS_PER_STEP
 from grath.common.errors import run_main
 from grath.common.layout import PROJECT
+from grath.dpo.config import GrathDPOConfig
+from grath.dpo.dataset import filter_pairs, tokenize_pairs
+from grath.dpo.trainer import GrathDPOTrainer, lora_config
 from grath.modeling.chat import template_for
 from grath.modeling.cpu_matmul import fp32_cpu_matmul
 from grath.modeling.loading import load_model, load_tokenizer
@@ -36,58 +40,56 @@ WAYS = ("trl", "second_model", "ours")
 PAPER_PAIRS, PAPER_STEPS = 1119, 1000
 
 
-def train(way, args, folder):
+class PlainTrainer(DPOTrainer):
+    """TRL's trainer on pairs that are tokenized already."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+
+def load_pairs(args, tokenizer):
+    """Return the tokenized pairs: `Dataset`."""
+    rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, 0)
+    tokenized = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
+    kept = filter_pairs(tokenized, 1024)[0]
+    if args.same_order:  # TRL's last step of an epoch would be smaller
+        kept = kept.select([i % len(kept) for i in range(PAIRS_PER_STEP * args.steps)])
+    return kept
+
+
+def train(way, args, tokenizer, pairs, folder):
     """Train in one way.
 
     Returns:
         dict of `before` (s, until the first step), `pairs`, `seconds` (of all steps), `tokens` (of the pairs trained
         on), `losses` (one per step) and `peak` (bytes of memory).
     """
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    from grath.dpo.config import GrathDPOConfig
-    from grath.dpo.dataset import filter_pairs, tokenize_pairs
-    from grath.dpo.trainer import GrathDPOTrainer, lora_config
-
-    class PlainTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
-
-    tokenizer = load_tokenizer(args.model)
-    rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, 0)
-    tokenized = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
-    kept = filter_pairs(tokenized, 1024)[0].to_list()
-    if args.same_order:  # TRL's last step of an epoch would be smaller
-        kept = [kept[i % len(kept)] for i in range(PAIRS_PER_STEP * args.steps)]
+    reset_peak()
     settings = {
         "output_dir": folder, "max_steps": args.steps, "warmup_steps": 0, "learning_rate": 5e-4, "logging_steps": 1,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "seed": 0, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True,
     } | ({"train_sampling_strategy": "sequential"} if args.same_order else {})  # fmt: skip
     model = load_model(args.model, args.dtype)
-    common = {"model": model, "processing_class": tokenizer, "peft_config": lora_config()}
-    common["train_dataset"] = Dataset.from_list(kept)
-    if way == "ours":
-        config = GrathDPOConfig(precision=args.dtype, **settings)
-        start = time.perf_counter()
-        with fp32_cpu_matmul(model):
+    second = load_model(args.model, args.dtype) if way == "second_model" else None
+    common = {"model": model, "train_dataset": pairs, "processing_class": tokenizer, "peft_config": lora_config()}
+    start = time.perf_counter()
+    with fp32_cpu_matmul(model) if way == "ours" else nullcontext():
+        if way == "ours":
+            config = GrathDPOConfig(precision=args.dtype, **settings)
             trainer = GrathDPOTrainer(args=config, reference="rolling", **common)
-            before = time.perf_counter() - start
-            trainer.train()
-    else:
-        cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
-        bf16 = {"bf16": False} if args.dtype == "fp32" else {}
-        config = DPOConfig(**settings, **cpu, **bf16, gradient_checkpointing=args.gradient_checkpointing)
-        second = load_model(args.model, args.dtype) if way == "second_model" else None
-        start = time.perf_counter()
-        trainer = PlainTrainer(args=config, ref_model=second, **common)
+        else:
+            cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
+            bf16 = {"bf16": False} if args.dtype == "fp32" else {}
+            config = DPOConfig(**settings, **cpu, **bf16, gradient_checkpointing=args.gradient_checkpointing)
+            trainer = PlainTrainer(args=config, ref_model=second, **common)
         before = time.perf_counter() - start
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "before": before,
-        "pairs": len(getattr(trainer, "pairs", kept)),
+        "pairs": len(getattr(trainer, "pairs", pairs)),
         "seconds": time.perf_counter() - start - before,
         "tokens": log[-1]["num_tokens"],
         "losses": [entry["loss"] for entry in log],
@@ -113,35 +115,30 @@ def main():
     checkpointing = "train with gradient checkpointing in `trl` and `second_model`, which is TRL's own default"
     add("--gradient_checkpointing", action="store_true", help=checkpointing)
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare")
-    add("--only", choices=WAYS, help="train in one way in this process, and print the results as JSON")
     args = parser.parse_args()
-    if args.only:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(train(args.only, args, folder)))
-        return
+    tokenizer = load_tokenizer(args.model)
+    pairs = load_pairs(args, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        results = {way: train(way, args, tokenizer, pairs, folder) for way in args.ways}
+
+    def iteration(found):
+        """Seconds of the paper's iteration."""
+        return found["before"] / found["pairs"] * PAPER_PAIRS + found["seconds"] / args.steps * PAPER_STEPS
+
     checkpointing = "with" if args.gradient_checkpointing else "without"
     print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}; TRL {checkpointing} gradient checkpointing")
     print(
         f"{'way':14}{'before':>8}{'s/step':>8}{'tokens/s':>10}{'peak MB':>9}{'ratio':>7}{'iteration':>11}{'memory':>8}"
         f"{'largest loss difference':>25}"
     )
-
-    def iteration(found):
-        """Seconds of the paper's iteration."""
-        return found["before"] / found["pairs"] * PAPER_PAIRS + found["seconds"] / args.steps * PAPER_STEPS
-
-    first = None
-    for way in args.ways:
-        found = json.loads(run_child([sys.executable, *sys.argv, "--only", way], way))
-        first = first or found
+    first = results[args.ways[0]]
+    for way, found in results.items():
         difference = max(abs(a - b) for a, b in zip(found["losses"], first["losses"], strict=True))
         print(
             f"{way:14}{found['before']:8.1f}{found['seconds'] / args.steps:8.2f}"
             f"{found['tokens'] / found['seconds']:10.0f}{found['peak'] / 1e6:9.0f}"
             f"{first['seconds'] / found['seconds']:7.2f}{iteration(first) / iteration(found):11.2f}"
-            f"{found['peak'] / first['peak']:8.2f}"
-            f"{difference:25.6f}",
-            flush=True,
+            f"{found['peak'] / first['peak']:8.2f}{difference:25.6f}"
         )
 
 

@@ -31,14 +31,11 @@ FOLDS = 5
 
 
 def embed(model, sequences, batch_size):
-    """Compute the mean last hidden state of each answer.
+    """Compute the mean last hidden state of each answer: float32 array (number of sequences, hidden size).
 
     Args:
         sequences: list of (prompt, answer), lists of token ids.
         batch_size: sequences per forward pass.
-
-    Returns:
-        float32 array (number of sequences, hidden size).
     """
     import numpy
     import torch
@@ -46,19 +43,17 @@ def embed(model, sequences, batch_size):
     from tqdm import tqdm
 
     backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
-    means = numpy.zeros((len(sequences), model.config.get_text_config().hidden_size), dtype=numpy.float32)
+    means = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
     for at in tqdm(range(0, len(order), batch_size), desc="Embedding answers", unit="batch"):
         batch = order[at : at + batch_size]
-        rows = [torch.tensor([*sequences[i][0], *sequences[i][1]]) for i in batch]
-        ids = pad_sequence(rows, batch_first=True).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
-        with torch.inference_mode():
-            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        ids = pad_sequence([torch.tensor(sum(sequences[i], [])) for i in batch], batch_first=True)
+        with torch.inference_mode():  # no token attends to the padding, which follows it
+            hidden = backbone(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float()
         for i, states in zip(batch, hidden, strict=True):
-            start = len(sequences[i][0])
-            means[i] = states[start : start + len(sequences[i][1])].mean(0).cpu().numpy()
-    return means
+            prompt, answer = sequences[i]
+            means[i] = states[len(prompt) : len(prompt) + len(answer)].mean(0).cpu().numpy()
+    return numpy.stack(means)
 
 
 def distance(correct, incorrect):
@@ -86,13 +81,12 @@ def probe(correct, incorrect):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("pairs", type=Path, nargs="+", help="pair files")
-    parser.add_argument("--model_name_or_path", required=True, help="hub name, model folder or LoRA adapter folder")
-    parser.add_argument("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU"
-    )
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="answers per batch")
+    add = parser.add_argument
+    add("pairs", type=Path, nargs="+", help="pair files")
+    add("--model_name_or_path", required=True, help="hub name, model folder or LoRA adapter folder")
+    add("--model_type", choices=MODEL_TYPES, default="auto", help="chat template")
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU")
+    add("--batch_size", type=positive_int, default=32, help="answers per batch")
     args = parser.parse_args()
     files = {}
     for path in args.pairs:
@@ -117,10 +111,8 @@ def main():
         out = path.with_suffix(".distance.json")
         atomic_write_text(out, json.dumps(found, indent=2) + "\n")
         shares = " and ".join(f"{share:.1%}" for share in found["negated"])
-        print(
-            f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, negated {shares}, {len(rows)} pairs"
-        )
-        print(f"Wrote {out}")
+        figures = f"distance {found['distance']:.3f}, probe {found['probe']:.3f}, negated {shares}, {len(rows)} pairs"
+        print(f"{path}: {figures}\nWrote {out}")
 
 
 if __name__ == "__main__":

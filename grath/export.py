@@ -30,7 +30,7 @@ def logits(model, tokenizer):
 
 
 def check_merge(merged, unmerged, base, eps):
-    """Check that the merged model computes the same logits as base and adapter.
+    """Raise `UserError` unless the merged model computes the same logits as base and adapter.
 
     The mean difference may be at most a tenth of the adapter's effect, plus the rounding error.
 
@@ -40,9 +40,6 @@ def check_merge(merged, unmerged, base, eps):
 
     Returns:
         (difference, effect): mean absolute differences of merged and unmerged, and of unmerged and base.
-
-    Raises:
-        UserError: the difference is larger.
     """
     difference, effect = (merged - unmerged).abs().mean().item(), (unmerged - base).abs().mean().item()
     if not difference <= 0.1 * effect + eps * unmerged.abs().mean().item():
@@ -73,18 +70,16 @@ def main():
     unmerged = logits(model, tokenizer)
     with model.disable_adapter():
         base_logits = logits(model, tokenizer)
-    merged = model.merge_and_unload()
-    eps = torch.finfo(merged.dtype).eps
-    difference, effect = check_merge(logits(merged, tokenizer), unmerged, base_logits, eps)
     partial = args.out.with_name(f".{args.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        merged.save_pretrained(partial)
+        model.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        del model, merged
+        del model
         gc.collect()
-        saved = logits(load_model(str(partial), args.precision).eval(), tokenizer)
-        check_merge(saved, unmerged, base_logits, eps)
+        merged = load_model(str(partial), args.precision).eval()
+        eps = torch.finfo(merged.dtype).eps
+        difference, effect = check_merge(logits(merged, tokenizer), unmerged, base_logits, eps)
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

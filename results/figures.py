@@ -1,7 +1,7 @@
 """Figures of the study: pairs and changes of the scores of all runs, and changes against the truth signal."""
 
 from grath.evaluation.tasks import get_task
-from grath.report.plots import save_figure
+from grath.report.plots import new_figure, save_figure
 
 
 def plot_summary(changes, pairs, tasks, path):
@@ -11,8 +11,6 @@ def plot_summary(changes, pairs, tasks, path):
         changes: list of dict: "name" of the model, "gold", whether it was trained on gold answers, and "gains".
         pairs: list of (name of the runs, `pair_stats` of M_0's pairs).
     """
-    from matplotlib.figure import Figure
-
     changes = sorted(changes, key=lambda change: not change["gold"])
     tasks = [task for task in tasks if any(task in change["gains"] for change in changes)]
     funnels = {}
@@ -20,7 +18,7 @@ def plot_summary(changes, pairs, tasks, path):
         funnels.setdefault(tuple(map(str, stats.items())), (name, stats))
     height = 1.6 + 0.4 * max(len(changes), len(funnels))
     widths = [*([1.6] if funnels else []), *[1] * len(tasks)]
-    figure = Figure(figsize=(2.9 * sum(widths) + 1, height), layout="constrained")
+    figure = new_figure(2.9 * sum(widths) + 1, height)
     panels = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]) if widths else []
     if funnels:
         _plot_funnels(funnels.values(), panels.pop(0))
@@ -64,10 +62,8 @@ def plot_signal(points, tasks, path):
     Args:
         points: what `signal_points` of study.py returned.
     """
-    from matplotlib.figure import Figure
-
     tasks = [task for task in tasks if any(task in point["gains"] for point in points)]
-    figure = Figure(figsize=(4.2 * len(tasks), 4 + 0.12 * len(points)), layout="constrained")
+    figure = new_figure(4.2 * len(tasks), 4 + 0.12 * len(points))
     marks = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
         for at, point in enumerate(points):

@@ -1,7 +1,7 @@
 """Report on the runs of our study: the project's report, and what only the study needs.
 
     python results/study.py RUN_DIR              the report of a run
-    python results/study.py RUN_DIR RUN_DIR ...  the comparison, with summary.png, signal.png and correlations
+    python results/study.py RUN_DIR RUN_DIR ...  the comparison, with negations, summary.png, signal.png, correlations
 
 A control trains on gold answers (results/control.sh). If these are TruthfulQA's, it is scored on the questions that it
 has not trained on, and controls that differ only in disjoint rows (truthful_qa[:200], truthful_qa[200:]) count as one.
@@ -11,15 +11,17 @@ import math
 from pathlib import Path
 
 from figures import plot_signal, plot_summary
+from subsets import negation_section, restrict
 
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
-from grath.evaluation.results import QUESTIONS
+from grath.common.files import atomic_write_text
+from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
-from grath.pairs.questions import TRUTHFULQA, labeled_rows, labeled_split
-from grath.report.pages import read_runs, write_comparison, write_report
-from grath.report.paired import paired_difference, pool, restrict
-from grath.report.runs import common_name, group_runs, model_label
+from grath.pairs.questions import LABELED, TRUTHFULQA
+from grath.report.pages import COMPARISON, score_rows, write_comparison, write_report
+from grath.report.paired import paired_difference, pool
+from grath.report.runs import common_name, group_runs, model_label, read_run
 
 DATASET = "dpo dataset_name"
 # More than any data set with gold answers has.
@@ -28,7 +30,7 @@ MOST_ROWS = 10**5
 
 def is_control(settings):
     """Return whether a run, or a group of runs, with these settings trains on gold answers."""
-    return labeled_split(settings.get(DATASET, "").partition(", ")[0]) is not None
+    return LABELED.fullmatch(settings.get(DATASET, "").partition(", ")[0]) is not None
 
 
 def is_fold(run):
@@ -38,7 +40,8 @@ def is_fold(run):
 
 def rows_of(run):
     """Return the numbers of the questions that a control trains on: set of int."""
-    return set(range(MOST_ROWS)[labeled_rows(run["settings"][DATASET])])
+    first, _, end = (LABELED.fullmatch(run["settings"][DATASET])[2] or "[:]")[1:-1].partition(":")
+    return set(range(int(first or 0), int(end or MOST_ROWS)))
 
 
 def hold_out(run):
@@ -172,24 +175,28 @@ def compare(runs, folder):
     for run in runs:
         hold_out(run)
     groups = group_runs(merge_folds(runs))
-
-    def extra(tasks):
-        changes = [
-            {"name": name, "gold": is_control(group["settings"]), "gains": found}
-            for group in groups
-            for name, found in first_and_last(group, tasks)
-        ]
-        pairs = [(group["name"], stats) for group in groups for stats in group["models"][0]["pairs"][:1]]
-        plot_summary(changes, pairs, tasks, folder / "summary.png")
-        files, parts = ["summary.png"], ["![pairs of the first iteration, and changes of the scores](summary.png)"]
-        points = signal_points(groups, tasks)
-        if len(points) > 1:
-            plot_signal(points, tasks, folder / "signal.png")
-            files.append("signal.png")
-            parts += ["![truth signal and gain](signal.png)", *correlation_lines(points, tasks)]
-        return files, parts
-
-    return write_comparison(folder, groups, extra)
+    text = write_comparison(folder, groups)
+    rows, bases = score_rows(groups)
+    tasks = tasks_of(rows)
+    if not tasks:
+        return text
+    changes = [
+        {"name": name, "gold": is_control(group["settings"]), "gains": found}
+        for group in groups
+        for name, found in first_and_last(group, tasks)
+    ]
+    pairs = [(group["name"], stats) for group in groups for stats in group["models"][0]["pairs"][:1]]
+    plot_summary(changes, pairs, tasks, folder / "summary.png")
+    files, parts = ["summary.png"], ["![pairs of the first iteration, and changes of the scores](summary.png)"]
+    points = signal_points(groups, tasks)
+    if len(points) > 1:
+        plot_signal(points, tasks, folder / "signal.png")
+        files.append("signal.png")
+        parts += ["![truth signal and gain](signal.png)", *correlation_lines(points, tasks)]
+    page = folder / COMPARISON
+    parts = [page.read_text(encoding="utf-8").rstrip(), *negation_section(rows, bases), *parts]
+    atomic_write_text(page, "\n\n".join(parts) + "\n")
+    return f"{text}\nWrote {', '.join(files)} in {folder}"
 
 
 def first_and_last(group, tasks):
@@ -206,7 +213,7 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     folders = parser.parse_args().runs
-    runs = read_runs(folders)
+    runs = [read_run(folder) for folder in folders]
     if len(runs) > 1:
         print(compare(runs, folders[0].resolve().parent))
         return

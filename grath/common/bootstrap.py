@@ -8,7 +8,6 @@ def bootstrap_means(values, seed=0):
 
     Args:
         values: float array (rows, columns); NaNs are left out of the means.
-        seed: seed of the draws.
 
     Returns:
         float array (RESAMPLES, columns); NaN where all drawn values of a column are NaN.

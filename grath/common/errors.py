@@ -28,9 +28,8 @@ def run_main(main):
     """
     # Libraries warn about each other's code, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # These two loggers warn at every forward pass of an int8 layer.
-    for logger in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    # It warns at every forward pass of an int8 layer.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name = program_name()
     end_with_launcher()
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
@@ -38,25 +37,26 @@ def run_main(main):
             signal.signal(number, raise_on_signal)
     try:
         status = main() or 0
-    except UserError as error:
-        _debug(error)
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = BAD_INPUT
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         status = 128 + signal.SIGINT
     except SignalReceived as ended:
-        print(f"{name}: ended by {signal.Signals(ended.number).name}", file=sys.stderr)
-        status = 128 + ended.number
+        (number,) = ended.args
+        print(f"{name}: ended by {signal.Signals(number).name}", file=sys.stderr)
+        status = 128 + number
     except Exception as error:
-        line = explain_system_error(error)
+        bad_input = isinstance(error, UserError)
+        line = " ".join(str(error).split()) if bad_input else explain_system_error(error)
         if line is None:
             raise
-        _debug(error)
+        if os.environ.get("GRATH_DEBUG") == "1":
+            traceback.print_exception(error)
         print(f"{name}: error: {line}", file=sys.stderr)
-        status = 1
-    if status in (0, BAD_INPUT):  # after another error, NCCL could wait for its peers
-        _leave_process_group()
+        status = BAD_INPUT if bad_input else 1
+    torch = sys.modules.get("torch")
+    # Left to the interpreter's exit, torch's process group sometimes aborts. After another error, NCCL could wait here.
+    if status in (0, BAD_INPUT) and torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     sys.exit(status)
 
 
@@ -66,37 +66,20 @@ def program_name():
     return f"grath.{path.parent.name}" if path.name == "__main__.py" else path.name
 
 
-def _leave_process_group():
-    """Destroy torch's process group. Left to the interpreter's exit, it sometimes aborts (SIGABRT)."""
-    torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _debug(error):
-    if os.environ.get("GRATH_DEBUG") == "1":
-        traceback.print_exception(error)
-
-
 # Advice for each kind of system error.
 MEMORY = (
     "the memory is full: use a smaller --batch_size (--per_device_train_batch_size); in the loop PAIRS_BATCH_SIZE, "
     "DPO_BATCH_SIZE or EVAL_BATCH_SIZE, which you can change during a run"
 )
 DISK = "no space is left on the disk: free some and run the same command again; finished work is kept"
-RIGHTS = "permission denied: choose another folder"
-FILES = "too many files are open: raise the limit (ulimit -n 4096)"
 GPU = "the GPU cannot be used: check nvidia-smi, CUDA_VISIBLE_DEVICES and the number of processes"
 PACKAGE = "pip install -e . -c constraints.txt"
 BY_ERRNO = {
-    errno.ENOSPC: DISK,
-    errno.EDQUOT: DISK,
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), DISK),
     errno.EFBIG: "the file exceeds the size limit: raise it (ulimit -f)",
     errno.EROFS: "the file system is read-only: choose another output folder",
-    errno.EACCES: RIGHTS,
-    errno.EPERM: RIGHTS,
-    errno.EMFILE: FILES,
-    errno.ENFILE: FILES,
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "permission denied: choose another folder"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit (ulimit -n 4096)"),
     errno.ENOMEM: MEMORY,
     errno.ETIMEDOUT: "start the server, and run the same command again: it asks only what is left",
 }
@@ -104,25 +87,19 @@ BY_ERRNO = {
 BY_CUDA_ERROR = {2: MEMORY, **dict.fromkeys((3, 35, 46, 100, 101, 803, 804), GPU)}
 # System errors that torch raises as a plain RuntimeError, by their text.
 BY_TEXT = {
-    "PytorchStreamWriter": DISK,
-    "inline_container": DISK,
-    "iostream error": DISK,
-    "can't allocate memory": MEMORY,
-    "CUBLAS_STATUS_ALLOC_FAILED": MEMORY,
-    "No CUDA GPUs are available": GPU,
-    "NVIDIA driver": GPU,
+    **dict.fromkeys(("PytorchStreamWriter", "inline_container", "iostream error"), DISK),
+    **dict.fromkeys(("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"), MEMORY),
+    **dict.fromkeys(("No CUDA GPUs are available", "NVIDIA driver"), GPU),
 }
 
 
 def explain_system_error(error):
     """Describe a system error in one line: what is wrong and what to do. Return None for any other error.
 
-    The class and the number of the error decide, and of its explicit causes (`raise ... from`); errors that were merely
-    being handled when it was raised do not count.
+    Its class and number decide, or those of an explicit cause of it (`raise ... from`).
     """
     while error is not None:
-        advice = _advice(error)
-        if advice:
+        if advice := _advice(error):
             return f"{f'{type(error).__name__}: {error}'.splitlines()[0][:200]}: {advice}"
         error = error.__cause__
     return None

@@ -3,19 +3,17 @@
 import hashlib
 import json
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from grath.common.errors import UserError, first_line
 
+# Bytes of a file whose hash is kept in the user's cache.
+CACHED_FROM = 10_000_000
+
 
 def read_json(path, what):
-    """Read the JSON object in a file.
-
-    Raises:
-        UserError: the file contains no JSON object; `what` names what it should be.
-    """
+    """Read the JSON object in a file; raise `UserError` if there is none, where `what` says what it should be."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
@@ -28,12 +26,8 @@ def read_json(path, what):
 def read_json_lines(path, what):
     """Read a JSON-lines file as a list of dicts. A byte order mark and Windows line ends are accepted.
 
-    Args:
-        path: the file.
-        what: the file's role, for the error message.
-
     Raises:
-        UserError: the file is missing, empty or not UTF-8 text, or a line is not a JSON object.
+        UserError: the file is missing, empty or not UTF-8 text, or a line is not a JSON object; it names `what`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -72,24 +66,15 @@ def atomic_write_bytes(path, content):
     """Write `content` to `path`, through a temporary file and a rename, so that `path` is never incomplete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder):
@@ -106,6 +91,21 @@ def sha256(path):
     """Return the SHA-256 of a file in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hash(file):
+    """Return the SHA-256 of a file; a large one is hashed once, as long as its inode, size and times stay the same."""
+    stat = file.stat()
+    if stat.st_size < CACHED_FROM:
+        return sha256(file)
+    stamp = "-".join(str(part) for part in (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    known = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grath" / stamp
+    with suppress(OSError):
+        return known.read_text(encoding="utf-8")
+    digest = sha256(file)
+    with suppress(OSError):  # a cache that cannot be written saves no time
+        atomic_write_text(known, digest)
+    return digest
 
 
 def hash_of(lines):

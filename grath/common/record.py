@@ -19,11 +19,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "l
 
 
 def read_record(path):
-    """Read the record in the file `path`; return None if there is no file.
-
-    Raises:
-        UserError: the file is not a record.
-    """
+    """Read the record in the file `path`; return None if there is no file, raise `UserError` if it is no record."""
     if not Path(path).is_file():
         return None
     record = read_json(path, "record")
@@ -38,14 +34,7 @@ def write_record(path, record):
 
 
 def check_inputs(record, inputs, output, advice):
-    """Raise `UserError` if a record has other inputs than this start, naming the first that differs.
-
-    Args:
-        record: what `read_record` returned, not None.
-        inputs: dict, which may contain dicts.
-        output: the output, for the message.
-        advice: what to do.
-    """
+    """Raise `UserError` if the record of `output` has other inputs (dict, may be nested); name the first difference."""
     was, now = _flat(record["inputs"]), _flat(json.loads(json.dumps(inputs)))
     for name in [*now, *was]:
         if was.get(name) != now.get(name) or (name in was) != (name in now):
@@ -54,11 +43,7 @@ def check_inputs(record, inputs, output, advice):
 
 
 def check_files(record, folder, advice):
-    """Return whether a record names finished outputs, and all of them are in `folder`.
-
-    Raises:
-        UserError: one of them is not the file that was written.
-    """
+    """Return whether a record names finished outputs, and all are in `folder`; raise `UserError` if one was changed."""
     files = {Path(folder) / name: digest for name, digest in record.get("files", {}).items()}
     for file, digest in files.items():
         if file.is_file() and sha256(file) != digest:
@@ -71,7 +56,6 @@ def recording(path, inputs, earlier=None, write=True, **content):
     """Write the record of a stage at its start, and add the seconds of this start when it ends, however it ends.
 
     Args:
-        path: the file of the record.
         inputs: as in `check_inputs`.
         earlier: the record of an interrupted start, or None.
         write: False in all processes but the first.
@@ -83,23 +67,14 @@ def recording(path, inputs, earlier=None, write=True, **content):
     earlier, began = earlier or {}, time.monotonic()
     record = {"inputs": inputs, "starts": earlier.get("starts", 0) + 1, "seconds": earlier.get("seconds", 0)}
     record |= {"versions": versions(), "commit": commit(), **content}
-
-    def save():
-        if write:
-            write_record(path, record)
-
-    def save_seconds():
-        record["seconds"] = round(earlier.get("seconds", 0) + time.monotonic() - began, 1)
-        save()
-
-    save()
+    if write:
+        write_record(path, record)
     try:
         yield record
-    except BaseException:
-        with suppress(OSError):  # the error of the stage itself is the one that is shown
-            save_seconds()
-        raise
-    save_seconds()
+    finally:
+        record["seconds"] = round(earlier.get("seconds", 0) + time.monotonic() - began, 1)
+        if write:
+            write_record(path, record)
 
 
 def _flat(content, prefix=""):
@@ -116,24 +91,16 @@ def _shown(value):
 
 
 def versions():
-    """Return the versions of the libraries that a result depends on: dict of str."""
-    found = {}
+    """Return the versions of the libraries that a result depends on: dict of str, or None where one is missing."""
+    found = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
     return found
 
 
 def commit():
     """Return the commit of the checkout, with "+" appended if files differ from it; None without git."""
-
-    def git(*arguments):
-        return subprocess.run(["git", "-C", PROJECT, *arguments], capture_output=True, text=True).stdout.strip()
-
-    try:
-        head = git("rev-parse", "--short", "HEAD")
-        return f"{head}+" if head and git("status", "--porcelain", "-uno") else head or None
-    except OSError:
-        return None
+    command = ["git", "-C", PROJECT, "describe", "--always", "--exclude=*", "--dirty=+"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

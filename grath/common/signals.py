@@ -9,11 +9,7 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class SignalReceived(BaseException):
-    """A signal that ends the program, raised so that `finally` blocks run."""
-
-    def __init__(self, number):
-        super().__init__(number)
-        self.number = number
+    """A signal that ends the program, raised with its number so that `finally` blocks run."""
 
 
 def raise_on_signal(number, frame):

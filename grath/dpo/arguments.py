@@ -68,12 +68,10 @@ class YamlParser(OneLineErrors, HfArgumentParser):
 def read_options(path):
     """Read the options in a YAML file: dict."""
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        options = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError("the --config file is not UTF-8 text") from None
-    except yaml.YAMLError as error:
+    except yaml.YAMLError as error:  # also if it is not UTF-8 text
         raise UserError(f"the --config file is not YAML: {error}") from None
     if not isinstance(options, dict):
         raise UserError(f"the --config file {path} must contain a YAML mapping")

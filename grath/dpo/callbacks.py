@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import ProgressCallback, TrainerCallback
 
@@ -32,14 +33,11 @@ class TrainingLog(TrainerCallback):
     """
 
     def __init__(self, steps_per_epoch):
-        self.warnings, self.steps_per_epoch = {}, steps_per_epoch
+        self.warnings, self.steps_per_epoch, self.checked = {}, steps_per_epoch, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A resumed training has the intervals of its checkpoint; those that were given now count.
         state.compute_steps(args, state.max_steps)
-        # A resumed training also records the warnings from before the interruption.
-        for end in range(1, len(state.log_history) + 1):
-            self._warn(args, state, state.log_history[:end])
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / self.steps_per_epoch
@@ -48,41 +46,32 @@ class TrainingLog(TrainerCallback):
             control.should_save = control.should_save or args.save_strategy == "epoch"
 
     def on_log(self, args, state, control, **kwargs):
-        if any(math.isnan(value) for name, value in state.log_history[-1].items() if name.startswith("rewards/")):
+        log = state.log_history
+        if any(math.isnan(value) for name, value in log[-1].items() if name.startswith("rewards/")):
             raise UserError(
                 f"the training diverged: the rewards are NaN at step {state.global_step}; use a lower --learning_rate"
             )
-        if not state.is_world_process_zero:
-            return
-        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-        atomic_write_text(Path(args.output_dir) / TRAINING_LOG, "".join(lines))
-        self._warn(args, state, state.log_history)
-
-    def _warn(self, args, state, log):
-        warmup_steps = args.get_warmup_steps(state.max_steps)
-        for kind, warning in training_warnings(log, args.beta, warmup_steps, logits_eps(args)).items():
-            if kind not in self.warnings:
-                self.warnings[kind] = warning
-                PartialState().print(f"\nWarning: {warning}")
+        if state.is_world_process_zero:
+            atomic_write_text(Path(args.output_dir) / TRAINING_LOG, "".join(json.dumps(line) + "\n" for line in log))
+        # A resumed training also finds the warnings from before the interruption.
+        while self.checked < len(log):
+            self.checked += 1
+            for kind, warning in training_warnings(log[: self.checked], args, state.max_steps).items():
+                if self.warnings.setdefault(kind, warning) is warning:
+                    PartialState().print(f"\nWarning: {warning}")
 
 
-def logits_eps(config):
-    """Return the relative rounding error of the data type in which a `GrathDPOConfig` computes logits."""
-    import torch
-
-    dtype = DTYPES.get(config.precision) or ("bfloat16" if config.bf16 else "float16")
-    return torch.finfo(getattr(torch, dtype)).eps
-
-
-def training_warnings(log, beta, warmup_steps=0, eps=0.0):
+def training_warnings(log, config, max_steps):
     """Find signs in the log that the training goes wrong.
+
+    A reward is beta times the log-ratio of policy to reference (DPO, section 4). The reference's log-probabilities come
+    from batches of another shape, so a policy that has learned nothing has a margin of about beta * eps *
+    |log-probability|, with the relative rounding error eps of the logits.
 
     Args:
         log: entries of TRL's log, each a dict with `step`, `rewards/chosen`, `rewards/margins`, ...
-        beta: DPO's beta. A reward is beta times the log-ratio of policy to reference (DPO, section 4).
-        warmup_steps: steps until the learning rate reaches its peak.
-        eps: relative rounding error of the logits. The reference's log-probabilities come from batches of another
-            shape, so a policy that has learned nothing has a margin of about beta * eps * |log-probability|.
+        config: `GrathDPOConfig`.
+        max_steps: optimizer steps of the whole training.
 
     Returns:
         dict: kind of warning -> sentence.
@@ -91,7 +80,7 @@ def training_warnings(log, beta, warmup_steps=0, eps=0.0):
     if not entries:
         return {}
     found, last = {}, entries[-1]
-    chosen, rejected = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta
+    chosen, rejected = last["rewards/chosen"] / config.beta, last["rewards/rejected"] / config.beta
     if chosen < -1 and rejected < -1:
         found["collapse"] = (
             f"chosen answers lose probability together with the rejected ones (log-ratios {chosen:.1f} and "
@@ -103,9 +92,11 @@ def training_warnings(log, beta, warmup_steps=0, eps=0.0):
             f"every chosen answer is preferred already (reward accuracy 1.0 at step {last['step']}): more steps only "
             "move the policy away from its reference"
         )
+    dtype = DTYPES.get(config.precision) or ("bfloat16" if config.bf16 else "float16")
     sizes = [abs(entry.get(f"logps/{side}", 0)) for entry in entries for side in ("chosen", "rejected")]
-    negligible = max(1e-3, beta * eps * max(sizes))
-    if last["step"] >= max(10, warmup_steps) and all(abs(entry["rewards/margins"]) < negligible for entry in entries):
+    negligible = max(1e-3, config.beta * torch.finfo(getattr(torch, dtype)).eps * max(sizes))
+    too_small = all(abs(entry["rewards/margins"]) < negligible for entry in entries)
+    if too_small and last["step"] >= max(10, config.get_warmup_steps(max_steps)):
         found["no margin"] = (
             f"the margin is still 0 at step {last['step']}: the policy learns nothing; try a larger learning rate"
         )

@@ -25,8 +25,8 @@ UNCOMPARED = {
 }  # fmt: skip
 
 
-def resume_state(inputs, settings):
-    """Determine how far an earlier start of the same training got in its output folder.
+def agreed_state(inputs, settings):
+    """Determine how far an earlier start got in its output folder, after all processes have read the folder.
 
     Args:
         inputs: dict of what the training depends on.
@@ -37,9 +37,15 @@ def resume_state(inputs, settings):
         and the checkpoint to start from: the given one, else the last complete one of an interrupted start, or None.
 
     Raises:
-        UserError: the folder contains something else, or is the model that the training starts from, or the checkpoint
-            is not complete.
+        UserError: the folder is not one of this training, or the given checkpoint is not complete.
     """
+    state, record, checkpoint = _resume_state(inputs, settings)
+    if len(set(gather_object([(state, checkpoint)]))) > 1:
+        raise UserError(f"the processes see different files in {settings['output_dir']}: all machines must share it")
+    return state, record, checkpoint
+
+
+def _resume_state(inputs, settings):
     folder, chosen = Path(settings["output_dir"]), settings.get("resume_from_checkpoint")
     overwrite = settings["overwrite_output_dir"]
     if overwrite and chosen:
@@ -51,8 +57,7 @@ def resume_state(inputs, settings):
     if (folder / "config.json").is_file():
         raise UserError(f"--output_dir {folder} contains a full model: choose another folder")
     # A start that was killed early leaves at most a temporary file and the model card that TRL writes.
-    others = [path for path in folder.glob("[!.]*") if path.name != "README.md"]
-    if overwrite or not others:
+    if overwrite or all(path.name == "README.md" for path in folder.glob("[!.]*")):
         return "nothing", None, chosen
     advice = "choose another --output_dir, remove this one, or pass --overwrite_output_dir to replace it"
     record = read_record(folder / TRAINING_RECORD)
@@ -64,38 +69,26 @@ def resume_state(inputs, settings):
     return "interrupted", record, chosen or last_checkpoint(folder)
 
 
-def agreed_state(inputs, settings):
-    """Return `resume_state` after all processes have read the folder, so that none reads what another one writes."""
-    state, record, checkpoint = resume_state(inputs, settings)
-    if len(set(gather_object([(state, checkpoint)]))) > 1:
-        raise UserError(f"the processes see different files in {settings['output_dir']}: all machines must share it")
-    return state, record, checkpoint
-
-
 def last_checkpoint(output_dir):
-    """Return the folder of the last complete checkpoint in `output_dir`, or None; skip incomplete ones."""
-    found = [(int(path.name.partition("-")[2]), path) for path in Path(output_dir).glob("checkpoint-*[0-9]")]
-    return next((str(path) for step, path in sorted(found, reverse=True) if _is_complete(path, step)), None)
+    """Return the folder of the last complete checkpoint in `output_dir`, or None."""
+    found = {int(path.name.partition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*[0-9]")}
+    return next((str(found[step]) for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
 
 
-def _is_complete(checkpoint, step=None):
-    """Tell whether no file of a checkpoint is missing or truncated, and it is of that step, if given.
-
-    `trainer_state.json` is written last.
-    """
+def _is_complete(checkpoint):
+    """Tell whether no file of a checkpoint is missing or truncated. `trainer_state.json` is written last."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         with safe_open(checkpoint / ADAPTER, "pt"):
             pass
     except (OSError, ValueError, SafetensorError):
         return False
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-    return step in (None, state.get("global_step")) and bool(archives) and all(map(is_zipfile, archives))
+    return bool(archives) and all(map(is_zipfile, archives))
 
 
-def clear_output_dir(output_dir):
+def clear_output_dir(folder):
     """Remove an earlier training: its record first, then adapter, log, plot and checkpoints."""
-    folder = Path(output_dir)
     for name in (TRAINING_RECORD, ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT):
         (folder / name).unlink(missing_ok=True)
     for checkpoint in folder.glob("checkpoint-*"):
@@ -115,7 +108,7 @@ def save_adapter(trainer):
     if not isinstance(config.target_modules, str):  # a set, whose order differs between processes
         config.target_modules = sorted(config.target_modules)
     trainer.save_model(str(partial))
-    if trainer.accelerator.is_main_process:
+    if trainer.is_world_process_zero():
         for name in (ADAPTER_CONFIG, ADAPTER):
             with (partial / name).open("rb") as file:
                 os.fsync(file.fileno())

@@ -3,12 +3,12 @@
 import os
 from dataclasses import dataclass
 
-from transformers.hf_argparser import HfArg
 from trl import DPOConfig
 
 from grath.common import defaults
 from grath.common.defaults import PAIRS_PER_STEP
 from grath.common.errors import UserError
+from grath.dpo import option
 from grath.modeling.precision import DTYPES, PRECISIONS, compute_dtype, resolve_precision
 
 EPOCHS = DPOConfig.num_train_epochs
@@ -23,54 +23,40 @@ NOT_NEGATIVE = ("lora_dropout", "seed", "warmup_steps")
 class GrathDPOConfig(DPOConfig):
     """TRL's `DPOConfig` with the defaults of the paper's code, plus `precision`."""
 
-    output_dir: str = HfArg(default="", help="folder for the adapter, its record and its checkpoints (required)")
-    precision: str = HfArg(
-        default="auto",
-        help="precision of the base model's weights; auto: fp4 on a CUDA GPU, bf16 on a CPU",
-        metadata={"choices": PRECISIONS},
+    output_dir: str = option("", "folder for the adapter, its record and its checkpoints (required)")
+    precision: str = option("auto", "of the base's weights; auto: fp4 on a CUDA GPU, bf16 on a CPU", choices=PRECISIONS)
+    seed: int = option(0, "seed of the adapter's initial weights, the order of pairs and the drawn incorrect answers")
+    beta: float = option(defaults.BETA, "strength of the KL penalty towards the reference (DPO, equation 7)")
+    learning_rate: float = option(defaults.LEARNING_RATE, "peak learning rate")
+    lr_scheduler_type: str = option("cosine", "learning rate schedule")
+    warmup_steps: float = option(defaults.WARMUP_STEPS, "warm-up steps; below 1: a fraction of all steps")
+    optim: str = option("auto", "auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP")
+    per_device_train_batch_size: int | None = option(
+        None,
+        f"pairs per device and forward pass; by default as many as the GPU's memory takes, at most {PAIRS_PER_STEP}; "
+        "4 on a CPU or with --gradient_accumulation_steps",
     )
-    seed: int = HfArg(
-        default=0, help="seed of the adapter's initial weights, the order of the pairs and the drawn incorrect answers"
+    gradient_accumulation_steps: int | None = option(
+        None, f"forward passes per step; by default so many that all devices together use {PAIRS_PER_STEP} pairs"
     )
-    beta: float = HfArg(
-        default=defaults.BETA, help="strength of the KL penalty towards the reference (DPO, equation 7)"
+    max_steps: int = option(defaults.MAX_STEPS, "optimizer steps")
+    max_length: int | None = option(defaults.MAX_LENGTH, "drop pairs with more tokens")
+    train_sampling_strategy: str = option(
+        "group_by_length",
+        "order of the pairs; group_by_length: pairs of similar length in each step",
+        choices=("random", "sequential", "group_by_length"),
     )
-    learning_rate: float = HfArg(default=defaults.LEARNING_RATE, help="peak learning rate")
-    lr_scheduler_type: str = HfArg(default="cosine", help="learning rate schedule")
-    warmup_steps: float = HfArg(default=defaults.WARMUP_STEPS, help="warm-up steps; below 1: a fraction of all steps")
-    optim: str = HfArg(
-        default="auto", help="optimizer; auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP"
+    gradient_checkpointing: bool | None = option(
+        None, "recompute activations to save memory; off by default, because the sequences are short"
     )
-    per_device_train_batch_size: int | None = HfArg(
-        default=None,
-        help="pairs per device and forward pass; by default as many as the GPU's memory takes, at most "
-        f"{PAIRS_PER_STEP}; 4 on a CPU or with --gradient_accumulation_steps",
+    precompute_ref_log_probs: bool = option(True, "compute the reference's log-probabilities once, before training")
+    precompute_ref_batch_size: int | None = option(
+        16, "pairs per forward pass of that; half as many each time that the memory is full"
     )
-    gradient_accumulation_steps: int | None = HfArg(
-        default=None,
-        help=f"forward passes per step; by default so many that all devices together use {PAIRS_PER_STEP} pairs",
-    )
-    max_steps: int = HfArg(default=defaults.MAX_STEPS, help="optimizer steps")
-    max_length: int | None = HfArg(default=defaults.MAX_LENGTH, help="drop pairs with more tokens")
-    train_sampling_strategy: str = HfArg(
-        default="group_by_length",
-        help="order of the pairs; group_by_length: pairs of similar length in each step",
-        metadata={"choices": ("random", "sequential", "group_by_length")},
-    )
-    gradient_checkpointing: bool | None = HfArg(
-        default=None, help="recompute activations to save memory; off by default, because the sequences are short"
-    )
-    precompute_ref_log_probs: bool = HfArg(
-        default=True, help="compute the reference's log-probabilities once, before training"
-    )
-    precompute_ref_batch_size: int | None = HfArg(
-        default=16, help="pairs per forward pass of that; half as many each time that the memory is full"
-    )
-    logging_first_step: bool = HfArg(
-        default=True, help="log the first step; its margin shows which model is the reference"
-    )
-    save_steps: float = HfArg(default=defaults.SAVE_STEPS, help="steps between checkpoints")
-    report_to: str = HfArg(default="none", help="tensorboard, wandb, trackio, ... or none")
+    logging_first_step: bool = option(True, "log the first step; its margin shows which model is the reference")
+    save_steps: float = option(defaults.SAVE_STEPS, "steps between checkpoints")
+    report_to: str = option("none", "tensorboard, wandb, trackio, ... or none")
+    ddp_find_unused_parameters: bool | None = option(False, "not needed: every step uses all weights of the adapter")
 
     def __post_init__(self):
         import torch
@@ -85,8 +71,8 @@ class GrathDPOConfig(DPOConfig):
         sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
         # The trainer then replaces both values.
         self.probes_memory = sizes == (None, None) and torch.cuda.is_available()
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = step_sizes(processes, *sizes)
+        sizes = step_sizes(int(os.environ.get("WORLD_SIZE", "1")), *sizes)
+        self.per_device_train_batch_size, self.gradient_accumulation_steps = sizes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.optim == "auto":
             paged = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP") != "true"
@@ -96,8 +82,6 @@ class GrathDPOConfig(DPOConfig):
             quantized = self.precision not in DTYPES
             self.bf16 = quantized and not self.fp16 and compute_dtype() == torch.bfloat16
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantized and not self.bf16)
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every step uses all weights of the adapter
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         # One process uses one GPU even if it sees several: `DPOTrainer` refuses `nn.DataParallel`.

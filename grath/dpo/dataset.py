@@ -39,22 +39,14 @@ def filter_pairs(dataset, max_length):
     Raises:
         UserError: no pair remains.
     """
-    lengths = pair_lengths(dataset)
+    lengths, read = pair_lengths(dataset), len(dataset)
     differing = [i for i, row in enumerate(dataset) if row["chosen_ids"] != row["rejected_ids"]]
-    fitting = [i for i in differing if max_length is None or lengths[i] <= max_length]
-    counts = {
-        "read": len(dataset),
-        "identical": len(dataset) - len(differing),
-        "too_long": len(differing) - len(fitting),
-        "kept": len(fitting),
-    }
-    print_once(
-        f"{counts['read']} pairs, {counts['identical']} with identical answers and {counts['too_long']} over "
-        f"{max_length} tokens dropped"
-    )
-    if not fitting:
+    kept = [i for i in differing if max_length is None or lengths[i] <= max_length]
+    identical, too_long = read - len(differing), len(differing) - len(kept)
+    print_once(f"{read} pairs, {identical} with identical answers and {too_long} over {max_length} tokens dropped")
+    if not kept:
         raise UserError("no pair is left to train on: all have identical answers or are too long")
-    return dataset.select(fitting), counts
+    return dataset.select(kept), {"read": read, "identical": identical, "too_long": too_long, "kept": len(kept)}
 
 
 def pair_lengths(dataset):

@@ -42,7 +42,10 @@ def share_prompts(forward):
 
 
 def project_completions_only(base, fused_forward):
-    """Wrap the `forward` of TRL's fused head so that it projects only the completions."""
+    """Wrap the `forward` of TRL's fused head so that it projects only the completions.
+
+    On a CPU, TRL 1.16 projects every position, including prompt and padding. The log-probabilities are the same.
+    """
 
     @wraps(fused_forward)
     def forward(*args, fused_lm_head=False, labels=None, **kwargs):
@@ -62,18 +65,14 @@ def completion_log_probs(hidden, labels, lm_head):
         labels: (B, L), -100 where there is no label.
 
     Returns:
-        `FusedCausalLMOutput` with `log_probs`, `entropy`, `mean_logits` and `is_top1`, each (B, L), 0 where there is no
-        label.
+        `FusedCausalLMOutput`, whose fields are (B, L), 0 where there is no label.
     """
     labelled = labels != -100
     logits, targets = lm_head(hidden[labelled]).float(), labels[labelled]
-    values = -cross_entropy(logits, targets, reduction="none")
+    found = {"log_probs": -cross_entropy(logits, targets, reduction="none")}
     with torch.no_grad():
-        log_sum = logits.gather(1, targets[:, None])[:, 0] - values
-        entropy = log_sum - torch.einsum("nv,nv->n", (logits - log_sum[:, None]).exp_(), logits)
-        statistics = {"entropy": entropy, "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == targets}
-    fields = {
-        name: field.new_zeros(labels.shape).masked_scatter(labelled, field)
-        for name, field in {"log_probs": values, **statistics}.items()
-    }
-    return FusedCausalLMOutput(loss=-values.mean(), **fields)
+        log_sum = logits.gather(1, targets[:, None])[:, 0] - found["log_probs"]
+        found["entropy"] = log_sum - torch.einsum("nv,nv->n", (logits - log_sum[:, None]).exp_(), logits)
+        found |= {"mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == targets}
+    fields = {name: field.new_zeros(labels.shape).masked_scatter(labelled, field) for name, field in found.items()}
+    return FusedCausalLMOutput(loss=-found["log_probs"].mean(), **fields)

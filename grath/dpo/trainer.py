@@ -22,27 +22,21 @@ from grath.generation.attention import unsupported_reason
 from grath.modeling.devices import print_once
 from grath.modeling.loading import resolve_base_and_adapter
 
-# Settings of some model families that change the logits after the head, or add to the loss.
-LOGIT_SETTINGS = (
-    "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling",
-    "router_aux_loss_coef",
-)  # fmt: skip
-
 
 class GrathDPOTrainer(DPOTrainer):
     """`DPOTrainer` that accepts tokenized pairs and an explicit choice of the reference model.
 
-    TRL adds a frozen copy `ref` of the adapter to an incoming `PeftModel`. With `precompute_ref_log_probs` it evaluates
-    the reference inside the constructor, after hashing all weights for a cache on disk. A fixed reference requires that
-    `ref` is deleted first, so this class evaluates the reference after TRL's constructor, without a cache. On a
-    quantized base TRL rounds the policy's adapter to bf16, but not `ref`, and loads checkpoints in float32; this class
-    keeps the adapter in float32. Its training set contains the pairs of all steps in their order, as one epoch.
+    TRL adds a frozen copy `ref` of the adapter to an incoming `PeftModel`, and evaluates the reference inside its
+    constructor. A fixed reference requires that `ref` is deleted first, so this class evaluates it later. TRL also
+    rounds the policy's adapter to bf16 on a quantized base, but not `ref`; this class keeps it in float32. Its training
+    set contains the pairs of all steps in their order, as one epoch.
 
     Args:
         reference: "rolling" or "fixed".
 
     Attributes:
         counts: dict from `filter_pairs`.
+        pairs: the pairs that the steps reach, with their reference log-probabilities.
         steps_per_epoch: float.
     """
 
@@ -51,10 +45,8 @@ class GrathDPOTrainer(DPOTrainer):
         incoming = dict(model.named_parameters()) if hasattr(model, "peft_config") else {}
         incoming = {name: weight.data for name, weight in incoming.items() if weight.requires_grad}
         precompute, config.precompute_ref_log_probs = config.precompute_ref_log_probs, False
-        try:
-            super().__init__(*args, **kwargs)
-        finally:
-            config.precompute_ref_log_probs = precompute
+        super().__init__(*args, **kwargs)
+        config.precompute_ref_log_probs = precompute
         # A resumed training must load its adapter to this process's device; PEFT would choose the first GPU.
         device = self.accelerator.device
         where = "cpu" if device.type == "cpu" else str(device)
@@ -75,16 +67,11 @@ class GrathDPOTrainer(DPOTrainer):
             self.model.delete_adapter("ref")
 
     def _patch_forward(self):
-        """Make the model compute the shared prompt of a pair once and, on a CPU, project only the completions.
-
-        On a CPU, TRL 1.16 projects every position, including prompt and padding. The loss is the same.
-        """
         base = self.model.get_base_model()
-        if not unsupported_reason(base, self.args.max_length or 0) and base.config._attn_implementation == "sdpa":
-            base.base_model.forward = share_prompts(base.base_model.forward)
-        config = base.config.get_text_config()
-        changed = any(getattr(config, name, None) for name in LOGIT_SETTINGS)
-        if self.accelerator.device.type == "cpu" and not self.args.use_weighting and not changed:
+        if unsupported_reason(base, self.args.max_length or 0) or base.config._attn_implementation != "sdpa":
+            return
+        base.base_model.forward = share_prompts(base.base_model.forward)
+        if self.accelerator.device.type == "cpu" and not self.args.use_weighting:
             base.forward = project_completions_only(base, base.forward)
 
     def _prepare_dataset(self, dataset, processing_class, args, name):
@@ -102,23 +89,20 @@ class GrathDPOTrainer(DPOTrainer):
             args.max_steps = ceil(args.num_train_epochs * self.steps_per_epoch)
         seed = args.seed if args.data_seed is None else args.data_seed
         order = training_order(pair_lengths(pairs), args.max_steps * batch, batch, args.train_sampling_strategy, seed)
-        used = sorted(set(order))
-        self.pairs = pairs.select(used)
+        used, places = torch.tensor(order).unique(return_inverse=True)
+        self.pairs = pairs.select(used.tolist())
         if args.precompute_ref_log_probs:
             self.pairs = self.add_reference_log_probs(self.pairs)
             self.precompute_ref_logps = True
             self.drop_ref_adapter()
-        places = {pair: place for place, pair in enumerate(used)}
-        self.train_dataset = self.pairs.select([places[pair] for pair in order])
+        self.train_dataset = self.pairs.select(places.tolist())
         args.train_sampling_strategy = "sequential"
 
     def add_reference_log_probs(self, pairs):
         """Return pairs with the columns `ref_chosen_logps` and `ref_rejected_logps`; the processes share the work."""
-        self.model.eval()
         for layer in self.model.modules():
             # In evaluation mode on a CPU, bitsandbytes packs 4-bit weights into a form without gradients.
-            if type(layer).__name__ == "Linear4bit":
-                layer.training = True
+            layer.training = type(layer).__name__ == "Linear4bit"
         # Batch pairs of similar length, to keep padding small.
         left = sorted(range(len(pairs)), key=pair_lengths(pairs).__getitem__)
         left, found = left[self.accelerator.process_index :: self.accelerator.num_processes], []
@@ -131,21 +115,17 @@ class GrathDPOTrainer(DPOTrainer):
                 progress.update(len(rows))
                 del left[:batch]
 
+        size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         with tqdm(total=len(left), desc="Reference log-probabilities") as progress:
-            halve_if_out_of_memory(
-                compute, self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-            )
+            halve_if_out_of_memory(compute, size)
         _, chosen, rejected = zip(*sorted(gather_object(found)), strict=True)
         return pairs.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def probe_memory(self):
-        """Find the most pairs that fit into a forward and backward pass, and fill the step by accumulation.
-
-        Tries the longest pairs. Changes neither gradients nor the random state.
-        """
+        """Find how many of the longest pairs fit into a forward and backward pass; fill the step by accumulation."""
         args = self.args
         own = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        lengths = [sum(map(len, (pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]))) for pair in self.pairs]
+        lengths = [sum(len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for pair in self.pairs]
         longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         longest = (longest * own)[:own]  # a step repeats pairs if there are fewer
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -153,11 +133,13 @@ class GrathDPOTrainer(DPOTrainer):
         def attempt(batch):
             # What AdamW's two averages and the exchange of gradients take later.
             later = [torch.empty_like(weight) for weight in trained for _ in range(3)]
-            inputs = self._collate(self.pairs, longest[:batch])
-            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            given = self._collate(self.pairs, longest[:batch])
+            ids, mask = given["input_ids"], given["attention_mask"]
+            labels = ids.masked_fill(given["completion_mask"] == 0, -100)
             with self.accelerator.autocast():
-                output = self.model(**inputs, labels=labels, use_cache=False, fused_lm_head=True)
+                output = self.model(
+                    input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True
+                )
             output.log_probs.sum().backward()
             del later
             return batch
@@ -197,19 +179,14 @@ def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):
 
 def check_incoming_adapter(model, lora):
     """Raise `UserError` if a `PeftModel` has another rank, alpha or dropout than `lora` (`LoraConfig`)."""
-    incoming = model.peft_config["default"]
     for name in ("r", "lora_alpha", "lora_dropout"):
-        theirs, ours = getattr(incoming, name), getattr(lora, name)
+        theirs, ours = getattr(model.peft_config["default"], name), getattr(lora, name)
         if theirs != ours:
             raise UserError(f"the incoming adapter has {name} {theirs}, not {ours}")
 
 
 def describe_reference(name, reference):
-    """Describe the policy's start and the reference model of an iteration that starts from the model `name`.
-
-    Returns:
-        dict of str: `reference`, `policy_starts_from`, `reference_model`, `base_model`, `incoming_adapter` (or None).
-    """
+    """Describe the policy's start and the reference of an iteration that starts from the model `name`: dict."""
     base, adapter = resolve_base_and_adapter(name)
     start = f"the adapter {adapter} on {base}" if adapter else base
     return {

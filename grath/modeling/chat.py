@@ -3,6 +3,8 @@
 `TEMPLATES` has one Jinja template for each model family. The model type `auto` uses the tokenizer's own template.
 """
 
+from os.path import commonprefix
+
 from grath.common.errors import UserError
 
 TEMPLATES = {
@@ -31,8 +33,7 @@ def template_for(tokenizer, model_type):
     """Return the Jinja chat template of `model_type` for `tokenizer`.
 
     Raises:
-        UserError: `model_type` is `auto` and the tokenizer has no chat template, or the tokenizer has no EOS token, or
-            the template needs a BOS token and the tokenizer has none.
+        UserError: the tokenizer has no EOS token, or no chat template for `auto`, or no BOS token for the template.
     """
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name")
@@ -71,14 +72,12 @@ def answer_ids(tokenizer, messages, answer, template):
         (prompt, completion): two lists of int. The prompt is the longest common beginning of `prompt_ids(messages)` and
         the tokens of the whole conversation: all of `prompt_ids`, unless the tokenizer merges across the boundary.
     """
-    prompt = prompt_ids(tokenizer, messages, template)
     whole = [*messages, {"role": "assistant", "content": answer}]
     ids = _encode(tokenizer, tokenizer.apply_chat_template(whole, chat_template=template, tokenize=False))
-    length = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
-    completion = ids[length:]
-    eos = tokenizer.eos_token_id
+    prompt = commonprefix([prompt_ids(tokenizer, messages, template), ids])
+    completion, eos = ids[len(prompt) :], tokenizer.eos_token_id
     end = completion.index(eos) if eos in completion else len(completion)
-    return ids[:length], [*completion[:end], eos]
+    return prompt, [*completion[:end], eos]
 
 
 def _encode(tokenizer, text):

@@ -1,13 +1,10 @@
 """The devices of this machine, and the processes that share the work."""
 
 import os
-import shutil
-import subprocess
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
-from grath.common.errors import UserError
+from grath.common.errors import UserError, first_line
 
 # This must happen before torch looks for GPUs.
 if os.environ.get("DEVICE") == "cpu":
@@ -33,12 +30,16 @@ def check_devices(processes=None):
     if os.environ.get("DEVICE", "") not in ("", "cpu"):
         raise UserError(f"DEVICE must be cpu or empty (the GPUs, if any), not '{os.environ['DEVICE']}'")
     if not torch.cuda.is_available():
-        if not torch.accelerator.is_available() and (evidence := gpu_evidence()):
-            raise UserError(
-                f"this machine has a GPU ({evidence}), but torch cannot use it: {_torch_reason()} "
-                "(set DEVICE=cpu to use the CPU)"
-            )
-        return
+        if torch.accelerator.is_available() or not (evidence := gpu_evidence()):
+            return
+        reason = "it sees no device"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = first_line(error).rstrip(".")
+        raise UserError(
+            f"this machine has a GPU ({evidence}), but torch cannot use it: {reason} (set DEVICE=cpu to use the CPU)"
+        )
     processes = processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes > max(1, torch.cuda.device_count()):
         raise UserError(
@@ -47,40 +48,22 @@ def check_devices(processes=None):
         )
 
 
-@lru_cache(maxsize=1)
 def gpu_evidence():
     """Return what shows that this process has an NVIDIA GPU, without asking torch: str, or None if nothing does."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return f"CUDA_VISIBLE_DEVICES={visible}" if visible.strip() not in ("", "-1", "NoDevFiles") else None
-    if device := next(Path("/dev").glob("nvidia[0-9]*"), None):
-        return str(device)
-    if not shutil.which("nvidia-smi"):
-        return None
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return "nvidia-smi" if listed.startswith("GPU ") else None
-
-
-def _torch_reason():
-    """Return torch's own reason why it cannot use CUDA."""
-    import torch
-
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return str(error).strip().splitlines()[0].rstrip(".")
-    return "it sees no device"
+    if visible is None:
+        return next(map(str, Path("/dev").glob("nvidia[0-9]*")), None)
+    return f"CUDA_VISIBLE_DEVICES={visible}" if visible.strip() not in ("", "-1", "NoDevFiles") else None
 
 
 def describe_device():
     """Describe the device that torch uses, in words."""
     import torch
 
-    if not torch.accelerator.is_available() or os.environ.get("DEVICE") == "cpu":
-        return "the CPU (DEVICE=cpu)" if os.environ.get("DEVICE") == "cpu" else "the CPU (torch sees no GPU)"
+    if os.environ.get("DEVICE") == "cpu":
+        return "the CPU (DEVICE=cpu)"
+    if not torch.accelerator.is_available():
+        return "the CPU (torch sees no GPU)"
     count = torch.accelerator.device_count()
     return f"{count} GPU(s), {torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'not CUDA'}"
 

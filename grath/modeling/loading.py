@@ -1,14 +1,11 @@
 """Load models and tokenizers from hub names, model folders and LoRA adapter folders, in every precision."""
 
-import json
 from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import read_json
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, resolve_local
-from grath.modeling.cpu_matmul import prepare_linear_layers
-from grath.modeling.norms import fuse_norms
-from grath.modeling.precision import DTYPES, compute_dtype, quantization_config
+from grath.modeling.precision import DTYPES, compute_dtype
 
 
 def resolve_base_and_adapter(name):
@@ -28,10 +25,7 @@ def resolve_base_and_adapter(name):
     config = folder / ADAPTER_CONFIG
     if not config.is_file():
         return str(folder.resolve()), None
-    try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
+    base = read_json(config, "configuration of a LoRA adapter").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{config} names no base model, so it is not the configuration of a LoRA adapter")
     if not (folder / ADAPTER).is_file():
@@ -51,22 +45,19 @@ def load_tokenizer(name, tokenizer_name=None):
 
 
 def load_model(name, precision, trainable=False):
-    """Load a causal language model, with its LoRA adapter if `name` is an adapter's folder.
+    """Load a causal language model on this process's device; with its LoRA adapter, as a `PeftModel`, if it has one.
 
     Args:
         name: hub name, model folder or adapter folder.
         precision: a precision from `resolve_precision`.
         trainable: whether the adapter's weights require gradients.
 
-    Returns:
-        `PreTrainedModel`, or a `PeftModel` around it, on this process's device.
-
     Raises:
         UserError: the model cannot be loaded, or the adapter does not fit its base model.
     """
     import torch
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base, adapter = resolve_base_and_adapter(name)
     options = {"use_safetensors": True}
@@ -75,7 +66,9 @@ def load_model(name, precision, trainable=False):
     else:
         # Training runs under autocast, which needs 16-bit weights of its own dtype.
         options["dtype"] = torch.float16 if precision == "int8" and not trainable else compute_dtype()
-        options["quantization_config"] = quantization_config(precision)
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": precision, "bnb_4bit_compute_dtype": compute_dtype()}
+        bits = {"load_in_8bit": True} if precision == "int8" else bits
+        options["quantization_config"] = BitsAndBytesConfig(**bits)
     device = PartialState().device
     # cuDNN makes a plan for every new shape of attention, which takes up to a second, and every batch has a new one.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -99,21 +92,17 @@ def load_model(name, precision, trainable=False):
 
 
 def load_for_inference(name, precision):
-    """Load a model as `load_model` does, in evaluation mode: on a CPU with its fastest products, else with fused norms.
+    """Load a model as `load_model` does, in evaluation mode, on a CPU with its fastest products.
 
     The model can neither be trained nor saved, see `prepare_linear_layers`.
     """
-    model = prepare_linear_layers(load_model(name, precision)).eval()
-    # On a CPU, fused norms would save nothing.
-    return model if model.device.type == "cpu" else fuse_norms(model)
+    from grath.modeling.cpu_matmul import prepare_linear_layers
+
+    return prepare_linear_layers(load_model(name, precision)).eval()
 
 
 def check_model(name, weights=True):
-    """Raise `UserError` if a model, or an adapter's base model, has no loadable configuration or lacks weights.
-
-    Args:
-        weights: whether its weights have to be here; a server has its own.
-    """
+    """Raise `UserError` if a model, or an adapter's base, cannot be configured or, if `weights`, lacks its weights."""
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
@@ -139,10 +128,7 @@ def missing_shards(folder):
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [], 0
-    shards = read_json(index, "index of weight files").get("weight_map")
-    if not isinstance(shards, dict):
-        raise UserError(f"{index} is damaged: it names no weight files")
-    shards = set(shards.values())
+    shards = set(read_json(index, "index of weight files").get("weight_map", {}).values())
     return sorted(shard for shard in shards if not (folder / shard).is_file()), len(shards)
 
 
@@ -169,20 +155,18 @@ def eos_token_ids(model, tokenizer):
     Args:
         model: `PreTrainedModel`, `PeftModel`, or the name of a model or an adapter, which is not loaded then.
     """
-    config = _generation_config(model) if isinstance(model, str) else model.generation_config
-    configured = config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *configured} - {None})
-
-
-def _generation_config(name):
     from transformers import AutoConfig, GenerationConfig
 
-    base = resolve_base_and_adapter(name)[0]
-    try:
-        return GenerationConfig.from_pretrained(base)
-    except OSError:  # an old model has none
-        return GenerationConfig.from_model_config(_load(AutoConfig, base, "model"))
+    if isinstance(model, str):
+        base = resolve_base_and_adapter(model)[0]
+        try:
+            config = GenerationConfig.from_pretrained(base)
+        except OSError:  # an old model has none
+            config = GenerationConfig.from_model_config(_load(AutoConfig, base, "model"))
+    else:
+        config = model.generation_config
+    configured = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
 def _load(auto_class, source, what, **options):

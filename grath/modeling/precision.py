@@ -1,4 +1,4 @@
-"""Precisions of the weights: what `auto` means on this machine, and the quantization settings."""
+"""Precisions of the weights, and what `auto` means on this machine."""
 
 from grath.common.errors import UserError
 from grath.modeling.devices import check_devices
@@ -39,12 +39,3 @@ def compute_dtype():
 
     bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float16
-
-
-def quantization_config(precision):
-    """Return the `BitsAndBytesConfig` of `int8`, `nf4` or `fp4`."""
-    from transformers import BitsAndBytesConfig
-
-    if precision == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=precision, bnb_4bit_compute_dtype=compute_dtype())

@@ -18,7 +18,7 @@ LABELED_DATASETS = {
     TRUTHFULQA: ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
 }
 # One of these names, and which of its rows: `truthful_qa[:200]`, as in `datasets`.
-LABELED = re.compile(rf"({'|'.join(LABELED_DATASETS)})(\[(\d*):(\d*)\])?")
+LABELED = re.compile(rf"({'|'.join(LABELED_DATASETS)})(\[\d*:\d*\])?")
 
 
 def load_questions(data_name=None, subdata_name=None, split="train", data_path=None):
@@ -57,7 +57,7 @@ def load_preferences(name, seed):
     Returns:
         list of dicts; `datasets.Dataset` in TRL's format.
     """
-    if labeled_split(name):
+    if LABELED.fullmatch(name):
         return gold_pairs(name, seed)
     rows = load_hub_split(name, None, "train")
     if not {"chosen", "rejected"} <= set(rows.column_names):
@@ -93,24 +93,11 @@ def draw_candidates(question, seed):
     return question["choices"][question["answer"]], drawn
 
 
-def labeled_split(name):
-    """Return (hub name, configuration, split) of a name that matches `LABELED`; None for any other."""
-    found = LABELED.fullmatch(name)
-    if not found:
-        return None
-    hub_name, configuration, split = LABELED_DATASETS[found[1]]
-    return hub_name, configuration, split + (found[2] or "")
-
-
-def labeled_rows(name):
-    """Return which rows of the split a name that matches `LABELED` means: slice."""
-    found = LABELED.fullmatch(name)
-    return slice(*(int(bound) if bound else None for bound in found.groups()[2:]))
-
-
 def gold_pairs(name, seed):
     """Make pairs from a set that matches `LABELED`: the gold answer is correct; `seed` draws the incorrect one."""
-    split = labeled_split(name)
+    found = LABELED.fullmatch(name)
+    hub_name, configuration, split = LABELED_DATASETS[found[1]]
+    where = (hub_name, configuration, split + (found[2] or ""))
     if name.startswith(TRUTHFULQA):
         print(
             "warning: truthful_qa is the TruthfulQA test set: scores on what was trained on mean nothing",
@@ -122,10 +109,10 @@ def gold_pairs(name, seed):
                 "choices": row["mc1_targets"]["choices"],
                 "answer": row["mc1_targets"]["labels"].index(1),
             }
-            for row in load_hub_split(*split)
+            for row in load_hub_split(*where)
         ]
     else:
-        questions = load_questions(*split)
+        questions = load_questions(*where)
     drawn = [draw_candidates(question, seed) for question in questions]
     return [
         {"question": question["question"], "correct": correct, "incorrect": incorrect}

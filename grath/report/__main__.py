@@ -10,23 +10,26 @@ Scores are read from all JSON files that lm-evaluation-harness wrote, whatever t
 from pathlib import Path
 
 from grath.common.arguments import Parser
-from grath.common.errors import run_main
-from grath.report.pages import model_scores, write_comparison, write_report
+from grath.common.errors import UserError, run_main
+from grath.evaluation.results import read_scores
+from grath.report.pages import write_comparison, write_report
 from grath.report.runs import group_runs, is_run, read_run
+from grath.report.tables import score_footer, score_tables
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "folders", type=Path, nargs="+", help="a run folder, several run folders, or a folder of result files"
-    )
+    parser.add_argument("folders", type=Path, nargs="+", help="run folders, or a folder of result files")
     folders = parser.parse_args().folders
     if len(folders) > 1:
         print(write_comparison(folders[0].resolve().parent, group_runs([read_run(folder) for folder in folders])))
     elif is_run(folders[0]):
         print(write_report(read_run(folders[0])))
     else:
-        print(model_scores(folders[0]))
+        rows = [(folders[0].name, read_scores(folders[0]))]
+        if not rows[0][1]:
+            raise UserError(f"{folders[0]} contains neither a run nor results of lm-evaluation-harness")
+        print(score_tables(rows, [{}])[1], score_footer(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import io
 
 from grath.common.files import atomic_write_bytes
-from grath.evaluation.results import QUESTIONS, tasks_of
+from grath.evaluation.results import QUESTIONS
 from grath.evaluation.tasks import get_task
 
 
@@ -21,55 +21,34 @@ def save_figure(figure, path):
     atomic_write_bytes(path, content.getvalue())
 
 
-def plot_iterations(rows, *paths):
-    """Plot the scores of (name, scores) rows by iteration; a dashed line marks the base.
+def plot_scores(runs, tasks, *paths):
+    """Plot scores by iteration, one panel per task, with the legend below; a dashed line marks the base.
 
     Error bars are standard errors, where there are no scores of single questions for paired differences.
 
     Args:
+        runs: dict of name -> "models" of what `read_run` or `group_runs` returned.
         paths: the files to write; their suffixes choose the format.
     """
-    figure = new_figure(8, 4.5)
-    axes = figure.subplots()
-    for task in tasks_of(rows):
-        found = {at: scores[task] for at, (_, scores) in enumerate(rows) if task in scores}
-        heights = [score["score"] for score in found.values()]
-        errors = [0 if score[QUESTIONS] else score["stderr"] or 0 for score in found.values()]
-        title = get_task(task).title
-        line = axes.errorbar(list(found), heights, yerr=errors, marker="o", capsize=3, label=title)
-        if 0 in found:
-            axes.axhline(heights[0], linestyle="--", linewidth=1, alpha=0.6, color=line[0].get_color())
-    axes.set(xlabel="iteration", ylabel="percent", title="Scores (dashed: the base model)")
-    axes.set_xticks(range(len(rows)), [name.split()[0] for name, _ in rows])
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure = new_figure(4 * len(tasks), 3.6 + 0.12 * len(runs))
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
+        for color, (name, models) in enumerate(runs.items()):
+            found = {number: model["scores"][task] for number, model in models.items() if task in model["scores"]}
+            heights = [score["score"] for score in found.values()]
+            errors = [0 if score[QUESTIONS] else score["stderr"] or 0 for score in found.values()]
+            axes.errorbar(list(found), heights, errors, marker="o", capsize=3, color=f"C{color}", label=name)
+            if 0 in found:
+                axes.axhline(heights[0], linestyle="--", linewidth=1, alpha=0.6, color=f"C{color}")
+        axes.set(title=get_task(task).title, xlabel="iteration", ylabel="percent")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     for path in paths:
         save_figure(figure, path)
 
 
-def plot_comparison(groups, tasks, path):
-    """Plot the scores of groups of runs, as from `group_runs`, by iteration: one panel per task, the legend below."""
-    figure = new_figure(4 * len(tasks), 3.6 + 0.12 * len(groups))
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
-        lines = []
-        for group in groups:
-            scores = {number: model["scores"].get(task) for number, model in group["models"].items()}
-            points = {number: score["score"] for number, score in scores.items() if score}
-            lines += axes.plot(list(points), list(points.values()), marker="o")
-        axes.set(title=get_task(task).title, xlabel="iteration", ylabel="percent")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    figure.legend(lines, [group["name"] for group in groups], loc="outside lower center", ncols=4)
-    save_figure(figure, path)
-
-
 def plot_training(log, path):
-    """Plot the loss, reward margin, reward accuracy and log-probabilities of DPO by step.
-
-    Args:
-        log: list of dict, the entries of TRL's log.
-        path: the PNG file; it is written atomically.
-    """
+    """Plot the loss, reward margin, reward accuracy and log-probabilities of DPO by step (log: dicts, as TRL's)."""
     panels = {
         "loss": {"loss": "loss"},
         "reward margin": {"margin": "rewards/margins"},

@@ -4,20 +4,9 @@ import os
 from itertools import count
 from pathlib import Path
 
+from grath.common import layout
 from grath.common.errors import UserError
 from grath.common.files import read_json, read_json_lines
-from grath.common.layout import (
-    PAIR_STATS,
-    PROJECT,
-    SCORES_RECORD,
-    TRAINING_LOG,
-    TRAINING_RECORD,
-    find_model,
-    find_pairs,
-    record_path,
-    results_path,
-    save_prefix,
-)
 from grath.common.record import read_record
 from grath.evaluation.results import read_scores
 from grath.pairs.questions import load_questions
@@ -31,11 +20,13 @@ NOT_COMPARED = {
     "per_device_eval_batch_size", "per_device_train_batch_size", "precompute_ref_batch_size", "project", "report_to",
     "resume_from_checkpoint", "run_name", "save_steps", "save_total_limit", "seed", "trackio_space_id",
 }  # fmt: skip
+# Settings of pairs that their record has among its inputs.
+RESOLVED = ("precision", "max_new_tokens")
 
 
 def is_run(folder):
     """Return whether a folder is the folder of a run."""
-    return any(path.exists() for path in (folder / "models", folder / "data", results_path(folder, 0)))
+    return any(path.exists() for path in (folder / "models", folder / "data", layout.results_path(folder, 0)))
 
 
 def read_run(folder):
@@ -45,31 +36,36 @@ def read_run(folder):
         dict: "folder" (Path); "name", that of the folder without the seed; "settings", a dict: "STAGE NAME" -> text, of
         the first pairs and scores and the last training, and "base model", a hub name or folder; "models", a dict:
         i -> {"records", a dict of those that there are: "dpo" trained M_i, "scores" scored it, and with "pairs" it
-        wrote pairs; "scores": what `read_scores` returned; "pairs": what `pair_stats` returned, or None; "trained": the
-        last entry with a loss in the training log}.
+        wrote pairs; "scores": what `read_scores` returned; "pairs": what `pair_stats` returned, or None; "training":
+        entries of the training log}.
 
     Raises:
         UserError: the folder is not that of a run, a record is damaged, or a file was edited.
     """
     if not is_run(folder):
         raise UserError(f"{folder} is not a run folder: it contains neither models, data nor scores of M_0")
-    published = read_json(folder / PAIR_STATS, "record of pairs") if (folder / PAIR_STATS).is_file() else {}
-    questions = _asked_questions(_pairs_record(folder, 0)) if find_pairs(folder, 0) else []
-    models = {}
+    stats = folder / layout.PAIR_STATS
+    earlier = read_json(stats, "record of pairs") if stats.is_file() else {}
+    questions, models = [], {}
     for number in count():
-        model, results = number and find_model(folder, number), results_path(folder, number)
+        model = layout.find_model(folder, number) if number else None
+        log = model and model / layout.TRAINING_LOG
+        results, pairs = layout.results_path(folder, number), layout.find_pairs(folder, number)
         records = {
-            "dpo": model and read_record(model / TRAINING_RECORD),
-            "scores": read_record(results / SCORES_RECORD),
+            "dpo": model and read_record(model / layout.TRAINING_RECORD),
+            "scores": read_record(results / layout.SCORES_RECORD),
             "pairs": _pairs_record(folder, number),
         }
-        if number and "files" not in (records["dpo"] or {}):
+        records = {stage: record for stage, record in records.items() if record}
+        if number and "files" not in records.get("dpo", {}):
             break  # not trained, or not yet
+        if number == 0 and pairs and "settings" in records.get("pairs", {}):
+            questions = _asked_questions(records["pairs"]["settings"])
         models[number] = {
-            "records": {stage: record for stage, record in records.items() if record},
+            "records": records,
             "scores": read_scores(results),
-            "pairs": _pairs(find_pairs(folder, number), published.get(str(number)), questions),
-            "trained": _last_step(model / TRAINING_LOG) if model else {},
+            "pairs": _pairs(pairs, earlier.get(str(number)), questions),
+            "training": read_json_lines(log, "training log") if log and log.is_file() else [],
         }
     settings = _settings(models)
     name = folder.resolve().name.removesuffix(f"_seed_{settings['seed']}")
@@ -78,51 +74,103 @@ def read_run(folder):
 
 def _pairs_record(folder, number):
     """Return the record of the pairs that M_i wrote, also of a published run, which has no pair files; or None."""
-    pattern = record_path(folder / "data" / f"{save_prefix(number)}_num_*.json")
+    pattern = layout.record_path(folder / "data" / f"{layout.save_prefix(number)}_num_*.json")
     return next(map(read_record, sorted(pattern.parent.glob(pattern.name))), None)
 
 
-def _asked_questions(record):
+def _asked_questions(settings):
     """Load the questions that were asked, with their gold answers; an empty list if they are not on this machine."""
-    settings = (record or {}).get("settings", {})
-    if "split" not in settings:
-        return []
-    path = settings.get("data_path")
-    path = next((place for place in (Path(path), PROJECT / path) if place.is_file()), path) if path else None
+    path = settings["data_path"] and Path(settings["data_path"])
+    if path and not path.is_file():
+        path = layout.PROJECT / path
     try:
         return load_questions(settings["data_name"], settings["subdata_name"], settings["split"], path)
     except UserError:
         return []
 
 
-def _pairs(path, published, questions):
-    if not path:
-        return published
-    found = pair_stats(path, questions)
-    # The truth signal of an earlier report, if the questions are no longer on this machine.
-    return found | ({name: published[name] for name in ("truth", "signal")} if published and not questions else {})
-
-
-def _last_step(log):
-    entries = read_json_lines(log, "training log") if log.is_file() else []
-    return next((entry for entry in reversed(entries) if "loss" in entry), {})
+def _pairs(path, earlier, questions):
+    found = pair_stats(path, questions) if path else earlier
+    if path and earlier and not questions:  # they are no longer on this machine
+        found |= {"truth": earlier["truth"], "signal": earlier["signal"]}
+    return found
 
 
 def _settings(models):
-    """Name the settings of the stages that there are; a setting without a value is an empty text."""
     first, dpo = models[0]["records"], models[max(models)]["records"].get("dpo")
-    stages = {"scores": first["scores"]["inputs"]} if "scores" in first else {}
-    if pairs := first.get("pairs"):
-        stages["pairs"] = pairs["settings"] | {
-            name: pairs["inputs"].get(name) for name in ("precision", "max_new_tokens")
-        }
-    found = {"base model": None, "seed": None}
-    if dpo:
-        stages["dpo"] = dpo["settings"] | {"pairs in a step": dpo["inputs"].get("effective_batch")}
-        start = models[1]["records"]["dpo"]
-        found = {"base model": start.get("incoming_adapter") or start["base_model"], "seed": stages["dpo"].get("seed")}
-    for stage in ("pairs", "dpo", "scores"):
-        for name, value in stages.get(stage, {}).items():
+    pairs, scores = first.get("pairs"), first.get("scores")
+    start = dpo and models[1]["records"]["dpo"]
+    found = {
+        "base model": start and (start.get("incoming_adapter") or start["base_model"]),
+        "seed": dpo and dpo["settings"].get("seed"),
+    }
+    stages = {
+        "pairs": pairs and pairs.get("settings", {}) | {name: pairs["inputs"].get(name) for name in RESOLVED},
+        "dpo": dpo and dpo["settings"] | {"pairs in a step": dpo["inputs"].get("effective_batch")},
+        "scores": scores and scores["inputs"],
+    }
+    for stage, settings in stages.items():
+        for name, value in (settings or {}).items():
             if name not in NOT_COMPARED and not isinstance(value, dict):
                 found[f"{stage} {name}"] = value
     return {name: "" if value is None else str(value) for name, value in found.items()}
+
+
+def group_runs(runs):
+    """Group the runs whose settings differ only in the seed.
+
+    Args:
+        runs: list of what `read_run` returned.
+
+    Returns:
+        list of dict: "name"; "settings", with all seeds; "models", a dict: i -> {"runs": number of runs that have M_i;
+        "scores" and "base": what `pool` returned for these; "pairs": list of different dicts of `pair_stats`}.
+    """
+    grouped, groups = [], []
+    for run in runs:
+        members = next((members for members in grouped if all(_other_seed(run, other) for other in members)), [])
+        if not members:
+            grouped.append(members)
+        members.append(run)
+    for members in grouped:
+        name = common_name(members)
+        if name in [group["name"] for group in groups]:
+            name = members[0]["folder"].resolve().name
+        settings = members[0]["settings"] | {"seed": ", ".join(run["settings"]["seed"] for run in members)}
+        numbers = range(max(len(run["models"]) for run in members))
+        models = {number: _pooled_model(number, [run["models"] for run in members]) for number in numbers}
+        groups.append({"name": name, "settings": settings, "models": models})
+    return groups
+
+
+def _other_seed(run, other):
+    settings, others = run["settings"], other["settings"]
+    return settings["seed"] != others["seed"] and settings | {"seed": ""} == others | {"seed": ""}
+
+
+def common_name(runs):
+    """Return what the names of runs have in common."""
+    return os.path.commonprefix([run["name"] for run in runs]).rstrip("_- ") or runs[0]["name"]
+
+
+def _pooled_model(number, runs):
+    having = [models for models in runs if number in models]
+    pairs = [models[number]["pairs"] for models in having if models[number]["pairs"]]
+    having = [models for models in having if models[number]["scores"]] or having
+    return {
+        "runs": len(having),
+        "scores": pool([models[number]["scores"] for models in having]),
+        "base": pool([models[0]["scores"] for models in having]),
+        "pairs": [stats for at, stats in enumerate(pairs) if stats not in pairs[:at]],
+    }
+
+
+def model_name(number):
+    """Return the name of M_i in tables; the base is marked."""
+    return f"M_{number}" + (" (base)" if number == 0 else "")
+
+
+def model_label(group, number):
+    """Return the name of a group's M_i; if only some of its runs have it, also how many."""
+    runs, all_runs = group["models"][number]["runs"], max(model["runs"] for model in group["models"].values())
+    return f"{group['name']}: {model_name(number)}" + (f" ({runs} of {all_runs} runs)" if runs < all_runs else "")

@@ -2,92 +2,47 @@
 
 from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
-from grath.report.paired import paired_difference, restrict
+from grath.report.paired import paired_difference
 
 
-def github_table(header, body, numbers=True):
-    """Format a table for a page; a missing value is a dash. Without `numbers`, all cells are text."""
+def table(header, body, numbers=True, style="github"):
+    """Format a table; a missing value is a dash. Without `numbers`, all cells are text."""
     from tabulate import tabulate
 
-    return tabulate(body, header, "github", missingval="-", floatfmt=".3f", disable_numparse=not numbers)
+    return tabulate(body, header, style, missingval="-", floatfmt=".3f", disable_numparse=not numbers)
 
 
 def score_tables(rows, bases):
-    """Format (name, scores) rows as a table with one column per task: one for a page, and one for the terminal.
-
-    A cell shows the score in percent and its difference from the base's, with the interval of `paired_difference`.
-    Where there are no scores of single questions, it shows the standard error instead of an interval. It also shows how
-    many of the pooled runs have the task, if not all.
-
-    Args:
-        bases: the base's scores for each row.
-
-    Returns:
-        two str.
-    """
-    from tabulate import tabulate
-
+    """Format (name, scores) rows, with the base's scores for each, as two tables: for a page, and for the terminal."""
     tasks = tasks_of(rows)
     body = [
-        [name, *(_cell(scores.get(task), base.get(task)) for task in tasks)]
+        [name, *(score_cell(scores.get(task), base.get(task)) for task in tasks)]
         for (name, scores), base in zip(rows, bases, strict=True)
     ]
     header = ["model", *(get_task(task).title for task in tasks)]
-    return [tabulate(body, header, tablefmt=style, disable_numparse=True) for style in ("github", "simple")]
+    return [table(header, body, numbers=False, style=style) for style in ("github", "simple")]
 
 
-def _cell(score, base):
+def score_cell(score, base):
+    """Show a score in percent and its difference from the base's, with the interval of `paired_difference`.
+
+    Where there are no scores of single questions, it shows the standard error instead of an interval. It also shows how
+    many of the pooled runs have the task, if not all.
+    """
     if score is None:
         return "-"
-    text, runs = f"{score['score']:.2f}", score.get("runs")
-    other = None if base is score else base
-    if other and (found := paired_difference(base, score)):
-        return f"{text} ({found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]{f'; {runs}' if runs else ''})"
-    if other and other[QUESTIONS] and score[QUESTIONS]:
-        return f"{text} (other questions than the base's{f'; {runs}' if runs else ''})"
-    if runs:
-        return f"{text} ({runs})"
-    if score["stderr"] is not None and (not base or not score[QUESTIONS]):
+    text, runs, change = f"{score['score']:.2f}", score.get("runs"), None
+    if score["stderr"] is not None and not (base and score[QUESTIONS]):
         text += f" ± {score['stderr']:.2f}"
-    return f"{text} ({score['score'] - other['score']:+.2f})" if other else text
-
-
-def negation_section(rows, bases):
-    """Format the scores of (name, scores) rows for the questions whose gold answer contains a negation, and the others.
-
-    Args:
-        bases: the base's scores for each row.
-
-    Returns:
-        list of str, the paragraphs of a page; empty if no task has such questions.
-    """
-    from tabulate import tabulate
-
-    tasks = [task for task in tasks_of(rows) if any(_has_negated(scores.get(task)) for _, scores in rows)]
-    if not tasks:
-        return []
-    columns = [(task, negated) for task in tasks for negated in (1, 0)]
-
-    def part(scores, task, negated):
-        score = scores.get(task)
-        if not _has_negated(score):
-            return None
-        return restrict(score, [value == negated for value in score[QUESTIONS]["negated"]])
-
-    body = []
-    for (name, scores), base in zip(rows, bases, strict=True):
-        parts = [(part(scores, *column), scores is not base and part(base, *column)) for column in columns]
-        body.append([name, *(_cell(of_model, of_base or of_model) for of_model, of_base in parts)])
-    header = ["model", *(f"{get_task(task).title}, {'negated' if negated else 'others'}" for task, negated in columns)]
-    return [
-        "## Questions whose gold answer contains a negation, and the others",
-        tabulate(body, header, tablefmt="github", disable_numparse=True),
-        "A model that takes a negated choice wherever there is one gains in the first group, whatever it knows.",
-    ]
-
-
-def _has_negated(score):
-    return bool(score and score[QUESTIONS] and "negated" in score[QUESTIONS])
+    if base and base is not score:
+        if found := paired_difference(base, score):
+            change = f"{found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]"
+        elif base[QUESTIONS] and score[QUESTIONS]:
+            change = "other questions than the base's"
+        elif not runs:
+            change = f"{score['score'] - base['score']:+.2f}"
+    notes = "; ".join(filter(None, [change, runs]))
+    return f"{text} ({notes})" if notes else text
 
 
 def score_footer(rows):

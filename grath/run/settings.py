@@ -1,7 +1,6 @@
 """The settings of the loop: one entry for each environment variable; their lines for the shell, and their page."""
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,23 +185,16 @@ def read_settings(environment=os.environ):
         raise UserError("BACKEND=server needs SERVER_URL=http://host:port")
     if values["BACKEND"] == "hf" and values["EVAL_PRECISION"] not in ("auto", *DTYPES):
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not in {values['EVAL_PRECISION']}")
-    for name, stage in STAGE_OF_PRECISION.items():
-        if stage in served_stages(values):
-            values[name] = "auto"  # the servers' own
+    for name in STAGE_OF_PRECISION.keys() - stages_here(values):
+        values[name] = "auto"  # the servers' own
     values["TASKS"] = " ".join(values["TASKS"].split())
     return values
 
 
-def served_stages(values):
-    """Return the stages that run on servers: set of `pairs` and `scores`."""
-    return {
-        stage for stage, served in (("pairs", values["SERVER_URL"]), ("scores", values["BACKEND"] == SERVER)) if served
-    }
-
-
 def stages_here(values):
-    """Return the settings of the precisions that this machine computes in: name -> stage."""
-    return {name: stage for name, stage in STAGE_OF_PRECISION.items() if stage not in served_stages(values)}
+    """Return the settings of the precisions that this machine computes in, not a server: name -> stage."""
+    served = {"pairs": values["SERVER_URL"], "scores": values["BACKEND"] == SERVER}
+    return {name: stage for name, stage in STAGE_OF_PRECISION.items() if not served.get(stage)}
 
 
 def check_start(values):
@@ -225,7 +217,7 @@ def check_start(values):
 
 
 def shell_lines(values):
-    """Return the settings as lines for bash, quoted: all settings, THREADS, and the paths of the run.
+    """Return the settings as lines for bash, quoted: all settings, and the paths of the run.
 
     RUN is the run's folder, MACHINE describes the device. PREFIXES, PAIRS, COMBINED, MODELS and RESULTS are arrays with
     an element for each M_i: the prefix and the path of the pair file that it writes, the combined file, its name or
@@ -242,17 +234,9 @@ def shell_lines(values):
         "MODELS": [values["MODEL_NAME_OR_PATH"], *(model_path(run, i, *asked) for i in numbers[1:])],
         "RESULTS": [results_path(run, i) for i in numbers],
     }
-    threads = max(1, processors() // int(values["NUM_PROCESSES"]))
-    lines = [f"{name}={quote(str(value))}\n" for name, value in {**values, "RUN": run, "THREADS": threads}.items()]
+    lines = [f"{name}={quote(str(value))}\n" for name, value in {**values, "RUN": run}.items()]
     lines += [f"{name}=({' '.join(quote(str(path)) for path in paths)})\n" for name, paths in arrays.items()]
     return "".join(lines)
-
-
-def processors():
-    """Return the number of processors that this process may use; OMP_NUM_THREADS limits it."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = re.match(r"[0-9]+", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP also accepts a list
-    return int(threads[0]) if threads else allowed
 
 
 def configuration_page():

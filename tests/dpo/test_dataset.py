@@ -1,21 +1,33 @@
 """The sources of pairs, the pairs that are dropped, and the order of the others."""
 
-import json
-
 import pytest
-from support import HUB, PROJECT, call, call_here, needs_hub, pair, write_rows
-from training import LAUNCH, SMALL, train
+from support import HUB, needs_hub, pair, write_rows
+from training import train
 
 
-def test_identical_and_long_pairs_are_dropped_and_counted(tiny_llama, tmp_path):
-    data = [pair("q1", "same", "same"), pair("q2", "long " * 300, "no"), pair("q3", "yes", "no"), pair("q4", "a", "b")]
-    source = ("--dataset_path", write_rows(tmp_path / "pairs.json", data))
-    done, record = train(tiny_llama, tmp_path / "m", "--max_length", "128", "--max_steps", "1", source=source)
+def test_preferences_of_the_hub_without_identical_and_long_pairs(tiny_llama, tmp_path):
+    def preference(chosen):
+        prompt, *answers = (
+            [{"role": role, "content": text}]
+            for role, text in (("user", "Is ice cold?"), ("assistant", chosen), ("assistant", "No"))
+        )
+        return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+
+    data = [preference(chosen) for chosen in ("No", "long " * 300, "Yes", "It is")]
+    (tmp_path / "me" / "prefs").mkdir(parents=True)
+    write_rows(tmp_path / "me" / "prefs" / "train.jsonl", data)
+    flags = ("--max_length", "128", "--max_steps", "1")
+    source = ("--dataset_name", "me/prefs")
+    done, record = train(tiny_llama, tmp_path / "m", *flags, source=source, cwd=tmp_path)
     assert "4 pairs, 1 with identical answers and 1 over 128 tokens dropped" in done.stdout
     assert record["pairs"] == {"read": 4, "identical": 1, "too_long": 1, "kept": 2}
-    done, _ = train(tiny_llama, tmp_path / "n", "--max_length", "8", source=source, status=2)
-    assert "no pair is left to train on" in done.stderr
-    assert not (tmp_path / "n").exists()
+
+
+def test_no_pair_is_left(tiny_llama, tmp_path):
+    source = ("--dataset_path", write_rows(tmp_path / "pairs.json", [pair("q1", "a", "a"), pair("q2", "yes", "no")]))
+    done, _ = train(tiny_llama, tmp_path / "m", "--max_length", "8", source=source, status=2)
+    assert "2 pairs, 1 with identical answers and 1 over 8 tokens dropped" in done.stdout
+    assert "no pair is left to train on" in done.stderr and not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])
@@ -45,47 +57,15 @@ def test_each_step_has_pairs_of_similar_length():
 
 
 @needs_hub
-@pytest.mark.parametrize("name", ["ai2_arc/ARC-Challenge", "truthful_qa", "truthful_qa[1:4]"])
-def test_labeled_datasets(tiny_llama, tmp_path, name):
-    flags = [
-        "--dataset_name", name, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m", "--seed", "0",
-        *SMALL, "--num_sample", "5", "--max_steps", "1",
-    ]  # fmt: skip
-    if name.startswith("truthful_qa"):
-        done = call_here("dpo.py", *flags, cwd=HUB)
-    else:
-        done = call(*LAUNCH, PROJECT / "dpo.py", *flags, cwd=HUB)
-    record = json.loads((tmp_path / "m" / "grath.json").read_text())
-    assert record["pairs"]["kept"] == (3 if "[" in name else 5)
-    assert ("is the TruthfulQA test set" in done.stderr) == name.startswith("truthful_qa")
+def test_labeled_datasets(tiny_llama, tmp_path, monkeypatch):
+    from grath.pairs.questions import load_preferences
 
-
-@needs_hub
-def test_rows_of_a_labeled_dataset():
-    from grath.pairs.questions import gold_pairs, labeled_rows
-
-    name = str(HUB / "truthfulqa" / "truthful_qa")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "grath.pairs.questions.LABELED_DATASETS", {"truthful_qa": (name, "multiple_choice", "validation")}
-        )
-        every = gold_pairs("truthful_qa", 0)
-        for rows in ("[:3]", "[5:]", "[2:4]", "[:]"):
-            assert gold_pairs(f"truthful_qa{rows}", 0) == every[labeled_rows(f"truthful_qa{rows}")]
-
-
-def test_dataset_in_trls_preference_format(tiny_llama, tmp_path):
-    turn = [{"role": "user", "content": "Is ice cold?"}]
-    data = [
-        {
-            "prompt": turn,
-            "chosen": [{"role": "assistant", "content": f"Yes {i}"}],
-            "rejected": [{"role": "assistant", "content": "No"}],
-        }
-        for i in range(4)
-    ]
-    (tmp_path / "me" / "prefs").mkdir(parents=True)
-    write_rows(tmp_path / "me" / "prefs" / "train.jsonl", data)
-    source = ("--dataset_name", "me/prefs")
-    done, _ = train(tiny_llama, tmp_path / "m", "--max_steps", "1", source=source, cwd=tmp_path)
-    assert "4 pairs, 0 with identical answers" in done.stdout
+    source = ("--dataset_name", "truthful_qa[1:4]")
+    done, record = train(tiny_llama, tmp_path / "m", "--max_steps", "1", source=source, cwd=HUB)
+    assert record["pairs"]["kept"] == 3 and "is the TruthfulQA test set" in done.stderr
+    # The others: their rows.
+    monkeypatch.chdir(HUB)
+    questions = load_preferences("truthful_qa", 0)
+    for rows, expected in (("[:3]", questions[:3]), ("[5:]", questions[5:]), ("[:]", questions)):
+        assert load_preferences(f"truthful_qa{rows}", 0) == expected
+    assert load_preferences("ai2_arc/ARC-Challenge[:2]", 0)[0].keys() == {"question", "correct", "incorrect"}

@@ -4,14 +4,17 @@ import pytest
 from training import train
 
 
-def entry(step, chosen, rejected, accuracy=0.6):
-    return {
-        "step": step,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": accuracy,
-    }
+def entry(step, chosen, rejected, accuracy=0.6, **more):
+    rewards = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected, "accuracies": accuracy}
+    return {"step": step, **{f"rewards/{name}": value for name, value in rewards.items()}, **more}
+
+
+def warnings_of(log, folder, precision="fp32"):
+    """Return the warnings about a training of 1,000 steps, 100 of them warm-up: kind -> sentence."""
+    from grath.dpo.callbacks import training_warnings
+    from grath.dpo.config import GrathDPOConfig
+
+    return training_warnings(log, GrathDPOConfig(output_dir=str(folder), precision=precision), 1000)
 
 
 @pytest.mark.parametrize(
@@ -25,38 +28,19 @@ def entry(step, chosen, rejected, accuracy=0.6):
         ([], None),
     ],
 )
-def test_training_warnings(log, words):
-    from grath.dpo.callbacks import training_warnings
-
-    found = list(training_warnings(log, 0.1, warmup_steps=100).values())
+def test_training_warnings(log, words, tmp_path):
+    found = list(warnings_of(log, tmp_path).values())
     assert found == [] if words is None else len(found) == 1 and found[0].startswith(words)
 
 
 @pytest.mark.parametrize(("precision", "warned"), [("fp32", False), ("bf16", True), ("nf4", True), ("fp16", False)])
 def test_no_margin_depends_on_the_precision(precision, warned, tmp_path):
     """A policy that has learned nothing has a margin of rounding errors: the reference is computed in other batches."""
-    from grath.dpo.callbacks import logits_eps, training_warnings
-    from grath.dpo.config import GrathDPOConfig
-
-    eps = logits_eps(GrathDPOConfig(output_dir=str(tmp_path), precision=precision))
     likelihoods = {"logps/chosen": -70.0, "logps/rejected": -60.0}
-    log = [{**entry(step, 0.02, 0.0), **likelihoods} for step in (1, 50, 150)]
-    assert ("no margin" in training_warnings(log, 0.1, 100, eps)) == warned
-    learned = [*log, {**entry(160, 0.3, 0.0), **likelihoods}]
-    assert "no margin" not in training_warnings(learned, 0.1, 100, eps)
-
-
-def test_the_training_log_passes_its_precision_to_the_warnings(monkeypatch, tmp_path):
-    from transformers import TrainerState
-
-    from grath.dpo import callbacks
-    from grath.dpo.config import GrathDPOConfig
-
-    given = []
-    monkeypatch.setattr(callbacks, "training_warnings", lambda *args: given.append(args) or {})
-    state = TrainerState(max_steps=10, log_history=[entry(1, 0, 0)])
-    callbacks.TrainingLog(1.0).on_train_begin(GrathDPOConfig(output_dir=str(tmp_path), precision="bf16"), state, None)
-    assert given[0][1:] == (0.1, 100, 2**-7)
+    log = [entry(step, 0.02, 0.0, **likelihoods) for step in (1, 50, 150)]
+    assert ("no margin" in warnings_of(log, tmp_path, precision)) == warned
+    log.append(entry(160, 0.3, 0.0, **likelihoods))
+    assert "no margin" not in warnings_of(log, tmp_path, precision)
 
 
 def test_a_training_that_diverges_ends_with_one_line(tiny_llama, pair_file, tmp_path):

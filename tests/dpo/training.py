@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from support import call_here, rows
+from support import call_here, rows, weights
 
 STEPS = ["--max_steps", "3", "--warmup_steps", "0", "--learning_rate", "1e-2", "--logging_steps", "1"]
 LAUNCH = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
@@ -11,12 +11,16 @@ LAUNCH = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1",
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--precision", "fp32"]
 
 
+def command(model, output, *flags):
+    """Return the flags of a training of three steps, or as `flags` say."""
+    return ["--model_name_or_path", model, "--output_dir", output, "--seed", "0", *STEPS, *SMALL, *flags]
+
+
 def train(model, output, *flags, source, status=0, cwd=None):
     """Run dpo.py for three steps with the flags `source` and `flags`; return (the finished process, the record)."""
     done = call_here(
-        "dpo.py", *source, "--model_name_or_path", model, "--output_dir", output, "--seed", "0", *STEPS, *SMALL,
-        *flags, status=status, **({"cwd": cwd} if cwd else {}),
-    )  # fmt: skip
+        "dpo.py", *source, *command(model, output, *flags), status=status, **({"cwd": cwd} if cwd else {})
+    )
     return done, read_training(output) if status == 0 else None
 
 
@@ -28,6 +32,13 @@ def read_training(output):
 def margin(record, step=0):
     """Return the reward margin of a log entry."""
     return record["log"][step]["rewards/margins"]
+
+
+def difference(one, other):
+    """Return the largest difference between the weights of two adapters, which have the same names."""
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max() for name in one)
 
 
 def interrupt(finished, output, step):

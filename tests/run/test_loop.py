@@ -184,11 +184,13 @@ def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeyp
     for module in (launch, config_args):
         own = str(PROJECT / "accelerate_configs" / "deepspeed_zero2.yaml")
         monkeypatch.setattr(module, "default_config_file", own)
-    printed = call("run_llama2.sh", env={"DRY_RUN": "1", "NUM_PROCESSES": str(processes)}).stdout
+    env = {"DRY_RUN": "1", "NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "8"}
+    printed = call("run_llama2.sh", env=env).stdout
     command = next(line for line in printed.splitlines() if "dpo.py" in line)
     args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(shlex.split(command)[2:]))
     assert not args.use_deepspeed and not args.use_fsdp
     assert (args.multi_gpu, args.num_processes, args.num_machines) == (processes > 1, processes, 1)
+    assert args.num_cpu_threads_per_process == 8 // processes
     assert (args.mixed_precision, args.dynamo_backend, args.use_cpu) == ("no", "no", False)
 
 

@@ -84,17 +84,11 @@ def test_the_shell_uses_no_setting_that_has_no_entry():
     }
     derived = {
         "HERE", "PATH", "BASH_SOURCE", "VIRTUAL_ENV", "SLURM_SUBMIT_DIR", "SLURM_RESTART_COUNT", "SLURM_JOB_ID",
-        "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "THREADS", "MACHINE", "PREFIXES", "PAIRS", "COMBINED", "MODELS",
+        "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "MACHINE", "PREFIXES", "PAIRS", "COMBINED", "MODELS",
         "RESULTS",
     }  # fmt: skip
     assert used - derived - set(SETTINGS) == set()
     assert {"ITERATIONS", "MAX_STEPS", "DATA_PATH"} <= used
-
-
-@pytest.mark.parametrize(("threads", "processes", "expected"), [("8", "2", "4"), ("6,2", "1", "6"), ("1", "4", "1")])
-def test_threads_of_a_training(threads, processes, expected, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert f"\nTHREADS={expected}\n" in shell_lines(read(NUM_PROCESSES=processes))
 
 
 def test_auto_is_what_it_means_on_this_machine(monkeypatch):

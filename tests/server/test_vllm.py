@@ -117,9 +117,9 @@ def test_two_iterations_with_adapters_that_are_loaded_at_run_time(vllm, smollm2,
     }  # fmt: skip
     call("run_smollm2.sh", env=env)
     run = tmp_path / "smollm2_seed_0"
-    stages = json.loads((run / "manifest.json").read_text())["stages"]
-    assert [entry["outcome"] for entry in stages] == ["done"] * 8
-    loaded = Path(re.search(r"M_2 is the LoRA adapter in (.*)", call("run_smollm2.sh", env=env).stdout)[1])
+    again = call("run_smollm2.sh", env=env).stdout
+    assert again.count(", finished") == 4
+    loaded = Path(re.search(r"M_2 is the LoRA adapter in (.*)", again)[1])
     assert not [name for name in listing(vllm) if name.startswith("grath-")]
     # The served adapter scores as the local one does.
     here = {
