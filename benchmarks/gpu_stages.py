@@ -39,8 +39,8 @@ QUESTIONS = {"pairs": 1119, "arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 
 # Tokens of a completion.
 SHORTEST, LONGEST = 40, 100
 ROWS = 64
-# The first steps of a training choose kernels and allocate.
-WARM_UP = 4
+# The first steps of a training choose kernels and allocate: they are not measured.
+WARM_UP = 5
 
 
 def save_model(folder, layers, tokenizer):
@@ -156,7 +156,7 @@ def measure_dpo(add_row, folder, tokenizer, questions, steps):
 
     with tempfile.TemporaryDirectory() as out:
         config = GrathDPOConfig(
-            output_dir=out, precision="fp4", max_steps=steps, per_device_train_batch_size=PAIRS_PER_STEP,
+            output_dir=out, precision="fp4", max_steps=WARM_UP + steps, per_device_train_batch_size=PAIRS_PER_STEP,
             gradient_accumulation_steps=1, save_strategy="no", disable_tqdm=True, logging_steps=10**6,
         )  # fmt: skip
         model, load = timed(lambda: load_model(folder, "fp4", trainable=True))
@@ -165,9 +165,9 @@ def measure_dpo(add_row, folder, tokenizer, questions, steps):
         trainer, reference = timed(lambda: GrathDPOTrainer(model=model, reference="rolling", **common))
         trainer.add_callback(Clock())
         trainer.train()
-    step = (ends[-1] - ends[WARM_UP]) / (len(ends) - 1 - WARM_UP)
-    minutes = (reference / len(trainer.pairs) * QUESTIONS["pairs"] + MAX_STEPS * step) / 60
-    add_row("dpo", load, len(dataset), ends[-1] - ends[0], minutes, reference_s=reference, s_per_step=step)
+    seconds = ends[-1] - ends[WARM_UP - 1]
+    minutes = (reference / len(trainer.pairs) * QUESTIONS["pairs"] + MAX_STEPS * seconds / steps) / 60
+    add_row("dpo", load, len(dataset), seconds, minutes, reference_s=reference, s_per_step=seconds / steps)
 
 
 def measure_scores(add_row, model, load, tokenizer, requests):
@@ -195,8 +195,6 @@ def main():
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to measure")
     add("--json", type=Path, metavar="FILE", help="also write the figures to a JSON file")
     args = parser.parse_args()
-    if args.dpo_steps < WARM_UP + 2:
-        raise UserError(f"--dpo_steps {args.dpo_steps}: the first {WARM_UP + 1} are not measured")
     import torch
 
     if not torch.cuda.is_available() and args.layers == LLAMA_2_7B["num_hidden_layers"]:

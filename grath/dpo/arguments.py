@@ -21,7 +21,6 @@ class YamlParser(OneLineErrors, HfArgumentParser):
 
     def __init__(self, dataclass_types, description):
         super().__init__(dataclass_types, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-        self.options = {}
 
     def parse(self):
         """Parse the command line and the file that `--config` names: list of instances of the dataclasses.
@@ -32,9 +31,8 @@ class YamlParser(OneLineErrors, HfArgumentParser):
         first = Parser(None, add_help=False)
         first.add_argument("--config", type=Path)
         found, flags = first.parse_known_args()
-        if found.config:
-            self.options = read_options(found.config)
-            flags = [*self._flags(), *flags]
+        self.options = read_options(found.config) if found.config else {}
+        flags = [*self._flags(), *flags]
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
         except (ValueError, TypeError, ImportError) as error:

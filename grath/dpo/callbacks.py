@@ -62,19 +62,16 @@ class TrainingLog(TrainerCallback):
 
 
 def training_warnings(log, config, max_steps):
-    """Find signs in the log that the training goes wrong.
+    """Find signs in the log that the training goes wrong: dict, kind of warning -> sentence.
 
     A reward is beta times the log-ratio of policy to reference (DPO, section 4). The reference's log-probabilities come
     from batches of another shape, so a policy that has learned nothing has a margin of about beta * eps *
-    |log-probability|, with the relative rounding error eps of the logits.
+    |log-probability|, where eps is the relative rounding error of the logits.
 
     Args:
         log: entries of TRL's log, each a dict with `step`, `rewards/chosen`, `rewards/margins`, ...
         config: `GrathDPOConfig`.
         max_steps: optimizer steps of the whole training.
-
-    Returns:
-        dict: kind of warning -> sentence.
     """
     entries = [entry for entry in log if "rewards/margins" in entry]
     if not entries:

@@ -41,9 +41,8 @@ class GrathDPOTrainer(DPOTrainer):
     """
 
     def __init__(self, *args, reference, **kwargs):
-        self.reference, config, model = reference, kwargs["args"], kwargs["model"]
-        incoming = dict(model.named_parameters()) if hasattr(model, "peft_config") else {}
-        incoming = {name: weight.data for name, weight in incoming.items() if weight.requires_grad}
+        config, incoming = kwargs["args"], kwargs["model"].named_parameters()
+        incoming = {name: weight.data for name, weight in incoming if weight.requires_grad}
         precompute, config.precompute_ref_log_probs = config.precompute_ref_log_probs, False
         super().__init__(*args, **kwargs)
         config.precompute_ref_log_probs = precompute
@@ -128,11 +127,8 @@ class GrathDPOTrainer(DPOTrainer):
         lengths = [sum(len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for pair in self.pairs]
         longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         longest = (longest * own)[:own]  # a step repeats pairs if there are fewer
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
 
         def attempt(batch):
-            # What AdamW's two averages and the exchange of gradients take later.
-            later = [torch.empty_like(weight) for weight in trained for _ in range(3)]
             given = self._collate(self.pairs, longest[:batch])
             ids, mask = given["input_ids"], given["attention_mask"]
             labels = ids.masked_fill(given["completion_mask"] == 0, -100)
@@ -141,7 +137,6 @@ class GrathDPOTrainer(DPOTrainer):
                     input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True
                 )
             output.log_probs.sum().backward()
-            del later
             return batch
 
         self.model.train()

@@ -35,13 +35,9 @@ def partial_attention(query, key, value, scaling, bias=None):
 
 
 def attention_bias(visible, dtype):
-    """Return the bias of a mask, which is added to the attention scores: 0 where a query sees a key, else -inf.
+    """Return what is added to the attention scores, (b, 1, q, t): 0 where a query sees a key (`visible`), else -inf.
 
-    Args:
-        visible: (b, 1, q, t) bool.
-
-    Returns:
-        (b, 1, q, t) in `dtype`. Its rows start at multiples of `BIAS_BLOCK` numbers in memory.
+    Its rows start at multiples of `BIAS_BLOCK` numbers in memory.
     """
     keys = visible.shape[-1]
     bias = torch.zeros((*visible.shape[:-1], keys + -keys % BIAS_BLOCK), dtype=dtype, device=visible.device)
@@ -93,11 +89,7 @@ def _cpu_attention(query, key, value, scaling, bias=None):
 
 
 def fused_kernels_differ(device, dtype, key_heads, head_size):
-    """Compare `fused_attention` with `explicit_attention` on a small random input.
-
-    Returns:
-        str, what is wrong, or None if they agree within the rounding of `dtype`.
-    """
+    """Return how `fused_attention` differs from `explicit_attention` on random input, or None within the rounding."""
     generator = torch.Generator(device).manual_seed(0)
     draw = {"generator": generator, "device": device, "dtype": dtype}
     # Neither length is a multiple of the kernels' blocks.
@@ -122,12 +114,8 @@ def fused_kernels_differ(device, dtype, key_heads, head_size):
 
 
 def merge_partial_attention(out, lse, other, other_lse):
-    """Merge attention over two parts of the keys into attention over their union (Hydragen), in float32.
-
-    Shapes are those of `partial_attention`.
-    """
-    share = torch.sigmoid(lse - other_lse)[..., None]
-    return torch.lerp(other.float(), out.float(), share)
+    """Merge what `partial_attention` returns for two parts of the keys into attention over their union, in float32."""
+    return torch.lerp(other.float(), out.float(), torch.sigmoid(lse - other_lse)[..., None])
 
 
 def _attention(module, query, key, value, attention_mask, scaling, shared_prefix, **_):
@@ -153,24 +141,18 @@ def unsupported_reason(model, length):
     return None
 
 
-def causal_lm(model):
-    """Return the `PreTrainedModel` with the LM head: `model`, or the one in a `PeftModel`, with its adapter layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def lm_head_logits(model, hidden):
     """Return the logits (..., V) of last hidden states (..., d)."""
-    return causal_lm(model).get_output_embeddings()(hidden)
+    return model.get_output_embeddings()(hidden)
 
 
 @contextmanager
 def engine_attention(model):
     """Put `model` (`PreTrainedModel` or `PeftModel`) in evaluation mode and let it attend to a `SharedPrefixCache`."""
-    base = causal_lm(model)
-    original = base.config._attn_implementation
+    original = model.config._attn_implementation
     model.eval()
-    base.set_attn_implementation(ATTENTION_NAME)
+    model.set_attn_implementation(ATTENTION_NAME)
     try:
         yield
     finally:
-        base.set_attn_implementation(original)
+        model.set_attn_implementation(original)

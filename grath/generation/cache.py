@@ -1,14 +1,12 @@
 """The KV cache of the shared-prefix engine: one prefix for all rows, and each row's own tokens after it."""
 
 from itertools import accumulate
-from math import prod
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from operator import add
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from grath.generation.attention import attention_bias, causal_lm, merge_partial_attention, partial_attention
+from grath.generation.attention import attention_bias, merge_partial_attention, partial_attention
 
 # After every column of a row.
 NO_END = 2**31
@@ -20,25 +18,15 @@ class SharedPrefixCache:
     Args:
         rows: maximum number of rows.
         capacity: maximum number of own tokens per row that are kept between calls of `forward`.
-        prefix: `SharedPrefixCache` whose first row's own tokens become the prefix; None: no prefix.
 
     Shapes: n active rows, N new tokens of all rows, L new tokens of the row that has most, P prefix tokens, T own
     tokens; H query heads, K key heads, G = H / K, D head size.
     """
 
-    def __init__(self, rows, capacity, prefix=None):
-        self.rows, self.capacity = rows, capacity
-        # Layer: (keys, values), each (rows, K, capacity, D).
-        self.kv = {}
-        # Layer: (keys, values), each (1, K, P, D); in float32 on a CPU.
-        self.prefix_kv = {}
-        self.prefix_length = 0
-        if prefix:
-            self.prefix_length = prefix.capacity
-            self.prefix_kv = {
-                layer: [part[:1].float() if part.device.type == "cpu" else part[:1] for part in both]
-                for layer, both in prefix.kv.items()
-            }
+    def __init__(self, rows, capacity):
+        self.rows, self.capacity, self.prefix_length = rows, capacity, 0
+        # Layer: (keys, values), each (rows, K, capacity, D); and (1, K, P, D), in float32 on a CPU.
+        self.kv, self.prefix_kv = {}, {}
 
     def forward(self, model, tokens, first, cache_lengths):
         """Run new tokens of consecutive rows through the model and keep their keys and values.
@@ -84,10 +72,7 @@ class SharedPrefixCache:
         return self._run(model, ids, depths, (order <= order[:, None]) & (order[:, None] < ends))
 
     def _upload(self, device, counts, *fields):
-        """Upload lists of N ints, and what `_pad` needs for rows of `counts` tokens; return a tensor for each list.
-
-        It is one upload, because each costs a launch.
-        """
+        """Upload lists of N ints, and what `_pad` needs for rows of `counts` tokens, at once; return their tensors."""
         self.padded_shape = (len(counts), max(counts))
         lists = [*fields, *padding(counts)]
         uploaded = upload([number for numbers in lists for number in numbers], device)
@@ -101,17 +86,11 @@ class SharedPrefixCache:
     def _run(self, model, ids, positions, visible):
         """Run the model on the tokens of all rows as one sequence. Only attention tells the rows apart.
 
-        Args:
-            ids, positions: (N,) int, token ids and positions after the prefix.
-            visible: (n, 1, L, T) bool, whether a token sees an own token; None: causal attention of one row.
+        `visible` (n, 1, L, T): whether a token sees an own token; None: causal attention of one row.
         """
         self.visible, self.bias = visible, None
-        output = causal_lm(model).base_model(
-            input_ids=ids[None],
-            position_ids=positions[None] + self.prefix_length,
-            use_cache=False,
-            shared_prefix=self,
-        )
+        positions = positions[None] + self.prefix_length
+        output = model.get_decoder()(input_ids=ids[None], position_ids=positions, use_cache=False, shared_prefix=self)
         return output.last_hidden_state[0]
 
     def attend(self, layer, query, key, value, scaling):
@@ -162,7 +141,7 @@ class SharedPrefixCache:
         """Append keys and values (N, K, D) to the rows' caches; return those of the active rows, (n, K, T, D) each."""
         if layer not in self.kv:
             shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
-            self.kv[layer] = (_zeros(shape, key), _zeros(shape, value))
+            self.kv[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         rows, positions = self.new
         for cache, new in zip(self.kv[layer], (key, value), strict=True):
             cache[rows, :, positions] = new
@@ -173,14 +152,6 @@ class SharedPrefixCache:
         for both in self.kv.values():
             for cache in both:
                 cache[target, :, : self.kv_length] = cache[source, :, : self.kv_length]
-
-
-def _zeros(shape, like):
-    """Return zeros with the dtype and device of a tensor. On a CPU, they take no memory until they are written."""
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    pages = mmap(-1, prod(shape) * like.element_size(), flags=MAP_PRIVATE | MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 def upload(numbers, device):
@@ -230,13 +201,11 @@ def common_prefix_length(prompts):
 
 
 def prefill_prefix(model, prefix_ids, rows, capacity):
-    """Run a prefix through the model; return an empty `SharedPrefixCache` of `rows` x `capacity` own tokens after it.
-
-    Args:
-        prefix_ids: list of token ids, which may be empty.
-    """
-    if not prefix_ids:
-        return SharedPrefixCache(rows, capacity)
-    prefix = SharedPrefixCache(1, len(prefix_ids))
-    prefix.forward(model, [prefix_ids], 0, [0])
-    return SharedPrefixCache(rows, capacity, prefix)
+    """Run a prefix (a list, which may be empty) through the model; return the `SharedPrefixCache` of rows after it."""
+    cache, prefix = SharedPrefixCache(rows, capacity), SharedPrefixCache(1, len(prefix_ids))
+    if prefix_ids:
+        prefix.forward(model, [prefix_ids], 0, [0])
+        cache.prefix_length = len(prefix_ids)
+        for layer, both in prefix.kv.items():
+            cache.prefix_kv[layer] = [part.float() for part in both] if model.device.type == "cpu" else both
+    return cache

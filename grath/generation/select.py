@@ -5,11 +5,8 @@ of each completion, as it is done. `window` is the context window in tokens, or 
 number of rows of a batch, None on servers.
 """
 
-import asyncio
 import gc
 from contextlib import contextmanager
-from queue import SimpleQueue
-from threading import Thread
 
 import torch
 from accelerate import PartialState
@@ -21,7 +18,7 @@ from grath.generation.hf import generate_hf
 from grath.generation.shared_prefix import generate_shared_prefix
 from grath.modeling.loading import eos_token_ids, load_for_inference
 from grath.modeling.precision import SERVER
-from grath.serving.completions import complete_all, completion_tokens
+from grath.serving.completions import request_completions
 from grath.serving.served import compare_with_local, serve
 
 # Rows to begin with. On a GPU, a step of the shared-prefix engine takes hardly longer for more of them.
@@ -81,7 +78,7 @@ class ServerGenerator:
     Args:
         served: what `serve` yielded for the model `name`.
         max_new_tokens: maximum number of tokens of a completion.
-        batch_size: requests in flight at each server; None: as in `complete_all`.
+        batch_size: requests in flight at each server; None: as in `request_completions`.
     """
 
     rows = None
@@ -96,36 +93,22 @@ class ServerGenerator:
         """Generate completions; where a server does not say the number of tokens, it is 0."""
         print(f"Asking {len(prompts)} questions ({', '.join(self.served.urls)})", flush=True)
         bodies = [{"prompt": prompt, **self.options} for prompt in prompts]
-        loop, results = asyncio.new_event_loop(), SimpleQueue()
-        asking = loop.create_task(complete_all(self.served, bodies, lambda *found: results.put(found), self.in_flight))
-        asking.add_done_callback(results.put)
-        asking.add_done_callback(lambda _: loop.stop())
-        # A signal's exception is raised at any line of the main thread, which must not be one of the event loop.
-        thread = Thread(target=loop.run_forever, daemon=True)
-        thread.start()
-        try:
-            while (found := results.get()) is not asking:
-                index, response = found
-                yield index, response["choices"][0]["text"], completion_tokens(response)
-            asking.result()
-        finally:
-            loop.call_soon_threadsafe(asking.cancel)
-            thread.join()
-            loop.close()
+        for index, response in request_completions(self.served, bodies, self.in_flight):
+            usage = response.get("usage")
+            count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+            yield index, response["choices"][0]["text"], count if isinstance(count, int) else 0
 
 
 @contextmanager
 def open_generator(
     engine, name, tokenizer, precision, max_new_tokens, batch_size=None, servers=(), timeout=SERVER_TIMEOUT
 ):
-    """Load a model, or find it on servers; yield its `LocalGenerator` or `ServerGenerator`.
+    """Load the model `name`, or find it on servers; yield its `LocalGenerator` or `ServerGenerator`.
 
     Args:
         engine: `shared_prefix`, `generate` or `server`.
-        name: hub name, model folder or adapter folder.
         precision: a precision from `resolve_precision`; not used on servers.
-        servers: addresses for the engine `server`.
-        timeout: seconds to wait for a server that does not respond.
+        servers, timeout: as in `serve`, for the engine `server`.
     """
     if engine != SERVER:
         yield LocalGenerator(load_for_inference(name, precision), tokenizer, max_new_tokens, engine, batch_size)

@@ -38,9 +38,9 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids):
         waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
         # A prefill costs as many launches as a step, so it waits until it is full or an eighth of the rows is free.
         enough = min(PREFILL_BATCH, max(1, cache.rows // 8))
-        while waiting or batch.prompts:
-            free = cache.rows - len(batch.prompts)
-            if waiting and (free >= min(enough, len(waiting)) or not batch.prompts):
+        while waiting or batch.rows:
+            free = cache.rows - len(batch.rows)
+            if waiting and (free >= min(enough, len(waiting)) or not batch.rows):
                 # Each prefill takes a few prompts of similar length, so that their attention has little padding.
                 new = [waiting.popleft() for _ in range(min(free, len(waiting), PREFILL_BATCH))]
                 yield from batch.prefill(new, [prompts[i][length:] for i in new])
@@ -58,22 +58,24 @@ class _ActiveBatch:
     def __init__(self, model, cache, max_new_tokens, eos_ids):
         self.model, self.cache = model, cache
         self.max_new_tokens, self.eos_ids = max_new_tokens, set(eos_ids)
-        self.prompts, self.completions, self.indices = [], [], []
+        self.rows = []
 
     def prefill(self, prompts, suffixes):
         """Add rows for new prompts, and run their tokens after the prefix (`suffixes`) through the model."""
-        first = len(self.prompts)
+        first = len(self.rows)
         last = upload([end - 1 for end in accumulate(map(len, suffixes))], self.model.device)
         hidden = self.cache.forward(self.model, suffixes, first, [0] * len(suffixes))
-        self.prompts += prompts
-        self.completions += [[] for _ in suffixes]
-        self.indices += map(NgramIndex, suffixes)
+        self.rows += [(i, [], NgramIndex(suffix)) for i, suffix in zip(prompts, suffixes, strict=True)]
         return self._append_tokens(first, [[token] for token in self._greedy_tokens(hidden[last])])
 
     def step(self):
         """Run each row's newest token and its draft; append the accepted tokens, and the model's own after them."""
-        tokens = [[completion[-1], *self._draft(row)] for row, completion in enumerate(self.completions)]
-        cache_lengths = [len(index.tokens) - 1 for index in self.indices]
+        tokens, longest = [], min(LONGEST_DRAFT, max(1, DRAFT_TOKENS // len(self.rows)))
+        for _, completion, index in self.rows:
+            # The model adds at least one token.
+            draft = index.draft(min(longest, self.max_new_tokens - len(completion) - 1))
+            tokens.append([completion[-1], *truncate_at_eos(draft, self.eos_ids)])
+        cache_lengths = [len(index.tokens) - 1 for *_, index in self.rows]
         hidden = self.cache.forward(self.model, tokens, 0, cache_lengths)
         found, generated = iter(self._greedy_tokens(hidden)), []
         for new in tokens:
@@ -81,15 +83,6 @@ class _ActiveBatch:
             accepted = next((i for i, token in enumerate(new[1:]) if token != greedy[i]), len(new) - 1)
             generated.append(greedy[: accepted + 1])
         return self._append_tokens(0, generated)
-
-    def _draft(self, row):
-        """Return a draft of a row's next tokens, without EOS; the model adds at least one token to it."""
-        limit = min(
-            LONGEST_DRAFT,
-            max(1, DRAFT_TOKENS // len(self.prompts)),
-            self.max_new_tokens - len(self.completions[row]) - 1,
-        )
-        return truncate_at_eos(self.indices[row].draft(limit), self.eos_ids)
 
     def _greedy_tokens(self, hidden):
         """Return the most likely next tokens after last hidden states (N, d): list of N ids."""
@@ -99,23 +92,18 @@ class _ActiveBatch:
     def _append_tokens(self, first, generated):
         """Append a list of tokens to every row from `first` on; remove the rows that are done, and return them."""
         done = []
-        for row in reversed(range(first, len(self.prompts))):
-            completion, new = self.completions[row], generated[row - first]
+        for row in reversed(range(first, len(self.rows))):
+            prompt, completion, index = self.rows[row]
+            new = generated[row - first]
             kept = truncate_at_eos(new, self.eos_ids)
             completion += kept
-            if len(kept) < len(new) or len(completion) == self.max_new_tokens:
-                done.append((self.prompts[row], completion))
-                self._remove(row)
-            else:
+            if len(kept) == len(new) and len(completion) < self.max_new_tokens:
                 for token in kept:
-                    self.indices[row].append(token)
+                    index.append(token)
+                continue
+            done.append((prompt, completion))
+            last = self.rows.pop()
+            if row < len(self.rows):  # the last row takes its place
+                self.rows[row] = last
+                self.cache.copy_row(len(self.rows), row)
         return done
-
-    def _remove(self, row):
-        """Remove a row; the last row takes its place."""
-        last = len(self.prompts) - 1
-        if row != last:
-            self.cache.copy_row(last, row)
-        for column in (self.prompts, self.completions, self.indices):
-            column[row] = column[last]
-            column.pop()

@@ -46,15 +46,13 @@ def pair_stats(path, questions=()):
         "negated" and their mean number of "words", as strings, or None if there are no such pairs. From
         `grath.distance`: "distance" and "probe", or None if it has not run.
     """
-    record = read_record(record_path(path)) or {}
-    rows = read_pairs(path)
-    combined = combined_path(path)
+    record, rows, combined = read_record(record_path(path)) or {}, read_pairs(path), combined_path(path)
     trained_on = combined if combined.is_file() else path
     different = [row for row in read_pairs(trained_on) if row["correct"] != row["incorrect"]]
     sides = [[row[side] for row in different] for side in ("correct", "incorrect")]
-    distance_file = trained_on.with_suffix(".distance.json")
     truth = truth_signal(different, questions)
-    measured = read_json(distance_file, "record of grath.distance") if distance_file.is_file() else {}
+    distance = trained_on.with_suffix(".distance.json")
+    measured = read_json(distance, "record of grath.distance") if distance.is_file() else {}
     return {
         "asked": record.get("counts", {}).get("asked"),
         "parsed": len(rows),

@@ -50,9 +50,7 @@ def truth_signal(rows, questions, seed=0):
     """
     import numpy
 
-    known = {}
-    for question in questions:
-        known.setdefault(question["question"], question)
+    known = {question["question"]: question for question in reversed(questions)}
     rows = [row for row in rows if row["question"] in known and row["correct"] != row["incorrect"]]
 
     def is_gold(row, side):

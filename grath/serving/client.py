@@ -7,6 +7,7 @@ import asyncio
 import errno
 import json
 import os
+import random
 import sys
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30
 SILENT_WAIT = 10
 # HTTP statuses of a server that is busy, starting or broken; every other one from 400 on refuses the request.
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+NOT_FOUND = 404
 
 
 class Unavailable(Exception):
@@ -34,11 +36,7 @@ class Refused(UserError):
 
 
 def server_urls(urls):
-    """Check the servers' addresses, and return them without a trailing /v1: tuple of str.
-
-    Raises:
-        UserError: an address is not a plain http or https one.
-    """
+    """Check the servers' http or https addresses, and return them without a trailing /v1: tuple of str."""
     checked = []
     for url in urls:
         if "@" in url:
@@ -81,11 +79,8 @@ def open_session(timeout):
 async def send(session, url, body=None, try_again=TRY_AGAIN):
     """Send one request: POST with a JSON body, or GET without one. Return the text of the response.
 
-    Args:
-        try_again: HTTP statuses that make the server unavailable; every other one from 400 on refuses the request.
-
     Raises:
-        Unavailable: no response, an incomplete one, or one that says "later".
+        Unavailable: no response, or one with a status of `try_again`.
         Refused: the server refuses the request.
     """
     from aiohttp import ClientConnectorCertificateError, ClientError
@@ -106,20 +101,6 @@ async def send(session, url, body=None, try_again=TRY_AGAIN):
     return text
 
 
-async def send_completion(session, url, body):
-    """Send one completion request; return the response's dict, with at least one choice that has a text.
-
-    Raises: as `send`; a response that is cut short or has another form is `Unavailable`.
-    """
-    try:
-        response = json.loads(await send(session, f"{url}/v1/completions", body))
-        if isinstance(response["choices"][0]["text"], str):
-            return response
-    except (ValueError, TypeError, LookupError):
-        pass
-    raise Unavailable("the response is incomplete, or no completion")
-
-
 def _reason(text):
     """Return the server's reason from the body of an error, without the API key."""
     try:
@@ -131,42 +112,63 @@ def _reason(text):
     return hide_key(" ".join(str(found).split()))[:300] or "no reason given"
 
 
-async def send_until(session, timeout, send_fn, *args):
-    """Return `await send_fn(session, *args)`; while the server is unavailable, wait and send again.
+async def send_all(senders, count, timeout, on_done):
+    """Call `on_done` with the index and the response of each of `count` requests, as they come.
+
+    A request that fails is sent again, by the sender that is free first.
+
+    Args:
+        senders: list of (url, function of a request's index that sends it); each has one request in flight.
 
     Raises:
-        TimeoutError: the server was unavailable for `timeout` seconds.
+        TimeoutError: there were failures, and no response, for `timeout` seconds.
     """
-    wait, outage = FIRST_WAIT, Outage(timeout)
-    while True:
-        try:
-            return await send_fn(session, *args)
-        except Unavailable as error:
-            outage.failed(args[0], error)
-        await asyncio.sleep(wait)
-        wait = min(2 * wait, LONGEST_WAIT)
+    now, failing_since, said = asyncio.get_running_loop().time, None, False
+    waiting = asyncio.Queue()
+    for index in range(count):
+        waiting.put_nowait(index)
+
+    async def work(url, send_fn):
+        nonlocal failing_since, said
+        wait = FIRST_WAIT
+        while True:
+            index = await waiting.get()
+            try:
+                response = await send_fn(index)
+            except Unavailable as reason:
+                waiting.put_nowait(index)
+                waiting.task_done()
+                failing_since = failing_since or now()
+                seconds = now() - failing_since
+                if seconds > timeout:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT, f"no response from {url} for {timeout:g} s ({reason})"
+                    ) from None
+                if seconds > SILENT_WAIT and not said:
+                    said = True
+                    print(f"Waiting up to {timeout:g} s for {url} ({reason})", file=sys.stderr, flush=True)
+                # Servers that lost many requests at once do not get all of them back at once.
+                await asyncio.sleep(wait * random.uniform(0.5, 1))
+                wait = min(2 * wait, LONGEST_WAIT)
+            else:
+                on_done(index, response)
+                waiting.task_done()
+                failing_since, said, wait = None, False, FIRST_WAIT
+
+    tasks = [asyncio.create_task(waiting.join()), *(asyncio.create_task(work(*sender)) for sender in senders)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Outage:
-    """The time since the first failure after the last success, which ends with an error after `timeout` seconds."""
-
-    def __init__(self, timeout):
-        self.timeout, self.start, self.said = timeout, None, False
-
-    def succeeded(self):
-        self.start, self.said = None, False
-
-    def failed(self, url, reason):
-        """Note a failure.
-
-        Raises:
-            TimeoutError: there was none but failures for the timeout.
-        """
-        now = asyncio.get_running_loop().time()
-        if self.start is None:
-            self.start = now
-        if now - self.start > self.timeout:
-            raise TimeoutError(errno.ETIMEDOUT, f"no response from {url} for {self.timeout:g} s ({reason})") from None
-        if now - self.start > SILENT_WAIT and not self.said:
-            self.said = True
-            print(f"Waiting up to {self.timeout:g} s for {url} ({reason})", file=sys.stderr, flush=True)
+async def send_until(session, timeout, url, *args):
+    """Return what `send` does; while the server is unavailable, wait and send again, for at most `timeout` seconds."""
+    found = []
+    sender = (url, lambda _: send(session, url, *args))
+    await send_all([sender], 1, timeout, lambda _, response: found.append(response))
+    return found[0]

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import math
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from grath.common.errors import UserError
 from grath.common.files import sha256
 from grath.common.layout import ADAPTER
 from grath.modeling.loading import has_local_weights, load_for_inference, resolve_base_and_adapter
-from grath.serving.client import open_session, server_urls
-from grath.serving.completions import Served, check_adapters, complete_all, load_adapter, served_models, unload_adapter
+from grath.serving.client import NOT_FOUND, Refused, Unavailable, open_session, send, server_urls
+from grath.serving.completions import LOAD, START, UNLOAD, Served, load_adapter, request_completions, served_models
 
 # Its tokens are likely enough to be stable in 16 bits, and open enough to tell one model from another.
 PROBE = (
@@ -69,59 +69,69 @@ async def _load(served):
 
 async def _unload(served):
     async with open_session(timeout=5) as session:
-        await asyncio.gather(*(unload_adapter(session, url, served.name) for url in served.loaded))
+        for url in served.loaded:
+            with suppress(Unavailable, Refused):  # the server is gone, or has lost the adapter
+                await send(session, f"{url}{UNLOAD}", {"lora_name": served.name})
 
 
 def describe_servers(model, urls, timeout, adapters):
     """Describe what every server has for a model: its name there, and the longest sequence that it takes.
 
-    Args:
-        adapters: whether the servers must be able to load adapters.
-
-    Raises: as `serve`; also if one server of several does not answer.
+    Raise what `serve` does; also if one of the servers does not answer, or cannot load adapters where it must.
     """
     urls = server_urls(urls)
-    found = asyncio.run(_entries(resolve_base_and_adapter(model)[0], urls, timeout, adapters))
+    found = asyncio.run(_entries(resolve_base_and_adapter(model)[0], urls, timeout))
     if missing := [url for url in urls if url not in found]:
         raise UserError(f"no response from {missing[0]}")
+    if adapters:
+        asyncio.run(_check_adapters(urls, timeout))
     return "; ".join(
         f"{url} has {own['id']}, at most {own.get('max_model_len', 'an unknown number of')} tokens"
         for url, own in found.items()
     )
 
 
-async def _entries(base, urls, timeout, adapters=False):
+async def _check_adapters(urls, timeout):
+    """Raise `UserError` if a server has no API to load adapters."""
+    async with open_session(timeout) as session:
+        for url in urls:
+            try:
+                await send(session, f"{url}{LOAD}", {})
+            except Unavailable:
+                continue
+            except Refused as error:  # the request has no adapter
+                if error.status == NOT_FOUND:
+                    raise UserError(f"{url} cannot load adapters: start it with {START}") from None
+
+
+async def _entries(base, urls, timeout):
     """Return the entry of the model `base` in the list of each server that answers: url -> dict."""
     # A server that is lost for good does not delay the others by the whole timeout.
     for seconds in dict.fromkeys((min(FIRST_TIMEOUT, timeout), timeout)):
         async with open_session(seconds) as session:
-            entries = (_entry(session, url, base, seconds, adapters) for url in urls)
+            entries = (_entry(session, url, base, seconds) for url in urls)
             answers = dict(zip(urls, await asyncio.gather(*entries, return_exceptions=True), strict=True))
-        lost = {url: answer for url, answer in answers.items() if isinstance(answer, TimeoutError)}
-        if len(lost) < len(urls):
+        found = {url: answer for url, answer in answers.items() if not isinstance(answer, TimeoutError)}
+        if found:
             break
-    else:
-        raise lost[urls[0]]
-    for url, error in lost.items():
-        print(f"Going on without {url}: {error.strerror}", file=sys.stderr, flush=True)
-    found = {url: answer for url, answer in answers.items() if url not in lost}
-    for answer in found.values():
+    for answer in (found or answers).values():
         if isinstance(answer, BaseException):
             raise answer
+    for url in urls:
+        if url not in found:
+            print(f"Going on without {url}: {answers[url].strerror}", file=sys.stderr, flush=True)
     names = {own["id"] for own in found.values()}
     if len(names) > 1:
         raise UserError(f"the servers have {base} under several names ({', '.join(sorted(names))}): give it one")
     return found
 
 
-async def _entry(session, url, base, timeout, adapters):
+async def _entry(session, url, base, timeout):
     """Return the entry of the model `base`, by its name or the path that it was loaded from, in a server's list."""
     models = await served_models(session, url, timeout)
     for entry in models:
         names = {name for name in (entry["id"], entry.get("root")) if isinstance(name, str)}
         if base in names or Path(base).name in {Path(name).name for name in names}:
-            if adapters:
-                await check_adapters(session, url)
             return entry
     listed = ", ".join(entry["id"] for entry in models) or "no model"
     raise UserError(
@@ -133,21 +143,18 @@ async def _entry(session, url, base, timeout, adapters):
 def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
     """Compare the model on every server with the local one: a probe's tokens and their log-probabilities.
 
-    Where the local weights are not on this machine, or do not fit into its memory, only the tokens are compared.
+    Where the local weights are not on this machine, only the tokens are compared. Return a line that says what was.
 
     Args:
         served: what `serve` yielded for `model`.
         prompt_logprobs: whether a server must return the log-probabilities of a prompt's tokens.
 
-    Returns:
-        one line that says what was compared.
-
     Raises:
         UserError: a server has another vocabulary or other weights, or lacks log-probabilities that are needed.
     """
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    probes = {url: asyncio.run(_probe(replace(served, urls=(url,)), ids)) for url in served.urls}
-    local, means, counts = _local_logprobs(model, tokenizer, ids), [], []
+    probes = {url: _probe(replace(served, urls=(url,)), ids) for url in served.urls}
+    local, compared = _local_logprobs(model, tokenizer, ids), []
     for url, probe in probes.items():
         whole = len(probe) == len(ids) + 1 and all(_is_number(value) for _, value in probe[1:])
         if prompt_logprobs and not (whole and len({value for _, value in probe[1:]}) > 1):
@@ -169,14 +176,14 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
                 f"{url} has other weights than {model}: the log-probabilities of a probe differ by {mean:.2f} on "
                 "average; serve the same model there"
             )
-        means.append(mean)
-        counts.append(len(ours))
-    if not means:
+        compared.append((mean, len(ours)))
+    if not compared:
         what = "has the local tokens; its weights were not compared" if whole else "could not be compared"
         return f"{served.name} on the servers {what}"
+    mean, count = max(compared)
     return (
-        f"{served.name} on the servers has the local weights (the log-probabilities of {min(counts)} tokens of a probe "
-        f"differ by {max(means):.4f} on average)"
+        f"{served.name} on the servers has the local weights (the log-probabilities of {count} tokens of a probe "
+        f"differ by {mean:.4f} on average)"
     )
 
 
@@ -184,12 +191,11 @@ def _is_number(value):
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-async def _probe(served, ids):
+def _probe(served, ids):
     """Return (text, log-probability) of the probe's tokens and one more, as far as the server returns them."""
     body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    responses = []
-    await complete_all(served, [body], lambda _, response: responses.append(response))
-    logprobs = responses[0]["choices"][0].get("logprobs")
+    ((_, response),) = request_completions(served, [body])
+    logprobs = response["choices"][0].get("logprobs")
     try:
         if content := logprobs.get("content"):  # llama.cpp
             found = [(entry["token"], entry["logprob"]) for entry in content]
@@ -201,10 +207,9 @@ async def _probe(served, ids):
 
 
 def _local_logprobs(model, tokenizer, ids):
-    """Return the local model's log-probabilities of the tokens `ids` after the first, and of the best next tokens.
+    """Return the local log-probabilities of the tokens `ids` after the first, and of the best next ones by their text.
 
-    Returns:
-        (list of float, dict of text -> float), or None if the weights are not on this machine or do not fit into it.
+    It is None if the weights are not on this machine.
     """
     import torch
 

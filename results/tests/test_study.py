@@ -62,16 +62,30 @@ def test_the_comparison_has_the_figures_and_correlations_of_the_study(tmp_path):
             gold = row["choices"]["label"].index(row["answerKey"])
             sides = texts[gold], texts[gold - 1]
             pairs.append((row["question"], *(sides if at <= number else sides[::-1])))
-        put_pairs(run, 0, pairs, data_path=str(BUNDLED), data_name="x", subdata_name="x", split="train")
+        put_pairs(run, 0, pairs, data_path=str(BUNDLED))
         runs.append(run)
     runs += [put_fold(tmp_path / f"control_{at}", *fold) for at, fold in enumerate(FOLDS.items())]
     done = call_here("study", *runs)
-    assert "Wrote comparison.md, comparison.png, summary.png, signal.png in" in done.stdout
+    assert "Wrote summary.png, signal.png in" in done.stdout
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert "Over the runs on a model's own pairs (4), the correlation of the truth signal and the change of MC1" in text
     assert "Over these runs and the controls on gold answers (5)" in text
     for name in ("summary.png", "signal.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_shows_negated_gold_answers_apart(tmp_path):
+    """Every second gold answer has a negation: of these, both seeds gain one, and one seed another."""
+    base = [1.0, *[0.0] * 7]
+    after = ([1.0, 1.0, 1.0, *[0.0] * 5], [1.0, 1.0, 0.0, 1.0, *[0.0] * 4])
+    runs = [put_run(tmp_path / f"both_seed_{seed}", {0: base, 1: after[seed]}, seed) for seed in (0, 1)]
+    call_here("study", *runs)
+    (row,) = [
+        line for line in cells_of((tmp_path / "comparison.md").read_text()) if line[0] == "both: M_1" and len(line) == 3
+    ]
+    assert row[1].startswith("37.50 (+37.50 [") and row[2].startswith("37.50 (+12.50 [")
+    call_here("study", runs[0])
+    assert "negation" not in (runs[0] / "report.md").read_text()
 
 
 def test_correlation_and_its_interval():

@@ -2,7 +2,7 @@
 
 import pytest
 from support import pair, write_rows
-from training import train
+from trainings import train
 
 
 @pytest.fixture(scope="session")
@@ -26,4 +26,4 @@ def seventeen(tiny_llama, tmp_path_factory):
         pair(f"What is {i}?" + " Say it." * (i % 7), f"It is {i}.", "Nobody knows." * (1 + i % 3)) for i in range(17)
     ]
     source = ("--dataset_path", write_rows(folder / "pairs.json", pairs), "--max_steps", "12", "--save_steps", "2")
-    return source, folder / "whole", train(tiny_llama, folder / "whole", source=(), *source)[1]
+    return source, folder / "whole", train(tiny_llama, folder / "whole", source=source)[1]

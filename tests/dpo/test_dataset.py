@@ -2,23 +2,20 @@
 
 import pytest
 from support import HUB, needs_hub, pair, write_rows
-from training import train
+from trainings import train
 
 
 def test_preferences_of_the_hub_without_identical_and_long_pairs(tiny_llama, tmp_path):
-    def preference(chosen):
-        prompt, *answers = (
-            [{"role": role, "content": text}]
-            for role, text in (("user", "Is ice cold?"), ("assistant", chosen), ("assistant", "No"))
-        )
-        return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    def turn(role, text):
+        return [{"role": role, "content": text}]
 
-    data = [preference(chosen) for chosen in ("No", "long " * 300, "Yes", "It is")]
+    question, no = turn("user", "Is ice cold?"), turn("assistant", "No")
+    chosen = [turn("assistant", text) for text in ("No", "long " * 300, "Yes", "It is")]
+    data = [{"prompt": question, "chosen": one, "rejected": no} for one in chosen]
     (tmp_path / "me" / "prefs").mkdir(parents=True)
     write_rows(tmp_path / "me" / "prefs" / "train.jsonl", data)
     flags = ("--max_length", "128", "--max_steps", "1")
-    source = ("--dataset_name", "me/prefs")
-    done, record = train(tiny_llama, tmp_path / "m", *flags, source=source, cwd=tmp_path)
+    done, record = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_name", "me/prefs"), cwd=tmp_path)
     assert "4 pairs, 1 with identical answers and 1 over 128 tokens dropped" in done.stdout
     assert record["pairs"] == {"read": 4, "identical": 1, "too_long": 1, "kept": 2}
 

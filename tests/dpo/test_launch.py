@@ -2,7 +2,7 @@
 
 import pytest
 from support import PROJECT, call
-from training import LAUNCH, command, difference, interrupt, read_training
+from trainings import LAUNCH, command, difference, interrupt, read_training
 
 
 def test_accelerate_launch_gives_the_same_adapter(first_iteration, tiny_llama, pair_file, tmp_path):

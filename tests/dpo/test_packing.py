@@ -1,30 +1,17 @@
 """Forward passes of a pair: the shared prompt, and the log-probabilities of the completions."""
 
 import pytest
+from support import FAMILIES, tiny
 
 
-def tiny_backbone(family):
-    """The backbone of a tiny random model of a family, in fp32, with grouped-query attention."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    config = AutoConfig.for_model(
-        family, vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.5, sliding_window=None,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModel.from_config(config).eval()
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompts_are_computed_once_with_equal_results(family):
     import torch
 
     from grath.dpo.packing import share_prompts
 
+    backbone = tiny(family).base_model
     torch.manual_seed(1)
-    backbone = tiny_backbone(family)
     seen = []
     backbone.layers[0].register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
     lengths = [(20, 5, 9), (3, 14, 2), (11, 1, 1), (1, 6, 8)]  # prompt, chosen, rejected

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support import weights
-from training import difference, make_trainer, margin, train
+from trainings import difference, make_trainer, margin, train
 
 
 @pytest.fixture(scope="module", params=["rolling", "fixed"])
@@ -70,9 +70,7 @@ def test_margins_on_a_quantized_base(tiny_llama, pair_file, tmp_path, precision,
     assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
     margins = {}
     for reference in ("rolling", "fixed"):
-        _, record = train(
-            tmp_path / "1", tmp_path / reference, *flags, reference, "--max_steps", "1", source=source
-        )
+        _, record = train(tmp_path / "1", tmp_path / reference, *flags, reference, "--max_steps", "1", source=source)
         margins[reference] = margin(record)
     # int8 scales activations by the largest value of their batch, so the margin is 0 only to that rounding.
     logits_eps = {"nf4": 1e-3, "int8": 5e-2}[precision]

@@ -1,7 +1,7 @@
 """The warnings about a training."""
 
 import pytest
-from training import train
+from trainings import train
 
 
 def entry(step, chosen, rejected, accuracy=0.6, **more):

@@ -160,7 +160,7 @@ def test_a_prefill_waits_until_an_eighth_of_the_rows_are_free(monkeypatch):
     prefill = _ActiveBatch.prefill
 
     def recorded(batch, prompts, suffixes):
-        sizes.append((len(batch.prompts), len(prompts)))
+        sizes.append((len(batch.rows), len(prompts)))
         return prefill(batch, prompts, suffixes)
 
     monkeypatch.setattr(_ActiveBatch, "prefill", recorded)

@@ -15,7 +15,7 @@ def device(request, monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print each test that ran on a GPU, with its outcome and what it recorded by `record_property`."""
+    """Print each test that ran on a GPU, with its outcome."""
     import torch
 
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
@@ -27,6 +27,5 @@ def pytest_terminal_summary(terminalreporter):
     name, driver = torch.cuda.get_device_name(0), driver_cuda_version()
     terminalreporter.write_line(f"\n| {name}, torch {torch.__version__}, driver for CUDA {driver} | |\n| --- | --- |")
     for report in on_gpu:
-        test = (report.nodeid.split("::")[1], f"{report.outcome}, {report.duration:.1f} s")
-        for what, value in (test, *report.user_properties):
-            terminalreporter.write_line(f"| {what} | {value} |")
+        test = report.nodeid.split("::")[1]
+        terminalreporter.write_line(f"| {test} | {report.outcome}, {report.duration:.1f} s |")

@@ -30,24 +30,13 @@ def chat(request, llama_tokenizer, smollm_tokenizer):
     return request.param, smollm_tokenizer if request.param == "smollm2" else llama_tokenizer
 
 
-def test_prompt_token_ids(chat):
+def test_a_prompt_is_these_tokens_with_one_bos_where_the_template_has_one(chat):
     model_type, tokenizer = chat
     template = template_for(tokenizer, model_type)
     for messages, text in zip((TURN, TURNS), EXPECTED[model_type], strict=True):
         ids = prompt_ids(tokenizer, messages, template)
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
-
-
-@pytest.mark.parametrize(
-    ("model_type", "messages", "count"), [("llama2", TURN, 1), ("llama2", TURNS, 2), ("zephyr", TURNS, 1)]
-)
-def test_one_bos_where_the_template_has_one(llama_tokenizer, model_type, messages, count):
-    ids = prompt_ids(llama_tokenizer, messages, TEMPLATES[model_type])
-    bos = llama_tokenizer.bos_token_id
-    assert ids[0] == bos
-    assert ids.count(bos) == count
-    assert all(pair != (bos, bos) for pair in zip(ids, ids[1:], strict=False))
 
 
 def test_a_template_without_bos_gets_the_tokenizers_bos(llama_tokenizer):

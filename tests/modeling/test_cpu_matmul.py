@@ -8,8 +8,7 @@ import torch
 from support import BUNDLED, call_here, tiny
 
 import grath.modeling.cpu_matmul as cpu_matmul
-from grath.modeling.cpu_matmul import fp32_cpu_matmul, make_product, prepare_linear_layers, time_products
-from grath.modeling.lora import merge_lora
+from grath.modeling.cpu_matmul import fp32_cpu_matmul, make_product, merge_lora, prepare_linear_layers, time_products
 
 
 def prefer(monkeypatch, way):
@@ -39,10 +38,10 @@ def test_every_way_gives_the_exact_product_rounded_once(dtype, rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_converts_and_gives_the_exact_products_and_gradients(dtype, monkeypatch):
-    model = tiny("llama", hidden_size=96, intermediate_size=2500).to(dtype).requires_grad_(False)
+    model = tiny("llama", hidden_size=96, intermediate_size=250).to(dtype).requires_grad_(False)
     layer = model.model.layers[0].mlp.gate_proj
     x = torch.randn(70, 2, 96, dtype=dtype, requires_grad=True)
-    weights = torch.randn(70, 2, 2500, dtype=dtype)
+    weights = torch.randn(70, 2, 250, dtype=dtype)
     exact = torch.nn.functional.linear(x.double(), layer.weight.double())
     prefer(monkeypatch, "float32")
     with fp32_cpu_matmul(model):
@@ -61,11 +60,11 @@ def test_training_converts_and_gives_the_exact_products_and_gradients(dtype, mon
             assert "forward" not in vars(layer)
 
 
-def with_adapter(model):
+def with_adapter(model, **options):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = LoraConfig(**{"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options})
     return get_peft_model(model, config).eval().requires_grad_(False)
 
 
@@ -110,11 +109,8 @@ def test_a_merge_into_16_bit_weights_is_not_rounded():
     "options", [{"use_dora": True}, {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
 )
 def test_other_adapters_are_left_as_they_are(options, monkeypatch):
-    from peft import LoraConfig, get_peft_model
-
     prefer(monkeypatch, "packed")
-    config = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False, **options})
-    model = get_peft_model(tiny("llama"), config)
+    model = with_adapter(tiny("llama"), **options)
     assert prepare_linear_layers(model) is model
     assert not [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer.weight is None]
     model(torch.tensor([[1, 2]]))
@@ -155,9 +151,7 @@ def test_products_that_this_cpu_lacks_are_not_timed(monkeypatch):
 
 
 def test_the_first_process_chooses_for_all(monkeypatch):
-    import accelerate
-
-    monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(cpu_matmul, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     monkeypatch.setattr(cpu_matmul, "time_products", lambda weight: pytest.fail("timed"))
-    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda chosen: ["packed"] if chosen == [None] else 0)
+    monkeypatch.setattr(cpu_matmul, "broadcast_object_list", lambda chosen: ["packed"] if chosen == [None] else 0)
     assert cpu_matmul.choose_way(tiny("llama")) == "packed"

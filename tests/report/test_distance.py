@@ -4,7 +4,7 @@ import json
 
 import pytest
 from made_runs import put_pairs
-from support import call_here, pair
+from support import call_here
 
 
 def test_distance_and_probe_of_synthetic_clusters():
@@ -14,13 +14,10 @@ def test_distance_and_probe_of_synthetic_clusters():
 
     draw = numpy.random.default_rng(0)
     here, there = draw.normal(size=(200, 5)), draw.normal(size=(200, 5))
-    assert distance(here, here) == 0
-    assert distance(here, there) < 0.15
-    assert 0.4 < probe(here, there) < 0.6
+    assert distance(here, here) == 0 and distance(here, there) < 0.15 and 0.4 < probe(here, there) < 0.6
     there[:, 0] += 20
     # The standard deviation is 1 in each of five directions; the means are 20 apart.
-    assert distance(here, there) == pytest.approx(20 / 5**0.5, rel=0.1)
-    assert probe(here, there) > 0.99
+    assert distance(here, there) == pytest.approx(20 / 5**0.5, rel=0.1) and probe(here, there) > 0.99
 
 
 def test_distance_of_a_pair_file_in_file_and_report(tiny_llama, tmp_path):
@@ -33,28 +30,23 @@ def test_distance_of_a_pair_file_in_file_and_report(tiny_llama, tmp_path):
     file = put_pairs(tmp_path, 0, [("r", "a", "b"), ("s", "a", "b")])
     done = call_here("grath.distance", file, "--model_name_or_path", tiny_llama, status=2)
     assert f"{file} has 2 pairs of different answers: at least 5 are needed" in done.stderr
-    rows = [pair(f"Is it {i}?", f"Yes, it is {i} indeed.", "No." if i else "Norwegian wood.") for i in range(7)]
-    put_pairs(tmp_path, 0, [tuple(row.values()) for row in [*rows, pair("q", "same", "same")]])
+    rows = [(f"Is it {i}?", f"Yes, it is {i} indeed.", "No." if i else "Norwegian wood.") for i in range(7)]
+    put_pairs(tmp_path, 0, [*rows, ("q", "same", "same")])
     flags = ("--model_name_or_path", tiny_llama, "--precision", "fp32", "--batch_size", "3")
     done = call_here("grath.distance", file, *flags)
     found = json.loads(file.with_suffix(".distance.json").read_text(encoding="utf-8"))
     assert found["precision"] == "fp32" and found["negated"] == [0, 6 / 7] and "negated 0.0% and 85.7%" in done.stdout
     assert found["pairs"] == 7 and f"distance {found['distance']:.3f}" in done.stdout
 
-    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer, model = load_tokenizer(tiny_llama), load_model(tiny_llama, "fp32")
     template = template_for(tokenizer, "auto")
-    model = load_model(tiny_llama, "fp32")
 
     def mean_hidden_state(question, answer):
         prompt, ids = answer_ids(tokenizer, [{"role": "user", "content": question}], answer, template)
-        with torch.inference_mode():
-            hidden = model(torch.tensor([[*prompt, *ids]]), output_hidden_states=True).hidden_states[-1]
-        return hidden[0, len(prompt) :].mean(0)
+        hidden = model(torch.tensor([[*prompt, *ids]]), output_hidden_states=True).hidden_states[-1]
+        return hidden[0, len(prompt) :].mean(0).detach()
 
-    sides = [
-        torch.stack([mean_hidden_state(row["question"], row[side]) for row in rows])
-        for side in ("correct", "incorrect")
-    ]
-    assert found["distance"] == pytest.approx(distance(*(side.numpy() for side in sides)), rel=1e-4)
+    sides = [torch.stack([mean_hidden_state(row[0], row[side]) for row in rows]).numpy() for side in (1, 2)]
+    assert found["distance"] == pytest.approx(distance(*sides), rel=1e-4)
     call_here("grath.report", tmp_path)
     assert f"{found['distance']:.3f}" in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -79,6 +79,8 @@ class InferenceServer:
             return web.json_response({"error": {"message": "no adapter is named"}}, status=400)
         if self.load_status != 200:
             return web.json_response({"error": {"message": "LoRA is not enabled"}}, status=self.load_status)
+        if body["lora_name"] in self.adapters:  # as vLLM
+            return web.json_response({"error": {"message": "it has already been loaded"}}, status=400)
         self.adapters[body["lora_name"]] = body["lora_path"]
         return web.Response(text="loaded")
 

@@ -1,4 +1,4 @@
-"""Helpers of the DPO tests: run a training, read its record and log."""
+"""Helpers of the DPO tests: run a training, read its record and log, make a trainer."""
 
 import json
 import shutil
@@ -18,9 +18,8 @@ def command(model, output, *flags):
 
 def train(model, output, *flags, source, status=0, cwd=None):
     """Run dpo.py for three steps with the flags `source` and `flags`; return (the finished process, the record)."""
-    done = call_here(
-        "dpo.py", *source, *command(model, output, *flags), status=status, **({"cwd": cwd} if cwd else {})
-    )
+    flags = command(model, output, *source, *flags)
+    done = call_here("dpo.py", *flags, status=status, **({"cwd": cwd} if cwd else {}))
     return done, read_training(output) if status == 0 else None
 
 
@@ -51,3 +50,22 @@ def interrupt(finished, output, step):
     for checkpoint in output.glob("checkpoint-*"):
         if int(checkpoint.name.partition("-")[2]) > step:
             shutil.rmtree(checkpoint)
+
+
+def make_trainer(model, pairs, output, precision, reference):
+    """A trainer that continues an adapter, before its first step."""
+    from grath.dpo.config import GrathDPOConfig
+    from grath.dpo.dataset import tokenize_pairs
+    from grath.dpo.trainer import GrathDPOTrainer
+    from grath.modeling.chat import template_for
+    from grath.modeling.loading import load_model, load_tokenizer
+    from grath.pairs.files import read_pairs
+
+    tokenizer = load_tokenizer(model)
+    return GrathDPOTrainer(
+        model=load_model(model, precision, trainable=True),
+        args=GrathDPOConfig(output_dir=str(output), precision=precision, max_steps=2),
+        train_dataset=tokenize_pairs(read_pairs(pairs), tokenizer, template_for(tokenizer, "auto")),
+        processing_class=tokenizer,
+        reference=reference,
+    )
