@@ -13,7 +13,7 @@ from pathlib import Path
 from grath.common.arguments import Parser, positive_int
 from grath.common.defaults import SERVER_TIMEOUT, TASKS
 from grath.common.errors import run_main
-from grath.evaluation.run import BACKENDS, ScoreConfig, score_model
+from grath.evaluation.run import BACKENDS, score_model
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.precision import PRECISIONS, SERVER
 
@@ -51,7 +51,7 @@ def main():
     add("--dry_run", action="store_true", help="check the model, print the plan and score nothing")
     args = parser.parse_args()
     args.backend = args.backend or (SERVER if args.servers else BACKENDS[0])
-    score_model(ScoreConfig(**vars(args)))
+    score_model(args)
 
 
 if __name__ == "__main__":

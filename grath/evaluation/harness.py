@@ -55,8 +55,7 @@ def split_over_processes(method):
 class SplitLM(HFLM):
     """`HFLM` that splits the requests over the processes itself.
 
-    For the harness every process is the only one. So all processes draw the few-shot examples of all questions, and
-    these do not depend on the number of processes.
+    For the harness every process is the only one, so the few-shot examples do not depend on the number of processes.
     """
 
     rank, world_size = 0, 1
@@ -68,10 +67,7 @@ class SplitLM(HFLM):
 class SharedContextLM(SplitLM):
     """`HFLM` that computes equal requests, equal contexts and shared prefixes of contexts once.
 
-    Args:
-        model: a loaded model.
-        tokenizer: its tokenizer.
-        max_rows: maximum number of contexts in a batch; None: only the number of tokens counts.
+    `max_rows` is the maximum number of contexts in a batch; None: only the number of tokens counts.
     """
 
     def __init__(self, model, tokenizer, max_rows=None, **options):
@@ -81,10 +77,9 @@ class SharedContextLM(SplitLM):
     @split_over_processes
     def loglikelihood(self, requests, disable_tqdm=False):
         pairs = [request.args for request in requests]
-        windows, reason = [], "a context is empty"
+        reason = "a context is empty"
         if all(context for context, _ in pairs):
-            tokenized = self.tokenize(pairs, disable_tqdm)
-            windows = [truncate_window(context, answer, self.max_length) for context, answer in tokenized]
+            windows = [truncate_window(*ids, self.max_length) for ids in self.tokenize(pairs, disable_tqdm)]
             reason = unsupported_reason(self.model, max(len(context) + len(answer) for context, answer in windows))
             if not all(context and answer for context, answer in windows):
                 reason = "an answer is empty or longer than the model's window"
@@ -98,28 +93,24 @@ class SharedContextLM(SplitLM):
         """Tokenize (context, answer) pairs of text in large batches; the ids are those of `HFLM`: list of two lists."""
         tokenized, context_ids = [], {}
         for start in tqdm(range(0, len(pairs), TOKENIZER_BATCH), disable=disable_tqdm, desc="Tokenizing requests"):
+            batch = pairs[start : start + TOKENIZER_BATCH]
             # As in `HFLM`, the spaces at the end of a context belong to the answer.
-            split = [
-                (context.rstrip(), context[len(context.rstrip()) :] + answer)
-                for context, answer in pairs[start : start + TOKENIZER_BATCH]
-            ]
-            new = [context for context in dict.fromkeys(context for context, _ in split) if context not in context_ids]
-            context_ids.update(zip(new, self._encode(new), strict=True))
-            whole = self._encode([context + answer for context, answer in split])
-            for (context, _), ids in zip(split, whole, strict=True):
-                tokenized.append((context_ids[context], ids[len(context_ids[context]) :]))
+            contexts = [context.rstrip() for context, _ in batch]
+            context_ids |= self._encode(set(contexts) - context_ids.keys())
+            whole_ids = self._encode({context + answer for context, answer in batch})
+            for context, (spaced, answer) in zip(contexts, batch, strict=True):
+                ids = context_ids[context]
+                tokenized.append((ids, whole_ids[spaced + answer][len(ids) :]))
         return tokenized
 
     def _encode(self, texts):
-        """Tokenize a list of texts as `tok_encode` does: lists of ids. No second BOS is put before a first one."""
+        """Tokenize texts as `tok_encode` does: dict of text -> ids. No second BOS is put before a first one."""
         options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        bos = self.tokenizer.decode(self.prefix_token_id)
-        encoded = [None] * len(texts)
+        bos, encoded = self.tokenizer.decode(self.prefix_token_id), {}
         for has_bos, own in ((True, {"add_special_tokens": False}), (False, options)):
-            if places := [i for i, text in enumerate(texts) if text.startswith(bos) == has_bos]:
-                found = self.tokenizer([texts[i] for i in places], return_attention_mask=False, **own)["input_ids"]
-                for i, ids in zip(places, found, strict=True):
-                    encoded[i] = ids
+            if found := [text for text in texts if text.startswith(bos) == has_bos]:
+                ids = self.tokenizer(found, return_attention_mask=False, **own)["input_ids"]
+                encoded |= zip(found, ids, strict=True)
         return encoded
 
     def score(self, windows, disable_tqdm=False):
@@ -138,10 +129,9 @@ class SharedContextLM(SplitLM):
         with tqdm(total=len(windows), disable=disable_tqdm, desc="Scoring requests") as bar:
             while left := [i for i, result in enumerate(results) if result is None]:
                 unfinished = [windows[i] for i in left]
+                scored = window_loglikelihoods(self.model, unfinished, self.batch_tokens, self.max_rows)
                 try:
-                    for places, result in window_loglikelihoods(
-                        self.model, unfinished, self.batch_tokens, self.max_rows
-                    ):
+                    for places, result in scored:
                         for place in places:
                             results[left[place]] = result
                         bar.update(len(places))

@@ -20,14 +20,9 @@ LOGITS_CHUNK = 512
 
 
 def truncate_window(context, answer, max_length):
-    """Truncate a context and its answer on the left to the model's window, as `HFLM` does.
+    """Truncate a context and its answer (lists of token ids) on the left, as `HFLM` does; return them as tuples.
 
-    Args:
-        context, answer: lists of token ids.
-        max_length: maximum number of input tokens. The last token of the answer is no input.
-
-    Returns:
-        (context, answer): tuples of token ids.
+    The model's input has at most `max_length` tokens. The last token of the answer is no input.
     """
     kept = (context + answer)[-(max_length + 1) :]
     return tuple(kept[: -len(answer)]), tuple(answer)
@@ -113,34 +108,24 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
         batch_tokens, max_rows: as in `window_loglikelihoods`; the prefix does not count.
 
     Yields:
-        for each batch a function that waits for its results and returns them: a list of (index of the tree, list with
-        one (log-likelihood, whether greedy decoding gives the answer) per answer).
+        for each batch a function that waits for its results and returns them: list of (index of the tree, list of
+        (log-likelihood, whether greedy decoding gives the answer) for each answer).
     """
     cache = prefill_prefix(model, prefix_ids, 0, 0)
     all_rows = [_tree_row(*tree) for tree in trees]
     for batch in _batches([len(ids) for ids, *_ in all_rows], batch_tokens, max_rows or len(trees)):
         rows = [all_rows[i] for i in batch]
+        hidden = cache.forward_trees(model, [row[:3] for row in rows])
         starts = accumulate((len(ids) for ids, *_ in rows), initial=0)
         targets = [
             (start + column, token) for start, row in zip(starts, rows, strict=False) for column, token in row[3]
         ]
-        targets = _Targets(targets, model.device)
-        hidden = cache.forward_trees(model, [row[:3] for row in rows])
-        found = download(_token_log_probs(model, hidden, targets))
-        yield partial(_read, {i: trees[i][1] for i in batch}, targets, found)
+        yield partial(_read, {i: trees[i][1] for i in batch}, _token_log_probs(model, hidden, targets))
 
 
-def _read(answers_of, targets, found):
-    """Return the results of a batch from the log-probabilities of its tokens, for which it waits.
-
-    Args:
-        answers_of: dict of the index of a tree -> its answers.
-        targets: `_Targets`.
-        found: function that waits for what `_token_log_probs` returned, and returns it as lists.
-    """
-    ordered = sorted(zip(targets.order, *found(), strict=True))
-    log_probs = ((log_prob, bool(greedy)) for _, log_prob, greedy in ordered)
-    results = []
+def _read(answers_of, token_log_probs):
+    """Add up the tokens' log-probabilities of each answer. `answers_of`: index of a tree -> its answers."""
+    log_probs, results = iter(token_log_probs()), []
     for tree, answers in answers_of.items():
         tokens = [[next(log_probs) for _ in answer] for answer in answers]
         results.append((tree, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]))
@@ -150,21 +135,18 @@ def _read(answers_of, targets, found):
 def _batches(lengths, batch_tokens, max_rows):
     """Yield lists of indices of rows, the longest row first: if the memory is too small, the first batch shows it."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    start = 0
-    while start < len(order):
-        rows = min(max_rows, max(1, batch_tokens // lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
+    while order:
+        rows = min(max_rows, max(1, batch_tokens // lengths[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
 
 
 def _tree_row(context, answers):
     """Build the row of a tree: the context, then the answers, depth first. Equal beginnings of answers are one branch.
 
-    The last token of an answer is left out: none follows it.
-
     Returns:
-        (ids, depths, ends, targets): three lists of int for `forward_trees`, and a list with one (column whose
-        hidden state predicts the token, token id) per token of the answers.
+        (ids, depths, ends, targets): three lists of int for `forward_trees`, and for each token of the answers
+        (column whose hidden state predicts the token, token id). The last token of an answer has no column.
     """
     ids, depths, ends = list(context), list(range(len(context))), [NO_END] * len(context)
     answers = [tuple(answer) for answer in answers]
@@ -185,42 +167,27 @@ def _tree_row(context, answers):
     return ids, depths, ends, targets
 
 
-class _Targets:
-    """The tokens whose log-probabilities are wanted, in the order of the hidden states that predict them.
-
-    Args:
-        targets: list of (index of the hidden state that predicts the token, token id).
-    """
-
-    def __init__(self, targets, device):
-        # One hidden state predicts the first tokens of all answers to a context. Its logits are computed once.
-        states = sorted({state for state, _ in targets})
-        index = {state: i for i, state in enumerate(states)}
-        self.order = sorted(range(len(targets)), key=lambda i: targets[i][0])
-        self.state_of = [index[targets[i][0]] for i in self.order]
-        self.states = upload(states, device)
-        self.state, self.token = upload([self.state_of, [targets[i][1] for i in self.order]], device)
-
-
 def _token_log_probs(model, hidden, targets):
-    """Compute the log-probabilities of tokens.
-
-    Args:
-        hidden: (N, d) last hidden states.
-        targets: `_Targets`.
+    """Compute the log-probabilities of `targets`: list of (index of the predicting row of `hidden`, token id).
 
     Returns:
-        (2, targets) float32: the log-probabilities in the order of `targets.order`, and 1 where the token is the
-        greedy one.
+        function that waits for the results and returns them: list of (log-probability, whether the token is greedy).
     """
+    # One hidden state predicts the first tokens of all answers to a context. Its logits are computed once.
+    states = sorted({state for state, _ in targets})
+    index = {state: i for i, state in enumerate(states)}
+    order = sorted(range(len(targets)), key=lambda i: targets[i][0])
+    state_of = [index[targets[i][0]] for i in order]
+    uploaded_states = upload(states, hidden.device)
+    state, token = upload([state_of, [targets[i][1] for i in order]], hidden.device)
     found, start = [], 0
-    for first in range(0, len(targets.states), LOGITS_CHUNK):
+    for first in range(0, len(states), LOGITS_CHUNK):
         last = first + LOGITS_CHUNK
-        states = hidden[targets.states[first:last]]
         # The harness uses `log_softmax`. `logsumexp` is more exact, but the results would differ from the harness's.
-        log_probs = lm_head_logits(model, states).float().log_softmax(-1)
-        end = bisect_left(targets.state_of, last)
-        at, token = targets.state[start:end] - first, targets.token[start:end]
-        found.append(torch.stack((log_probs[at, token], log_probs.argmax(-1)[at] == token)))
+        log_probs = lm_head_logits(model, hidden[uploaded_states[first:last]]).float().log_softmax(-1)
+        end = bisect_left(state_of, last)
+        at, tokens = state[start:end] - first, token[start:end]
+        found.append(torch.stack((log_probs[at, tokens], log_probs.argmax(-1)[at] == tokens)))
         start = end
-    return torch.cat(found, 1)
+    read = download(torch.cat(found, 1))
+    return lambda: [(log_prob, bool(best)) for _, log_prob, best in sorted(zip(order, *read(), strict=True))]

@@ -1,20 +1,20 @@
 """Result files of lm-evaluation-harness: split, written with the score of every question, and read."""
 
-import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.files import atomic_write_text, read_json, sha256
+from grath.common.files import atomic_write_text, hash_of, read_json
 from grath.common.layout import SCORES_RECORD
-from grath.common.record import read_record
+from grath.common.record import check_files, read_record
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
 RESULT_FILE = "result file of lm-evaluation-harness"
-EDITED = "is not the file that was written: remove it, and score the model again"
+EDITED = "remove it, and score the model again"
 NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
 # What the names of metrics between 0 and 1 contain; they are shown in percent.
 SHARES = ("acc", "exact_match", "f1", "pass", "mcc")
@@ -24,22 +24,19 @@ def read_scores(folder):
     """Read the scores from the result files in `folder`; if it has a record, from those that the record names.
 
     Returns:
-        dict: task -> {"score", "stderr", "version", "harness", "chat", "questions"}. Score and standard error are in
-        percent, or as the harness gives them if the metric is not a share (a perplexity); the standard error is None if
-        the file has none. "questions" is what `question_scores` returned. A member of a group (a subject of MMLU) is
-        left out.
+        dict: task -> {"score", "stderr" (or None), "version", "harness", "chat", "questions"}, without the members of
+        groups (MMLU's subjects). Score and standard error are in percent, or as the harness gives them if the metric is
+        not a share (a perplexity). "questions" is what `question_scores` returned.
 
     Raises:
         UserError: a file is not a result file, or not the one that was recorded.
     """
     folder, scores = Path(folder), {}
-    recorded = (read_record(folder / SCORES_RECORD) or {}).get("files")
+    if record := read_record(folder / SCORES_RECORD):
+        check_files(record, folder, EDITED)
     for file in sorted(set(folder.glob("*.json")) - {folder / SCORES_RECORD}):
-        if recorded is not None:
-            if file.name not in recorded:  # its stage was killed, and will score the task again
-                continue
-            if sha256(file) != recorded[file.name]:
-                raise UserError(f"{file} {EDITED}")
+        if record and file.name not in record.get("files", {}):  # its stage was killed, and will score the task again
+            continue
         content = read_json(file, RESULT_FILE)
         if not isinstance(content.get("results", {}), dict):
             raise UserError(f"{file} is not a {RESULT_FILE}")
@@ -69,17 +66,17 @@ def question_scores(samples, task, results):
     Args:
         samples: the harness's samples: dict of task -> list of dicts.
         task: the task, or group of tasks.
-        results: the results of this task alone, as from `split_by_task`.
+        results: the harness's results.
 
     Returns:
         dict of "sha256" (of the questions, in order) and "scores" (list of float, between 0 and 1); for TruthfulQA's
-        format also "negated" (list of 0 or 1: whether the gold answer contains a negation). None if the harness gives
-        no score of single questions, or if the score of the task is not their mean.
+        format also "negated" (list of 0 or 1: whether the gold answer contains a negation). None if the score of the
+        task is not the mean of scores of questions.
     """
     metric = get_task(task).metric
     rows = [
         row
-        for name in _members(task, results.get("group_subtasks", {})) or [task]
+        for name in _with_members(task, results.get("group_subtasks", {}))
         for row in sorted(samples.get(name, ()), key=lambda row: row["doc_id"])
         if row["filter"] == "none" and metric in row
     ]
@@ -87,8 +84,8 @@ def question_scores(samples, task, results):
     mean = sum(float(row[metric]) for row in rows) / max(1, len(rows))
     if not rows or reported is None or abs(mean - reported) > 1e-5:
         return None
-    asked = hashlib.sha256("".join(row["doc_hash"] for row in rows).encode())
-    found = {"sha256": asked.hexdigest(), "scores": [round(float(row[metric]), 6) for row in rows]}
+    asked = hash_of(["".join(row["doc_hash"] for row in rows)])
+    found = {"sha256": asked, "scores": [round(float(row[metric]), 6) for row in rows]}
     if task in KNOWN_TASKS and task.endswith(("_mc1", "_mc2")):
         targets = [row["doc"]["mc1_targets"] for row in rows]
         found["negated"] = [int(negated([target["choices"][target["labels"].index(1)]])) for target in targets]
@@ -120,67 +117,56 @@ def tasks_of(rows):
     return [task for task in KNOWN_TASKS if task in scored] + sorted(scored - set(KNOWN_TASKS))
 
 
-def split_by_task(results):
-    """Split the harness's results of several tasks: dict of task, or group of tasks, -> results of that task only."""
-    groups = results.get("group_subtasks", {})
-    members = {task for tasks in groups.values() for task in tasks}
-    by_task = set(results["results"]) | set(results["versions"])
-    found = {}
-    for task in results["results"]:
-        if task in members:
-            continue
-        own = {task, *_members(task, groups)}
-        found[task] = {
-            key: {name: entry for name, entry in value.items() if name in own}
-            if isinstance(value, dict) and value and set(value) <= by_task
-            else value
-            for key, value in results.items()
-        }
-    return found
-
-
 def write_results(folder, tasks, results, log_samples):
-    """Write the harness's results of some tasks, one file a task.
+    """Write the harness's results of some tasks, one file a task; return the names of the files.
 
     Args:
         log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
-
-    Returns:
-        list of the files' names.
 
     Raises:
         UserError: the model computes NaN, or a task has no score of its own.
     """
     from lm_eval.utils import handle_non_serializable
 
-    samples = results.pop("samples", {})
+    to_json = partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
+    samples, texts = results.pop("samples", {}), {}
     check_numbers(samples)
-    by_task, texts = split_by_task(results), {}
     for task in tasks:
-        if task not in by_task:  # a group whose scores the harness does not average
+        if task not in results["results"]:  # a group whose scores the harness does not average
             raise UserError(f"{task} {NO_SCORE}")
-        by_task[task][QUESTIONS] = question_scores(samples, task, by_task[task])
-        text = json.dumps(by_task[task], indent=2, default=handle_non_serializable, ensure_ascii=False)
-        texts[f"{task}.json"] = text + "\n"
+        own = _results_of(task, results) | {QUESTIONS: question_scores(samples, task, results)}
+        texts[f"{task}.json"] = to_json(own, indent=2) + "\n"
     for task, rows in samples.items() if log_samples else ():
-        lines = [json.dumps(row, default=handle_non_serializable, ensure_ascii=False) + "\n" for row in rows]
-        texts[f"samples_{task}.jsonl"] = "".join(lines)
+        texts[f"samples_{task}.jsonl"] = "".join(f"{to_json(row)}\n" for row in rows)
     for name, text in texts.items():
         atomic_write_text(folder / name, text)
     return list(texts)
 
 
+def _results_of(task, results):
+    """Return the harness's results without other tasks than `task` and its members."""
+    own = _with_members(task, results.get("group_subtasks", {}))
+    tasks = {*results["results"], *results["versions"]}
+    return {
+        key: {name: entry for name, entry in value.items() if name in own}
+        if isinstance(value, dict) and value and value.keys() <= tasks
+        else value
+        for key, value in results.items()
+    }
+
+
 def is_scored(folder, task, log_samples, files):
-    """Whether `files` (names) contain the result file of a task and, with `log_samples`, of its logged questions."""
-    scored = f"{task}.json" in files
-    return scored and (not log_samples or set(sample_files(folder, task)) <= set(files))
+    """Whether `files` (names) contain a task's result file and, with `log_samples`, the logged questions.
+
+    A group has no logged questions of its own, but a file for each member.
+    """
+    result = f"{task}.json"
+    if result not in files or not log_samples:
+        return result in files
+    groups = read_json(folder / result, RESULT_FILE).get("group_subtasks", {})
+    return all(f"samples_{name}.jsonl" in files for name in _with_members(task, groups) if not groups.get(name))
 
 
-def sample_files(folder, task):
-    """Name the files of the logged questions of a task that has its result file: one for each member of a group."""
-    groups = read_json(folder / f"{task}.json", RESULT_FILE).get("group_subtasks", {})
-    return [f"samples_{name}.jsonl" for name in [task, *_members(task, groups)] if not groups.get(name)]
-
-
-def _members(task, groups):
-    return [name for member in groups.get(task, ()) for name in (member, *_members(member, groups))]
+def _with_members(task, groups):
+    """List a task and, if it is a group, its members at every level."""
+    return [task, *(name for member in groups.get(task, ()) for name in _with_members(member, groups))]

@@ -13,13 +13,9 @@ MAX_NEW_TOKENS = 60
 
 
 def write_samples(generator, tokenizer, template, path):
-    """Write a model's greedy answers to five bundled questions as JSON lines.
+    """Write a model's greedy answers to five bundled questions as JSON lines to the file `path`.
 
-    Args:
-        generator: `LocalGenerator` or `ServerGenerator` of the model.
-        tokenizer: its tokenizer.
-        template: Jinja chat template from `template_for`.
-        path: the file.
+    `generator` is a `LocalGenerator` or `ServerGenerator`, `template` a Jinja chat template from `template_for`.
     """
     questions = [row["question"] for row in read_json_lines(BUNDLED, "bundled question set")[SAMPLED]]
     # The prompt is the bare question, as in DPO.

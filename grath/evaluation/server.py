@@ -15,12 +15,8 @@ from grath.serving.served import compare_with_local
 class ServerLM(LocalCompletionsAPI):
     """`local-completions` whose requests go to all servers of a model, wait for a lost one, and never lose an adapter.
 
-    The token ids of a request are those of `hf`.
-
-    Args:
-        served: what `serve` yielded for `model`.
-        model: hub name, model folder or adapter folder.
-        in_flight: as in `complete_all`.
+    The token ids of a request are those of `hf`. `served` is what `serve` yielded for `model`; `in_flight` is that of
+    `complete_all`.
 
     Raises:
         UserError: a server has another model, or returns no log-probabilities for a prompt's tokens.

@@ -27,6 +27,12 @@ def values(folder):
     return {task: score["score"] for task, score in read_scores(folder).items()}
 
 
+def check_bos(server):
+    """Every request after the probe has one BOS, at its beginning."""
+    scored, bos = [body["prompt"][0] for body in server.seen if body.get("echo")][1:], server.tokenizer.bos_token_id
+    assert scored and all(ids[0] == bos and bos not in ids[1:] for ids in scored)
+
+
 def test_scores_are_those_of_hf_shared(server, tiny_llama, scored_once, tmp_path):
     """Also with a server that fails now and then. The files are the same ones, samples included."""
     server.faults = lambda number: ("drop", 500, 429, "cut")[number % 4] if number % 7 == 0 else None
@@ -36,17 +42,12 @@ def test_scores_are_those_of_hf_shared(server, tiny_llama, scored_once, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in scored_once.iterdir()}
     inputs = json.loads((tmp_path / "settings.json").read_text())["inputs"]
     assert inputs["backend"] == inputs["precision"] == "server"
-    # The token ids are ours, with one BOS.
-    scored = [body["prompt"][0] for body in server.seen if body.get("echo")][1:]
-    bos = server.tokenizer.bos_token_id
-    assert scored and all(ids[0] == bos and bos not in ids[1:] for ids in scored)
+    check_bos(server)
 
 
 def test_the_chat_template_has_one_bos(server, tiny_llama, tmp_path):
     score(server, tiny_llama, tmp_path, "--chat_template")
-    scored = [body["prompt"][0] for body in server.seen][1:]
-    bos = server.tokenizer.bos_token_id
-    assert scored and all(ids[0] == bos and ids[1] != bos for ids in scored)
+    check_bos(server)
     assert json.loads((tmp_path / "grath_mc1.json").read_text())["chat_template"]
 
 

@@ -16,7 +16,7 @@ import torch
 from support import HUB, PROJECT, call, call_here, rows
 
 from grath.common.errors import UserError
-from grath.evaluation.results import check_numbers, read_scores, sample_files
+from grath.evaluation.results import check_numbers, is_scored, read_scores
 
 MC = ("--tasks", "grath_mc1", "grath_mc2", "--limit", 3)
 
@@ -83,37 +83,32 @@ def test_other_settings_are_refused(scored, tiny_llama, tmp_path):
         assert content(scored) == before
 
 
-def test_an_edited_result_is_refused_and_a_missing_one_is_made_again(scored, scored_once, tiny_llama):
-    result = scored / "grath_mc1.json"
+def test_an_edited_result_is_refused_and_one_that_is_missing_or_not_recorded_is_made_again(
+    scored, scored_once, tiny_llama
+):
+    """Results of the harness itself have no record: they are only read."""
+    result, record = scored / "grath_mc1.json", record_of(scored)
     result.write_text(result.read_text().replace("0.", "0.1", 1))
     before = content(scored)
     assert f"{result} is not the file that was written" in score(tiny_llama, scored, *MC, status=2).stderr
     with pytest.raises(UserError, match=r"grath_mc1\.json is not the file that was written"):
         read_scores(scored)
     assert content(scored) == before
-    result.unlink()
+    del record["files"]["grath_mc1.json"]  # as after a kill between the two files
+    (scored / "settings.json").write_text(json.dumps(record))
+    assert values(scored).keys() == {"grath_mc2"}
     done = score(tiny_llama, scored, *MC)
     assert f"{scored / 'grath_mc2'}.json is up to date" in done.stdout and "grath_mc1, 0-shot, fp32" in done.stdout
     assert values(scored) == values(scored_once) and record_of(scored)["starts"] == 2
+    result.unlink()
     for name in ("samples.jsonl", "samples_grath_mc2.jsonl"):
         (scored / name).unlink()
     done = score(tiny_llama, scored, *MC, "--samples", "--log_samples")
     assert content(scored).keys() == content(scored_once).keys()
-    lines = done.stdout.splitlines()
     expected = read_scores(scored_once)["grath_mc2"]
     error = f"{expected['score']:6.2f} ± {expected['stderr']:.2f}"
-    assert f"grath_mc2       {error} (version {expected['version']})" in lines
-    assert lines[-1] == f"Wrote the results to {scored}; next: python -m grath.report {scored}"
-
-
-def test_a_result_that_is_not_recorded_is_made_again(scored, scored_once, tiny_llama):
-    """As after a kill between the two files. Results of the harness itself have no record: they are only read."""
-    record = record_of(scored)
-    del record["files"]["grath_mc1.json"]
-    (scored / "settings.json").write_text(json.dumps(record))
-    assert values(scored).keys() == {"grath_mc2"}
-    score(tiny_llama, scored, *MC)
-    assert values(scored) == values(scored_once)
+    assert f"grath_mc2       {error} (version {expected['version']})\n" in done.stdout
+    assert done.stdout.endswith(f"Wrote the results to {scored}; next: python -m grath.report {scored}\n")
     (scored / "settings.json").unlink()
     before = content(scored)
     assert values(scored) == values(scored_once)
@@ -143,40 +138,34 @@ def test_two_processes_share_the_questions(hub, tiny_llama, tmp_path, monkeypatc
 
 
 def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
-    """With the real ARC and TruthfulQA where they are at hand."""
-    root = tmp_path / "root"
+    """Killed after the first, it resumes with the next. With the real ARC and TruthfulQA where they are at hand."""
+    root, folder = tmp_path / "root", tmp_path / "scores"
     root.mkdir()
     for name in ("Rowan", "cais", "allenai", "truthfulqa"):
         (root / name).symlink_to((HUB if (HUB / name).is_dir() else hub) / name)
-    env = {"LIMIT": "1", "DATASETS_ROOT": str(root)}
-    done = call("evaluation.sh", tiny_llama, tmp_path / "scores", env=env, cwd=tmp_path)
+    env = {"LIMIT": "1", "DATASETS_ROOT": str(root), "VIRTUAL_ENV": sys.prefix}
+    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [PROJECT / "evaluation.sh", tiny_llama, folder]
+    options = {"cwd": tmp_path, "env": os.environ | env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        while not ((folder / "settings.json").exists() and record_of(folder)["files"]):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert content(folder).keys() & {"mmlu.json", "samples.jsonl"} == set()
+    done = call(*command, env=env, cwd=tmp_path)
+    assert "truthfulqa_mc1 truthfulqa_mc2, 0-shot" in done.stdout
+    assert f"{folder / 'arc_challenge'}.json is up to date" in done.stdout and record_of(folder)["starts"] == 2
     shots = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0}
     for task, number in shots.items():
-        result = json.loads((tmp_path / "scores" / f"{task}.json").read_text())
+        result = json.loads((folder / f"{task}.json").read_text())
         assert result["n-shot"]["mmlu_anatomy" if task == "mmlu" else task] == number
         assert len(result["results"]) > 57 if task == "mmlu" else list(result["results"]) == [task]
         assert len(result["questions"]["scores"]) == (57 if task == "mmlu" else 1)
         assert re.search(rf"^{task} +\d+\.\d\d.*\(version \d", done.stdout, re.MULTILINE)
-    assert set(record_of(tmp_path / "scores")["inputs"]["data"]) == {
+    assert set(record_of(folder)["inputs"]["data"]) == {
         "Rowan/hellaswag", "allenai/ai2_arc", "cais/mmlu", "truthfulqa/truthful_qa"
     }  # fmt: skip
-
-
-def test_a_killed_evaluation_resumes_with_the_next_task(hub, tiny_llama, tmp_path):
-    env = {
-        **os.environ, "TASKS": "truthfulqa_mc1 truthfulqa_mc2 hellaswag", "LIMIT": "4", "DATASETS_ROOT": str(hub),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix,
-    }  # fmt: skip
-    command = [PROJECT / "evaluation.sh", tiny_llama, tmp_path]
-    with subprocess.Popen(command, env=env, start_new_session=True, stdout=-3, stderr=-3) as process:
-        while not ((tmp_path / "settings.json").exists() and record_of(tmp_path)["files"]):
-            assert process.poll() is None
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert not (tmp_path / "hellaswag.json").exists()
-    done = call(*command, env=env)
-    assert done.stdout.count("is up to date") == 2
-    assert values(tmp_path).keys() == set(env["TASKS"].split())
 
 
 @pytest.mark.parametrize("backend", ["hf", "hf-shared"])
@@ -203,7 +192,9 @@ def test_other_metrics_may_be_no_numbers():
 def test_a_group_logs_a_file_for_each_member(tmp_path):
     groups = {"mmlu": ["stem"], "stem": ["physics", "algebra"], "physics": []}
     (tmp_path / "mmlu.json").write_text(json.dumps({"group_subtasks": groups}))
-    assert sample_files(tmp_path, "mmlu") == ["samples_physics.jsonl", "samples_algebra.jsonl"]
+    files = ["mmlu.json", "samples_physics.jsonl"]
+    assert is_scored(tmp_path, "mmlu", False, files) and not is_scored(tmp_path, "mmlu", True, files)
+    assert is_scored(tmp_path, "mmlu", True, [*files, "samples_algebra.jsonl"])
 
 
 def test_the_chat_template_is_that_of_the_model_type(tiny_llama, tmp_path):
