@@ -57,8 +57,8 @@ def start(settings, folder, fault=None):
         reader = threading.Thread(target=lambda: printed.append(process.stdout.read()))
         reader.start()
         process.wait(timeout=3600)
-        # The process that injects the fault sleeps for a minute: only its death can end it sooner.
-        deadline = time.monotonic() + 30
+        # The process that injects the fault sleeps for ten minutes: only its death can end it sooner.
+        deadline = time.monotonic() + 300
         while (left := marked(mark)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"still running: {left}"

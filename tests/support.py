@@ -185,11 +185,6 @@ def weights(folder):
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def norms_of(model):
-    """Return the norm modules of a model."""
-    return [module for name, module in model.named_modules() if "norm" in name]
-
-
 def tiny(family, **changes):
     """Return a tiny random model of a family, in fp32, with grouped-query attention."""
     import torch

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from grath.common.errors import UserError
 from grath.modeling.loading import load_tokenizer, resolve_base_and_adapter
-from grath.serving.completions import complete_all
+from grath.serving.completions import request_completions
 from grath.serving.served import compare_with_local
 
 
@@ -16,7 +16,7 @@ class ServerLM(LocalCompletionsAPI):
     """`local-completions` whose requests go to all servers of a model, wait for a lost one, and never lose an adapter.
 
     The token ids of a request are those of `hf`. `served` is what `serve` yielded for `model`; `in_flight` is that of
-    `complete_all`.
+    `request_completions`.
 
     Raises:
         UserError: a server has another model, or returns no log-probabilities for a prompt's tokens.
@@ -60,14 +60,10 @@ class ServerLM(LocalCompletionsAPI):
         """Send requests (lists of token ids) to the servers; return what each response says, in order."""
         bodies = [self._create_payload([ids], generate=generate, **copy.deepcopy(kwargs)) for ids in requests]
         answers = [None] * len(requests)
-        with tqdm(total=len(requests), desc="Scoring requests") as bar:
-
-            def done(index, response):
-                if generate:
-                    answers[index] = self.parse_generations(response)
-                else:
-                    answers[index] = self.parse_logprobs(response, [requests[index]], [ctxlens[index]])
-                bar.update()
-
-            await complete_all(self.served, bodies, done, self.in_flight)
+        found = request_completions(self.served, bodies, self.in_flight)
+        for index, response in tqdm(found, total=len(requests), desc="Scoring requests"):
+            if generate:
+                answers[index] = self.parse_generations(response)
+            else:
+                answers[index] = self.parse_logprobs(response, [requests[index]], [ctxlens[index]])
         return answers

@@ -78,12 +78,6 @@ def request_completions(served, bodies, in_flight=None):
         loop.close()
 
 
-async def complete_all(served, bodies, on_done, in_flight=None):
-    """Call `on_done` with each index and response that `request_completions` yields."""
-    for index, response in request_completions(served, bodies, in_flight):
-        on_done(index, response)
-
-
 async def _request_completions(served, bodies, in_flight, on_done):
     async with open_session(served.timeout) as session:
         senders = [(url, partial(_request, session, served, url, asyncio.Lock(), bodies)) for url in served.urls]

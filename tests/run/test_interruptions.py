@@ -16,7 +16,7 @@ from support import call, weights
 
 # Between stages and inside one, for `make test`.
 FEW = ["after the pair file", "the first checkpoint"]
-# It only makes this process wait for a minute.
+# It only makes this process wait for ten minutes.
 HELD = point(ASK, "open", r"\.responses\.0$", signal="SIGCONT")
 
 
@@ -63,7 +63,8 @@ def test_a_killed_loop_leaves_one_stage_that_holds_the_lock(llama_run, tmp_path)
     with held_start(settings, tmp_path) as (loop, _, found):
         (stage,) = [one for one in loop.children(recursive=True) if ASK in " ".join(one.cmdline())]
         loop.kill()
-        loop.wait(60)
+        while loop.is_running():
+            time.sleep(0.05)
         assert stage.is_running()
         status, output = start(settings, tmp_path)
         assert status == 2 and "or by the stage that it started: wait for it" in output
