@@ -19,6 +19,7 @@ command does nothing then, and another one that would write the same file is ref
 asks inference servers with the OpenAI completions API instead. The key, if they want one, is OPENAI_API_KEY.
 """
 
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -103,11 +104,12 @@ def main():
     questions = questions[: args.num_query]
     path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
     messages = [build_messages(question, args.seed, args.useGT, demos) for question in questions]
-    earlier = read_record(record_path(path))
+    earlier = None if args.overwrite else read_record(record_path(path))
     inputs = describe_pairs(args, questions, messages, earlier)
     if is_finished(path, earlier, inputs, args.overwrite):
         remove_responses(path)
-        print(f"{path} contains these pairs, finished; --overwrite writes them again")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{path} contains these pairs, finished; --overwrite writes them again")
         return
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
@@ -118,9 +120,8 @@ def main():
     from grath.generation.select import open_generator
 
     state = init_distributed()
-    resumes = earlier and not args.overwrite
     with state.main_process_first():
-        responses = load_responses(path, state.is_main_process) if resumes else {}
+        responses = load_responses(path, state.is_main_process) if earlier else {}
     if responses:
         state.print(f"{len(responses)} of {len(questions)} questions were answered before the interruption")
     left = [i for i in range(len(questions)) if i not in responses]
@@ -137,13 +138,11 @@ def main():
                 )
         if state.is_main_process:
             args.save_dir.mkdir(parents=True, exist_ok=True)
-            if not resumes:
+            if not earlier:
                 remove_responses(path)
                 path.unlink(missing_ok=True)
         state.wait_for_everyone()
-        record = stack.enter_context(
-            recording(record_path(path), inputs, earlier if resumes else None, state.is_main_process)
-        )
+        record = stack.enter_context(recording(record_path(path), inputs, earlier, state.is_main_process))
         start = time.monotonic()
         with state.split_between_processes(left) as mine:
             responses |= gather_object(list((ask(generator, prompts, mine, path) if mine else {}).items()))

@@ -17,22 +17,18 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
 if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0; fi # a requeued job resumes what it has made
 
-pid='' # of the stage at work, which leads a process group
 end() { # SIGNAL STATUS: end the stage's process group, requeue on USR1, say how to resume
     trap '' HUP INT TERM USR1
-    local tenth how="run the same command again (without FRESH=1) to resume"
-    if [[ -n $pid ]] && kill -TERM -- "-$pid" 2>/dev/null; then
+    local tenth group=${!:-} job=${SLURM_JOB_ID:-} how="run the same command again (without FRESH=1) to resume"
+    if [[ -n $group ]] && kill -TERM -- "-$group" 2>/dev/null; then
         for ((tenth = 0; tenth < 150; tenth++)); do
-            kill -0 -- "-$pid" 2>/dev/null || break
+            kill -0 -- "-$group" 2>/dev/null || break
             sleep 0.1
         done
-        kill -KILL -- "-$pid" 2>/dev/null || true
+        kill -KILL -- "-$group" 2>/dev/null || true
     fi
-    if [[ $1 == USR1 && -n ${SLURM_JOB_ID:-} ]]; then
-        if scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"; then
-            how="the job is requeued and resumes"
-        fi
-    fi
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    if [[ $1 == USR1 && -n $job ]] && scontrol requeue "$job"; then how="the job is requeued and resumes"; fi
     echo "run_grath.sh: ended by SIG$1; $how" >&2
     exit "$2"
 }
@@ -105,10 +101,8 @@ stage() { # TITLE COMMAND...
     echo "== $title"
     set -m # the stage gets a process group of its own
     "$@" </dev/null &
-    pid=$!
     set +m
-    wait "$pid" || status=$?
-    pid=''
+    wait "$!" || status=$?
     if ((status)); then
         if ((status == 137)); then cause=" (the system has killed it: is the memory full?)"; fi
         echo "run_grath.sh: error: $title failed with status $status$cause; run the same command again (without FRESH=1)" \
@@ -148,7 +142,7 @@ for ((i = 0; i < ITERATIONS; i++)); do
     stage "iteration $next: DPO trains M_$next" "${launch[@]}" "$HERE/dpo.py" --dataset_path "$pairs" \
         --model_name_or_path "${MODELS[i]}" --output_dir "${MODELS[next]}" "${dpo_args[@]}"
     score "$next"
-    if [[ $DRY_RUN$CHECK == 00 ]]; then stage "report" python -m grath.report "$RUN"; fi
+    if [[ $CHECK == 0 ]]; then stage "report" python -m grath.report "$RUN"; fi
 done
 if [[ $DRY_RUN$CHECK == 01 ]]; then exec python -m grath.run check "${plan[@]}"; fi
 if [[ $DRY_RUN == 0 ]]; then echo "Done: see $RUN/report.md; M_$ITERATIONS is the LoRA adapter in ${MODELS[ITERATIONS]}"; fi

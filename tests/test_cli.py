@@ -285,6 +285,7 @@ LOOP = [
     ("BETA", "0", "BETA must be a number greater than 0, not '0'"),
     ("LEARNING_RATE", "fast", "LEARNING_RATE must be a number greater than 0, not 'fast'"),
     ("LIMIT", "ten", "LIMIT must be a number of questions, a share below 1, or empty, not 'ten'"),
+    ("LIMIT", ".0", "LIMIT must be a number of questions, a share below 1, or empty, not '.0'"),
     ("REFERENCE", "base", "REFERENCE must be one of rolling, fixed, not 'base'"),
     ("MODEL_TYPE", "gpt2", "MODEL_TYPE must be one of auto, llama2, zephyr, smollm2, not 'gpt2'"),
     ("EVAL_PRECISION", "8", "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '8'"),

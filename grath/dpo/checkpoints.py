@@ -70,7 +70,8 @@ def _resume_state(inputs, settings):
 
 def last_checkpoint(output_dir):
     """Return the folder of the last complete checkpoint in `output_dir`, or None."""
-    found = {int(path.name.partition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*[0-9]")}
+    found = {path.name.partition("-")[2]: path for path in Path(output_dir).glob("checkpoint-*")}
+    found = {int(step): path for step, path in found.items() if step.isdecimal()}
     return next((str(found[step]) for step in sorted(found, reverse=True) if _is_complete(found[step])), None)
 
 
@@ -90,7 +91,7 @@ def clear_output_dir(folder):
     """Remove an earlier training: its record first, then adapter, log, plot and checkpoints."""
     for name in (TRAINING_RECORD, ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT):
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in folder.glob("checkpoint-*/"):
         shutil.rmtree(checkpoint)
 
 

@@ -73,7 +73,7 @@ def score_model(args):
     init_distributed().wait_for_everyone()
     content = {"model": args.model, "files": files}
     with (
-        recording(path, inputs, record, main_process, **content) as record,
+        recording(path, inputs, record if files else None, main_process, **content) as record,
         _loaded(args, precision, tokenizer) as (lm, generator),
     ):
         if args.chat_template:

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from contextlib import contextmanager
+from glob import escape
 
 from grath.common.files import atomic_write_text
 
@@ -49,6 +50,10 @@ def _saved_file(path, process=""):
     return path.with_name(f".{path.name}.responses{process}")
 
 
+def _saved_files(path):
+    return list(path.parent.glob(f"{escape(_saved_file(path).name)}*"))
+
+
 def load_responses(path, merge):
     """Load the responses that an interrupted start saved.
 
@@ -59,8 +64,7 @@ def load_responses(path, merge):
     Returns:
         dict: index of the question -> response.
     """
-    responses, merged = {}, _saved_file(path)
-    files = list(path.parent.glob(f"{merged.name}*"))
+    responses, merged, files = {}, _saved_file(path), _saved_files(path)
     for file in files:
         try:
             # An interruption can cut the last line short: it has no line end then.
@@ -92,5 +96,5 @@ def save_responses(path, process):
 
 def remove_responses(path):
     """Remove the saved responses that belong to the pair file `path`."""
-    for file in path.parent.glob(f"{_saved_file(path).name}*"):
-        file.unlink()
+    for file in _saved_files(path):
+        file.unlink(missing_ok=True)  # another process may have removed it

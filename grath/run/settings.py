@@ -12,6 +12,7 @@ from grath.common.errors import UserError
 from grath.common.layout import (
     DATASETS_ROOT,
     combined_path,
+    find_pairs,
     model_path,
     pairs_path,
     results_path,
@@ -197,8 +198,14 @@ def stages_here(values):
     return {name: stage for name, stage in STAGE_OF_PRECISION.items() if not served.get(stage)}
 
 
+def run_and_asked(values):
+    """Return the run's folder, and what the names of its pairs and models say: NUM_QUERY, USE_GT and USE_FS."""
+    run = run_folder(values["RUNS_DIR"], values["RUN_NAME"], values["SEED"])
+    return run, values["NUM_QUERY"], values["USE_GT"] == "1", values["USE_FS"] == "1"
+
+
 def check_start(values):
-    """Check at the start of a run what needs more than a look at the value: files, devices, trackers.
+    """Check at the start of a run what needs more than a look at the value: files, the run's folder, devices, trackers.
 
     Returns:
         The settings, with the precisions that `auto` means on this machine, and MACHINE, which describes its device.
@@ -206,6 +213,10 @@ def check_start(values):
     Raises:
         UserError: a check failed.
     """
+    run, *asked = run_and_asked(values)
+    found = find_pairs(run, 0)
+    if values["FRESH"] == "0" and found and found != pairs_path(run, 0, *asked):
+        raise UserError(f"{found} has another NUM_QUERY, USE_GT or USE_FS: set another RUN_NAME, or FRESH=1")
     if values["DATA_PATH"] and not Path(values["DATA_PATH"]).is_file():
         raise UserError(f"DATA_PATH: there is no file '{values['DATA_PATH']}'")
     if values["USE_FS"] == "1" and not demos_file(values["DEMOS"]).is_file():
@@ -223,8 +234,7 @@ def shell_lines(values):
     an element for each M_i: the prefix and the path of the pair file that it writes, the combined file, its name or
     folder, the folder of its scores.
     """
-    run = run_folder(values["RUNS_DIR"], values["RUN_NAME"], values["SEED"])
-    asked = (values["NUM_QUERY"], values["USE_GT"] == "1", values["USE_FS"] == "1")
+    run, *asked = run_and_asked(values)
     numbers = range(int(values["ITERATIONS"]) + 1)
     pairs = [pairs_path(run, i, *asked) for i in numbers]
     arrays = {

@@ -1,22 +1,23 @@
 """The newest run and its models without scores, as lines for evaluation.sh."""
 
 import os
+import re
 from pathlib import Path
 from shlex import quote
 
 from grath.common.defaults import TASKS
 from grath.common.errors import UserError
-from grath.common.layout import SCORES_RECORD, TRAINING_RECORD, find_model, results_path
+from grath.common.layout import SAMPLES, SCORES_RECORD, TRAINING_RECORD, find_model, results_path
 from grath.common.record import read_record
 from grath.modeling.precision import SERVER
 
 # Setting -> the input in the record of scores.
-SETTINGS = {"EVAL_PRECISION": "precision", "LIMIT": "limit", "BACKEND": "backend"}
+INPUTS = {"EVAL_PRECISION": "precision", "LIMIT": "limit", "BACKEND": "backend"}
 
 
 def newest_run(runs_dir):
     """Return the run folder in `runs_dir` whose models changed last, or None. FRESH=1 moved others to NAME.old-N."""
-    models = [folder for folder in Path(runs_dir).glob("*/models") if ".old-" not in folder.parent.name]
+    models = [path for path in Path(runs_dir).glob("*/models") if not re.search(r"\.old-\d+$", path.parent.name)]
     models = [folder for folder in models if any(folder.glob(f"iter_*/{TRAINING_RECORD}"))]
     return max(models, key=lambda folder: folder.stat().st_mtime).parent if models else None
 
@@ -48,14 +49,26 @@ def unscored_lines():
         raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
     models = [(name, results_path(run, i)) for i, name in enumerate(models_of(run))]
     records = [read_record(folder / SCORES_RECORD) or {"inputs": {}} for _, folder in models]
-    files = [Path(name) for record in records for name in record.get("files", ())]
-    scored = dict.fromkeys(file.stem for file in files if file.suffix == ".json")
-    tasks = (os.environ["TASKS"].split() if "TASKS" in os.environ else list(scored)) or TASKS.split()
+    files = dict.fromkeys(Path(name) for record in records for name in record.get("files", ()))
+    scored = [file.stem for file in files if file.suffix == ".json"]
+    tasks = (os.environ["TASKS"].split() if "TASKS" in os.environ else scored) or TASKS.split()
     inputs = next((record["inputs"] for record in records if record["inputs"]), {})
-    settings = {name: inputs.get(key) for name, key in SETTINGS.items()} | {"TASKS": " ".join(tasks)}
+    settings = {name: inputs.get(key) for name, key in INPUTS.items()}
+    trained = read_record(find_model(run, 1) / TRAINING_RECORD).get("settings", {})
+    settings |= {"TASKS": " ".join(tasks), "MODEL_TYPE": trained.get("model_type")}
+    settings["CHAT_TEMPLATE"] = "1" if inputs.get("chat_template") else None
+    wanted = {f"{task}.json" for task in tasks}
+    if Path(SAMPLES) in files or not files:
+        wanted.add(SAMPLES)
+    else:
+        settings["SAMPLES"] = "0"
     if settings["EVAL_PRECISION"] == SERVER:  # not a precision of this machine
         del settings["EVAL_PRECISION"]
-    left = [(name, folder) for name, folder in models if any(not (folder / f"{task}.json").is_file() for task in tasks)]
+    left = [
+        (name, folder)
+        for (name, folder), record in zip(models, records, strict=True)
+        if any(file not in record.get("files", ()) or not (folder / file).is_file() for file in wanted)
+    ]
     lines = [f"{name}={quote(str(value))}" for name, value in settings.items() if value and name not in os.environ]
     lines += [f"RUN={quote(str(run))}"]
     lines += [f"MODELS=({' '.join(quote(name) for name, _ in left)})"]

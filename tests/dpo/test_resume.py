@@ -152,6 +152,7 @@ def test_a_truncated_checkpoint_is_skipped(first_iteration, tmp_path, file):
     from grath.dpo.checkpoints import last_checkpoint
 
     shutil.copytree(first_iteration[0], tmp_path / "m")
+    (tmp_path / "m" / "checkpoint-of-yesterday-9").mkdir()
     assert last_checkpoint(tmp_path / "m").endswith("checkpoint-3")
     content = (tmp_path / "m" / "checkpoint-3" / file).read_bytes()
     (tmp_path / "m" / "checkpoint-3" / file).write_bytes(content[: len(content) // 2])

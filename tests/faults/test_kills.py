@@ -88,6 +88,7 @@ def test_signals_end_every_process(llama_run, tmp_path):
     scontrol.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/requeued"\n')
     scontrol.chmod(0o755)
     settings = {**settings, "SLURM_JOB_ID": "17", "EXTRA_PATH": str(scontrol.parent)}
+    settings |= {"SLURM_ARRAY_JOB_ID": "14", "SLURM_ARRAY_TASK_ID": "3"}
 
     def says_how_to_resume(run, name, output):
         assert "Traceback" not in output, name
@@ -99,4 +100,4 @@ def test_signals_end_every_process(llama_run, tmp_path):
     run = hit_and_restart(SIGNALS, settings, tmp_path, each=says_how_to_resume)
     same_as(run, undisturbed)
     same_scores(run, undisturbed)
-    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 14_3\n"

@@ -11,7 +11,7 @@ import pytest
 from support import BUNDLED, CORRECT, HUB, INCORRECT, PROJECT, call, call_here, needs_hub, pair, rows, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
-from grath.pairs.responses import parse_response
+from grath.pairs.responses import load_responses, parse_response, remove_responses, save_responses
 
 
 def ask(model, folder, *flags, cwd=None):
@@ -21,6 +21,15 @@ def ask(model, folder, *flags, cwd=None):
     )  # fmt: skip
     (path,) = (path for path in folder.iterdir() if not path.name.endswith(".record.json"))
     return path
+
+
+def test_the_responses_to_a_file_with_brackets_in_its_name(tmp_path):
+    path = tmp_path / "a[1].json"
+    with save_responses(path, 0) as save:
+        save(0, "yes")
+    assert load_responses(path, merge=True) == {0: "yes"}
+    remove_responses(path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [["--useFS"], [], ["--useGT", "--useFS"], ["--useGT"]], ids=" ".join)

@@ -146,6 +146,8 @@ def test_other_settings_do_not_mix_into_a_run(copied):
         errors = [line for line in done.stderr.splitlines() if " error: " in line]
         assert len(errors) == 2 and said in errors[0] and "Traceback" not in done.stderr
         assert "set another RUN_NAME, or FRESH=1 to move the run aside" in errors[1] and done.returncode in (1, 2)
+    done = call("run_llama2.sh", env={**settings, "NUM_QUERY": "5", "TASKS": ""}, status=2)
+    assert "useFS_True.json has another NUM_QUERY, USE_GT or USE_FS: set another RUN_NAME" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -214,7 +216,13 @@ def test_presets_can_be_given_to_slurm(preset, tmp_path):
 def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     run, settings = copied
     (run / "results" / "iter_1" / "grath_mc2.json").unlink()
+    record = run / "results" / "iter_2" / "settings.json"  # a kill between the file and the record
+    content = json.loads(record.read_text())
+    del content["files"]["samples.jsonl"]
+    record.write_text(json.dumps(content))
     kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
+    lines = call("python", "-m", "grath.run", "unscored", env={"RUNS_DIR": settings["RUNS_DIR"]}).stdout.splitlines()
+    assert {"EVAL_PRECISION=fp32", f"LIMIT={settings['LIMIT']}", "MODEL_TYPE=llama2"} <= set(lines)
     env = {"RUNS_DIR": settings["RUNS_DIR"]}
     asked = call("evaluation.sh", env={**env, "TASKS": "hellaswag", "DRY_RUN": "1", "EVAL_PRECISION": "fp32"})
     assert f"newest run: {run}, 3 model(s) to score" in asked.stdout and "hellaswag, 10-shot" in asked.stdout
@@ -222,7 +230,7 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     done = call("evaluation.sh", env=env)
     limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
     assert limited["effective"] == int(settings["LIMIT"])
-    assert f"newest run: {run}, 1 model(s) to score" in done.stdout
+    assert f"newest run: {run}, 2 model(s) to score" in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
     assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
 
