@@ -14,6 +14,8 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
     env = {
         "NUM_QUERY": "6",
         "MAX_STEPS": "1",
+        "DPO_BATCH_SIZE": "2",
+        "GRADIENT_ACCUMULATION_STEPS": "1",
         "WARMUP_STEPS": "0",
         "ITERATIONS": "1",
         "LIMIT": "2",
