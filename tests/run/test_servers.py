@@ -44,9 +44,6 @@ def test_two_iterations(server, llama_run, tmp_path):
     assert len({body["model"] for body in server.seen}) == 3 and server.adapters == {}
     made = {path.relative_to(ours).parts[0]: record for path, record in records(ours).items()}
     assert made["data"]["inputs"]["precision"] == made["results"]["inputs"]["precision"] == "server"
-    asked = len(server.seen)
-    call("run_llama2.sh", env=env)
-    assert len(server.seen) == asked
     other = call("run_llama2.sh", env={**env, "SERVER_URL": ""}, status=2)
     assert "precision server, not fp32" in other.stderr and f"{ours}/results/iter_0" in other.stderr
 

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 
 def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
     env = {
-        "NUM_QUERY": "6",
+        "NUM_QUERY": "4",
+        "SAMPLES": "0",
         "MAX_STEPS": "1",
         "DPO_BATCH_SIZE": "2",
         "GRADIENT_ACCUMULATION_STEPS": "1",
