@@ -4,9 +4,8 @@ from pathlib import Path
 
 from grath.common.errors import UserError, first_line
 from grath.common.files import file_hash
-from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD
-from grath.common.record import check_files, read_record
-from grath.modeling.loading import resolve_base_and_adapter
+from grath.common.layout import ADAPTER, ADAPTER_CONFIG
+from grath.modeling.loading import check_adapter, resolve_base_and_adapter
 
 FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
@@ -33,8 +32,7 @@ def model_identity(name):
     if adapter:
         folder = Path(adapter)
         found["adapter"] = {file: file_hash(folder / file) for file in (ADAPTER, ADAPTER_CONFIG)}
-        if record := read_record(folder / TRAINING_RECORD):
-            check_files(record, folder, "train the adapter again")
+        check_adapter(folder)
     return found
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import read_json
-from grath.common.layout import ADAPTER, ADAPTER_CONFIG, resolve_local
+from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD, resolve_local
+from grath.common.record import check_files, read_record
 from grath.modeling.precision import DTYPES, compute_dtype
 
 
@@ -76,15 +77,18 @@ def load_model(name, precision, trainable=False):
         # Load the weights straight to the device, not into main memory once for each process.
         options["device_map"] = {"": device}
     check_weights(base)
+    if adapter:
+        check_adapter(Path(adapter))
     model = _load(AutoModelForCausalLM, base, "model", **options)
     if adapter:
         from peft import PeftModel
+        from safetensors import SafetensorError
 
         try:
             # Without a device, PEFT opens a CUDA context on the first GPU in every process. A CPU has no number.
             where = "cpu" if device.type == "cpu" else str(device)
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=where)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
             if explain_system_error(error):
                 raise
             raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from error
@@ -109,6 +113,12 @@ def check_model(name, weights=True):
     _load(AutoConfig, base, "model")
     if weights:
         check_weights(base)
+
+
+def check_adapter(folder):
+    """Raise `UserError` if an adapter has a record of its training, and is not the one that the training saved."""
+    if record := read_record(folder / TRAINING_RECORD):
+        check_files(record, folder, "train the adapter again")
 
 
 def check_weights(base):
