@@ -24,11 +24,11 @@ def read_pairs(path, what="the pair file"):
             missing or empty; `what` names the file's role.
     """
     path = Path(path)
-    rows = read_json_lines(path, what)
     if record := read_record(record_path(path)):
         check_files(
             record, path.parent, f"write the pairs again, or remove {record_path(path).name} to use it as it is"
         )
+    rows = read_json_lines(path, what)
     for number, row in enumerate(rows, start=1):
         for field in FIELDS:
             if not isinstance(row.get(field), str) or not row[field].strip():

@@ -39,7 +39,7 @@ def test_a_damaged_output_is_refused_where_it_is_read(kind, llama_run, tmp_path)
     first, second = (next(run.glob(f"data/iter{i}_*_True.json")) for i in (0, 1))
     kind(first)
     combine = ("combine_new_correct_ori_wrong.py", "--new_data_path", second, "--ori_data_path", first)
-    assert str(first) in call_here(*combine, status=2).stderr
+    assert f"{first} is not the file" in call_here(*combine, status=2).stderr
     adapter = next(run.glob("models/iter_1_*"))
     kind(adapter / "adapter_model.safetensors")
     for command in (
@@ -50,7 +50,8 @@ def test_a_damaged_output_is_refused_where_it_is_read(kind, llama_run, tmp_path)
         assert f"{adapter / 'adapter_model.safetensors'} is not the file" in done.stderr
     scores = run / "results" / "iter_1" / "grath_mc1.json"
     kind(scores)
-    assert str(scores) in call_here("grath.report", run, status=2).stderr
+    for folder, file in ((run, first), (scores.parent, scores)):
+        assert f"{file} is not the file" in call_here("grath.report", folder, status=2).stderr
 
 
 def test_lost_outputs_are_made_again(llama_run, tmp_path):
