@@ -85,7 +85,7 @@ def test_names_are_names_and_secrets_stay_out(tiny_llama, tmp_path):
     done = call("run_llama2.sh", cwd=tmp_path, env=env)
     run = tmp_path / "-runs $(touch pwned)" / f"{name}_seed_0"
     assert (run / "report.md").is_file()
-    assert {file.name for file in run.glob("results/iter_1/*.json")} == {"grath_mc1.json", "grath_mc2.json"}
+    assert {file.name for file in run.glob("results/iter_1/grath*")} == {"grath_mc1.json", "grath_mc2.json"}
     assert len(list(run.glob("models/*/adapter_model.safetensors"))) == 1
     assert not list(tmp_path.rglob("pwned"))
     assert "secretsecret" not in done.stdout + done.stderr
