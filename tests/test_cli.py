@@ -31,7 +31,7 @@ HEAVY = ["torch", "transformers", "datasets", "peft", "trl.trainer.dpo_trainer",
     ],
 )
 def test_help_loads_little_and_shows_defaults(script, needed):
-    done = call(sys.executable, "-X", "importtime", PROJECT / script, "--help")
+    done = call(sys.executable, "-X", "importtime", PROJECT / script, "--help", env={"PYTHONPATH": ""})
     loaded = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
     assert "argparse" in loaded
     assert [name for name in HEAVY if name in loaded and name not in needed] == []

@@ -121,7 +121,7 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     (path,) = (tmp_path / "out").glob("*_False.json")
     written, when = path.read_bytes(), path.stat().st_mtime_ns
     # In a process of its own: it imports no torch.
-    done = call(sys.executable, "-X", "importtime", PROJECT / command[0], *command[1:])
+    done = call(sys.executable, "-X", "importtime", PROJECT / command[0], *command[1:], env={"PYTHONPATH": ""})
     assert f"{path} contains these pairs, finished" in done.stdout
     assert not re.search(r"^import time:.*\| +torch$", done.stderr, re.MULTILINE)
     moved = shutil.copytree(tiny_llama, tmp_path / "moved")
