@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_STEP
+from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_STEP, UNCOMPARED
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, hash_of, sha256
 from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD
@@ -94,7 +94,7 @@ def main():
     from transformers import ProgressCallback
 
     from grath.dpo.callbacks import ProgressBar, TrainingLog
-    from grath.dpo.checkpoints import UNCOMPARED, agreed_state, clear_output_dir, save_adapter
+    from grath.dpo.checkpoints import agreed_state, clear_output_dir, save_adapter
     from grath.dpo.dataset import tokenize_pairs
     from grath.dpo.trainer import GrathDPOTrainer, check_incoming_adapter, describe_reference, lora_config
     from grath.modeling.cpu_matmul import fp32_cpu_matmul

@@ -20,6 +20,15 @@ TASKS = "arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2"
 # Seconds to wait for an inference server.
 SERVER_TIMEOUT = 600
 
+# Options of DPO that may change between two starts of one training. The model, the tokenizer and the pairs are compared
+# by their hashes. Of batch size, accumulation and processes, only the effective batch is compared.
+UNCOMPARED = {
+    "output_dir", "model_name_or_path", "tokenizer_name", "dataset_path", "overwrite_output_dir", "run_name",
+    "resume_from_checkpoint", "gradient_accumulation_steps", "per_device_train_batch_size", "log_level", "disable_tqdm",
+    "logging_dir", "logging_steps", "logging_first_step", "report_to", "project", "trackio_space_id", "save_steps",
+    "save_total_limit", "dataloader_num_workers", "precompute_ref_batch_size", "per_device_eval_batch_size",
+}  # fmt: skip
+
 
 def check_trackers(names):
     """Raise `UserError` if transformers cannot report to one of the trackers (str or list of str) on this machine."""

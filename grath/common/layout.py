@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from shlex import quote
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 # A folder with every model and data set under its hub name (prefetch.sh fills it). If set, the hub is not used.
@@ -30,6 +31,11 @@ def resolve_local(name):
         return name
     folder = Path(DATASETS_ROOT).resolve() / name
     return str(folder) if folder.is_dir() else name
+
+
+def quote_path(path):
+    """Quote a path for bash, so that no command takes it for an option."""
+    return quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def run_folder(runs_dir, name, seed):

@@ -14,15 +14,6 @@ from grath.common.files import sha256
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT, TRAINING_RECORD
 from grath.common.record import check_files, check_inputs, read_record
 
-# Settings that may change between two starts of one training. The model, the tokenizer and the pairs are compared by
-# their hashes. Of batch size, accumulation and processes, only the effective batch is compared.
-UNCOMPARED = {
-    "output_dir", "model_name_or_path", "tokenizer_name", "dataset_path", "overwrite_output_dir", "run_name",
-    "resume_from_checkpoint", "gradient_accumulation_steps", "per_device_train_batch_size", "log_level", "disable_tqdm",
-    "logging_dir", "logging_steps", "logging_first_step", "report_to", "project", "trackio_space_id", "save_steps",
-    "save_total_limit", "dataloader_num_workers", "precompute_ref_batch_size", "per_device_eval_batch_size",
-}  # fmt: skip
-
 
 def agreed_state(inputs, settings):
     """Determine how far an earlier start got in its output folder, after all processes have read the folder.

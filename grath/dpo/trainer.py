@@ -5,7 +5,6 @@ Iteration i starts from model M_i, an adapter on the pretrained base M_0, and pr
 model's weights.
 """
 
-import gc
 from functools import partial
 from math import ceil
 
@@ -19,7 +18,7 @@ from grath.common.errors import UserError
 from grath.dpo.dataset import filter_pairs, pair_lengths, training_order
 from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
-from grath.modeling.devices import print_once
+from grath.modeling.devices import halve_if_out_of_memory, print_once, this_device
 from grath.modeling.loading import resolve_base_and_adapter
 
 
@@ -47,9 +46,7 @@ class GrathDPOTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         config.precompute_ref_log_probs = precompute
         # A resumed training must load its adapter to this process's device; PEFT would choose the first GPU.
-        device = self.accelerator.device
-        where = "cpu" if device.type == "cpu" else str(device)
-        self.model.load_adapter = partial(self.model.load_adapter, torch_device=where)
+        self.model.load_adapter = partial(self.model.load_adapter, torch_device=this_device())
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
                 weight.data = incoming.get(name, weight.data).to(weight.device, torch.float32)
@@ -150,20 +147,6 @@ class GrathDPOTrainer(DPOTrainer):
 
     def _collate(self, pairs, rows):
         return send_to_device(self.data_collator([pairs[row] for row in rows]), self.accelerator.device)
-
-
-def halve_if_out_of_memory(function, batch):
-    """Return `function(batch)`; halve `batch` each time that the memory is full, unless it is 1."""
-    while True:
-        try:
-            return function(batch)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch //= 2
-        # Not while the error is handled: its traceback keeps the batch.
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):

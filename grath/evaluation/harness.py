@@ -1,6 +1,5 @@
 """The harness's model classes for models on this machine: `hf`, and `hf-shared`, which computes every context once."""
 
-import gc
 import logging
 import sys
 from functools import wraps
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 from grath.generation.attention import unsupported_reason
+from grath.modeling.devices import halve_if_out_of_memory
 from grath.modeling.loading import load_for_inference, load_tokenizer, resolve_base_and_adapter
 from grath.modeling.precision import DTYPES
 
@@ -126,21 +126,18 @@ class SharedContextLM(SplitLM):
             torch.OutOfMemoryError: `MIN_TOKENS` do not fit either.
         """
         results = [None] * len(windows)
+
+        def score_rest(batch_tokens):
+            if batch_tokens < self.batch_tokens:
+                print(f"The memory is full: going on with {batch_tokens} tokens in a batch", flush=True)
+            self.batch_tokens = batch_tokens
+            left = [i for i, result in enumerate(results) if result is None]
+            unfinished = [windows[i] for i in left]
+            for places, result in window_loglikelihoods(self.model, unfinished, batch_tokens, self.max_rows):
+                for place in places:
+                    results[left[place]] = result
+                bar.update(len(places))
+
         with tqdm(total=len(windows), disable=disable_tqdm, desc="Scoring requests") as bar:
-            while left := [i for i, result in enumerate(results) if result is None]:
-                unfinished = [windows[i] for i in left]
-                scored = window_loglikelihoods(self.model, unfinished, self.batch_tokens, self.max_rows)
-                try:
-                    for places, result in scored:
-                        for place in places:
-                            results[left[place]] = result
-                        bar.update(len(places))
-                except torch.OutOfMemoryError:
-                    if self.batch_tokens // 2 < MIN_TOKENS:
-                        raise
-                    self.batch_tokens //= 2
-                    print(f"The memory is full: going on with {self.batch_tokens} tokens in a batch", flush=True)
-                # Not while the error is handled: its traceback keeps the batch.
-                gc.collect()
-                torch.cuda.empty_cache()
+            halve_if_out_of_memory(score_rest, self.batch_tokens, MIN_TOKENS)
         return results

@@ -1,5 +1,6 @@
 """The devices of this machine, and the processes that share the work."""
 
+import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -81,3 +82,27 @@ def print_once(text):
     from accelerate import PartialState
 
     PartialState().print(text)
+
+
+def this_device():
+    """Return the name of this process's device: str. A CPU has no number, which safetensors would refuse."""
+    from accelerate import PartialState
+
+    device = PartialState().device
+    return "cpu" if device.type == "cpu" else str(device)
+
+
+def halve_if_out_of_memory(function, size, least=1):
+    """Return `function(size)`; halve `size` (int) each time that the memory is full, but not below `least`."""
+    import torch
+
+    while True:
+        try:
+            return function(size)
+        except torch.OutOfMemoryError:
+            if size // 2 < least:
+                raise
+        size //= 2
+        # Not while the error is handled: its traceback keeps the batch.
+        gc.collect()
+        torch.cuda.empty_cache()

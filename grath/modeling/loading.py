@@ -6,6 +6,7 @@ from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import read_json
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD, resolve_local
 from grath.common.record import check_files, read_record
+from grath.modeling.devices import this_device
 from grath.modeling.precision import DTYPES, compute_dtype
 
 
@@ -85,9 +86,8 @@ def load_model(name, precision, trainable=False):
         from safetensors import SafetensorError
 
         try:
-            # Without a device, PEFT opens a CUDA context on the first GPU in every process. A CPU has no number.
-            where = "cpu" if device.type == "cpu" else str(device)
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=where)
+            # Without a device, PEFT opens a CUDA context on the first GPU in every process.
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=this_device())
         except (RuntimeError, ValueError, OSError, SafetensorError) as error:
             if explain_system_error(error):
                 raise

@@ -5,6 +5,7 @@ from itertools import count
 from pathlib import Path
 
 from grath.common import layout
+from grath.common.defaults import UNCOMPARED
 from grath.common.errors import UserError
 from grath.common.files import read_json, read_json_lines
 from grath.common.record import read_record
@@ -13,13 +14,8 @@ from grath.pairs.questions import load_questions
 from grath.pairs.stats import pair_stats
 from grath.report.paired import pool
 
-# Settings that change no result: places, and how much is computed at once.
-NOT_COMPARED = {
-    "batch_size", "dataloader_num_workers", "dataset_path", "disable_tqdm", "gradient_accumulation_steps", "log_level",
-    "logging_first_step", "logging_steps", "model_name_or_path", "output_dir", "overwrite_output_dir",
-    "per_device_eval_batch_size", "per_device_train_batch_size", "precompute_ref_batch_size", "project", "report_to",
-    "resume_from_checkpoint", "run_name", "save_steps", "save_total_limit", "seed", "trackio_space_id",
-}  # fmt: skip
+# Settings that change no result, and the seed, in which the runs of a group differ.
+NOT_COMPARED = UNCOMPARED - {"tokenizer_name"} | {"batch_size", "seed"}
 # Settings of pairs that their record has among its inputs.
 RESOLVED = ("precision", "max_new_tokens")
 

@@ -15,6 +15,7 @@ from grath.common.layout import (
     find_pairs,
     model_path,
     pairs_path,
+    quote_path,
     results_path,
     run_folder,
     save_prefix,
@@ -244,14 +245,9 @@ def shell_lines(values):
         "MODELS": [values["MODEL_NAME_OR_PATH"], *(model_path(run, i, *asked) for i in numbers[1:])],
         "RESULTS": [results_path(run, i) for i in numbers],
     }
-    lines = [f"{name}={quote(value)}\n" for name, value in values.items()] + [f"RUN={_quote_path(run)}\n"]
-    lines += [f"{name}=({' '.join(map(_quote_path, paths))})\n" for name, paths in arrays.items()]
+    lines = [f"{name}={quote(value)}\n" for name, value in values.items()] + [f"RUN={quote_path(run)}\n"]
+    lines += [f"{name}=({' '.join(map(quote_path, paths))})\n" for name, paths in arrays.items()]
     return "".join(lines)
-
-
-def _quote_path(path):
-    """Quote a path for bash, so that no command takes it for an option."""
-    return quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def configuration_page():

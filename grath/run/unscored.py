@@ -7,7 +7,7 @@ from shlex import quote
 
 from grath.common.defaults import TASKS
 from grath.common.errors import UserError
-from grath.common.layout import SAMPLES, SCORES_RECORD, TRAINING_RECORD, find_model, results_path
+from grath.common.layout import SAMPLES, SCORES_RECORD, TRAINING_RECORD, find_model, quote_path, results_path
 from grath.common.record import read_record
 from grath.modeling.precision import SERVER
 
@@ -22,17 +22,15 @@ def newest_run(runs_dir):
     return max(models, key=lambda folder: folder.stat().st_mtime).parent if models else None
 
 
-def models_of(run):
-    """List the models of a run: the base's name, and the folders of its finished adapters."""
+def finished_models(run):
+    """List the finished adapters of a run, from M_1 on, as (folder, record of the training)."""
     found = []
     while folder := find_model(run, len(found) + 1):
         record = read_record(folder / TRAINING_RECORD)
         if not record or not record.get("files"):
             break
-        if not found:
-            base = record.get("incoming_adapter") or record["base_model"]
-        found.append(str(folder))
-    return [base, *found] if found else []
+        found.append((folder, record))
+    return found
 
 
 def unscored_lines():
@@ -47,15 +45,17 @@ def unscored_lines():
     run = newest_run(runs_dir)
     if run is None:
         raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
-    models = [(name, results_path(run, i)) for i, name in enumerate(models_of(run))]
+    trained = finished_models(run)
+    first = trained[0][1] if trained else {}
+    base = [first.get("incoming_adapter") or first["base_model"]] if trained else []
+    models = [(name, results_path(run, i)) for i, name in enumerate([*base, *(folder for folder, _ in trained)])]
     records = [read_record(folder / SCORES_RECORD) or {"inputs": {}} for _, folder in models]
     files = dict.fromkeys(Path(name) for record in records for name in record.get("files", ()))
     scored = [file.stem for file in files if file.suffix == ".json"]
     tasks = (os.environ["TASKS"].split() if "TASKS" in os.environ else scored) or TASKS.split()
     inputs = next((record["inputs"] for record in records if record["inputs"]), {})
     settings = {name: inputs.get(key) for name, key in INPUTS.items()}
-    trained = read_record(find_model(run, 1) / TRAINING_RECORD).get("settings", {})
-    settings |= {"TASKS": " ".join(tasks), "MODEL_TYPE": trained.get("model_type")}
+    settings |= {"TASKS": " ".join(tasks), "MODEL_TYPE": first.get("settings", {}).get("model_type")}
     settings["CHAT_TEMPLATE"] = "1" if inputs.get("chat_template") else None
     wanted = {f"{task}.json" for task in tasks}
     if Path(SAMPLES) in files or not files:
@@ -70,7 +70,7 @@ def unscored_lines():
         if any(file not in record.get("files", ()) or not (folder / file).is_file() for file in wanted)
     ]
     lines = [f"{name}={quote(str(value))}" for name, value in settings.items() if value and name not in os.environ]
-    lines += [f"RUN={quote(str(run))}"]
-    lines += [f"MODELS=({' '.join(quote(name) for name, _ in left)})"]
-    lines += [f"RESULTS=({' '.join(quote(str(folder)) for _, folder in left)})"]
+    lines += [f"RUN={quote_path(run)}"]
+    lines += [f"MODELS=({' '.join(quote_path(name) for name, _ in left)})"]
+    lines += [f"RESULTS=({' '.join(quote_path(folder) for _, folder in left)})"]
     return "\n".join(lines) + "\n"

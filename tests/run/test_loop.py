@@ -217,6 +217,9 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     del content["files"]["samples.jsonl"]
     record.write_text(json.dumps(content))
     kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
+    (run.parent / "-runs").symlink_to(run.parent)
+    named = call("python", "-m", "grath.run", "unscored", cwd=run.parent, env={"RUNS_DIR": "-runs"}).stdout
+    assert f"RUN=./-runs/{run.name}" in named and "RESULTS=(./-runs/" in named
     lines = call("python", "-m", "grath.run", "unscored", env={"RUNS_DIR": settings["RUNS_DIR"]}).stdout.splitlines()
     assert {"EVAL_PRECISION=fp32", f"LIMIT={settings['LIMIT']}", "MODEL_TYPE=llama2"} <= set(lines)
     env = {"RUNS_DIR": settings["RUNS_DIR"]}
