@@ -28,8 +28,26 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
 
-def positive_int(text):
-    """Convert `text` to an integer of at least 1; an `argparse` type."""
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
+def matching(pattern, what, convert=str):
+    """Return an `argparse` type for text that matches the regular expression `pattern`; `what` says so in words."""
+
+    def check(text):
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"must be {what}" + (f", not {text!r}" if text else ""))
+        return convert(text)
+
+    return check
+
+
+positive_int = matching("0*[1-9][0-9]{0,8}", "a whole number of at least 1", int)
+# Questions of each task, and contexts in a batch of scores.
+limit = matching(
+    r"[1-9][0-9]{0,8}|0?\.0*[1-9][0-9]*",
+    "a number of questions or a share below 1",
+    lambda text: float(text) if "." in text else int(text),
+)
+batch_size = matching(
+    "[1-9][0-9]{0,8}|auto(:[1-9][0-9]{0,8})?",
+    "a whole number of at least 1, or auto",
+    lambda text: text if text.startswith("auto") else int(text),
+)

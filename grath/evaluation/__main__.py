@@ -6,30 +6,14 @@ The same command resumes: a task that has its result file is not scored again. `
 command with its settings in the environment, on one GPU or several.
 """
 
-import argparse
-import re
 from pathlib import Path
 
-from grath.common.arguments import Parser, positive_int
+from grath.common.arguments import Parser, batch_size, limit, positive_int
 from grath.common.defaults import SERVER_TIMEOUT, TASKS
 from grath.common.errors import run_main
 from grath.evaluation.run import BACKENDS, score_model
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.precision import PRECISIONS, SERVER
-
-
-def batch_size(text):
-    """Convert to an integer of at least 1, or keep `auto` and `auto:N`."""
-    return text if re.fullmatch(r"auto(:[1-9]\d{0,8})?", text) else positive_int(text)
-
-
-def limit(text):
-    """Convert to an integer of at least 1, or to a share below 1."""
-    if re.fullmatch(r"0?\.\d+", text) and float(text) > 0:
-        return float(text)
-    if not re.fullmatch(r"[1-9]\d{0,8}", text):
-        raise argparse.ArgumentTypeError(f"must be a number of questions or a share below 1, not {text!r}")
-    return int(text)
 
 
 def main():

@@ -1,24 +1,24 @@
 """Check in seconds what a run needs: packages, GPU, model, data, servers, disk. `CHECK=1 ./run_llama2.sh` runs it."""
 
 import ctypes
-import json
 import os
 import re
 import shutil
 import socket
 import sysconfig
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from grath.common.defaults import LORA_R
 from grath.common.errors import PACKAGE, UserError, first_line
 from grath.common.files import check_writable
-from grath.common.layout import DATASETS_ROOT, PROJECT, resolve_local, run_folder
+from grath.common.layout import PROJECT, resolve_local, run_folder
 from grath.evaluation.tasks import get_task
 from grath.modeling.chat import template_for
 from grath.modeling.devices import check_devices, describe_device
-from grath.modeling.loading import check_weights, load_tokenizer, missing_shards, resolve_base_and_adapter
+from grath.modeling.loading import check_weights, load_tokenizer, resolve_base_and_adapter
 from grath.modeling.precision import DTYPES, resolve_precision
 from grath.pairs.questions import load_hub_split, load_questions
 from grath.run.settings import read_settings, stages_here
@@ -33,10 +33,7 @@ PAIR, SCORES = 500, 100_000
 
 def hub_is_reachable():
     """Whether the hub accepts a connection within five seconds, or a proxy is configured."""
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    if DATASETS_ROOT or os.environ.get("HF_HUB_OFFLINE"):
+    if os.environ.get("HF_HUB_OFFLINE"):
         return False
     host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
     try:
@@ -105,40 +102,30 @@ def driver_cuda_version():
 
 
 def read_model(name):
-    """Read the configuration and size of a model: (what to print, config dict, parameters)."""
+    """Read the configuration and size of a model: (what to print, configuration, parameters)."""
     import torch
+    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError
+    from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
-    folder = Path(base)
     check_weights(base)
     try:
-        if folder.is_dir():
-            config, parameters = folder / "config.json", _parameters(folder)
-        else:
-            from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-            config = Path(hf_hub_download(base, "config.json"))
-            downloaded = not missing_shards(config.parent)[0] and _parameters(config.parent)
-            parameters = downloaded or sum(get_safetensors_metadata(base).parameter_count.values())
-        content = json.loads(config.read_text(encoding="utf-8"))
+        folder = Path(base) if Path(base).is_dir() else Path(hf_hub_download(base, "config.json")).parent
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        try:
+            weights = get_local_safetensors_metadata(folder)
+        except (FileNotFoundError, NotASafetensorsRepoError):  # not downloaded, or not all of them
+            weights = get_safetensors_metadata(base)
     except Exception as error:  # the hub client raises many kinds
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
+    parameters = sum(weights.parameter_count.values())
     if parameters > SLOW_ON_A_CPU and not torch.cuda.is_available():
         raise UserError(
             f"torch sees no GPU, and {parameters / 1e9:.1f} G parameters take weeks on a CPU: see nvidia-smi"
         )
-    return f"{base}, {parameters / 1e6:,.0f} M parameters", content, parameters
-
-
-def _parameters(folder):
-    """Count the parameters in a folder's safetensors files, from their headers."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+    return f"{base}, {parameters / 1e6:,.0f} M parameters", config.get_text_config(), parameters
 
 
 def check_template(name, model_type):
@@ -149,6 +136,9 @@ def check_template(name, model_type):
 
 def check_data(values):
     """Check that the questions and the data sets of the tasks exist."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub import HfApi
+
     if values["DATA_PATH"]:
         found = len(load_questions(data_path=values["DATA_PATH"]))
     else:
@@ -156,51 +146,29 @@ def check_data(values):
     if found < int(values["NUM_QUERY"]):
         raise UserError(f"NUM_QUERY={values['NUM_QUERY']}, but there are only {found} questions")
     for name in sorted({get_task(task).dataset for task in values["TASKS"].split()} - {None}):
-        _check_dataset(name)
+        cached = Path(HF_DATASETS_CACHE) / name.replace("/", "___").lower()
+        if Path(resolve_local(name)).is_dir() or cached.is_dir():
+            continue
+        try:
+            HfApi().dataset_info(name, timeout=10)
+        except Exception as error:  # the hub client raises many kinds
+            raise UserError(f"{name}: {first_line(error)} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
     return f"{found} questions; tasks: {values['TASKS'] or 'none'}"
 
 
-def _check_dataset(name):
-    if Path(resolve_local(name)).is_dir():
-        return
-    from datasets.config import HF_DATASETS_CACHE
-    from huggingface_hub import HfApi
-
-    if (Path(HF_DATASETS_CACHE) / name.replace("/", "___").lower()).is_dir():
-        return
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except Exception as error:  # the hub client raises many kinds
-        raise UserError(f"{name}: {first_line(error)} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
-
-
-def disk_needed(config, values, tokenizer):
-    """Estimate the bytes that all iterations write, with a margin of a fifth.
-
-    Args:
-        config: dict of the model's config.json.
-        values: what `read_settings` returned.
-        tokenizer: bytes of the tokenizer's files, which every checkpoint contains.
-    """
-    config = config.get("text_config", config)
-    if not {"hidden_size", "num_hidden_layers"} <= config.keys():
-        raise UserError("the model's config.json does not contain its sizes")
-    # LoRA on q, k and v: a float32 matrix on each side of a projection, none wider than the hidden size.
-    adapter = 4 * LORA_R * config["num_hidden_layers"] * 6 * config["hidden_size"]
-    checkpoints = -(-int(values["MAX_STEPS"]) // int(values["SAVE_STEPS"]))
-    # A checkpoint contains the adapter and AdamW's two averages.
-    iteration = 2 * PAIR * int(values["NUM_QUERY"]) + adapter + checkpoints * (3 * adapter + tokenizer)
-    scores = SCORES * len(values["TASKS"].split())
-    return 1.2 * (int(values["ITERATIONS"]) * (iteration + scores) + scores)
-
-
 def check_disk(config, values):
-    """Check that the outputs of all iterations fit on the disk; `config` is the model's (dict)."""
+    """Check that what all iterations write, with a margin of a fifth, fits on the disk; `config` is the model's."""
     run = run_folder(values["RUNS_DIR"], values["RUN_NAME"], values["SEED"]).absolute()
     check_writable(run)
+    # LoRA on q, k and v: a float32 matrix on each side of a projection, none wider than the hidden size.
+    adapter = 4 * LORA_R * config.num_hidden_layers * 6 * config.hidden_size
     base = Path(resolve_base_and_adapter(values["MODEL_NAME_OR_PATH"])[0])
     tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*")) or 4_000_000
-    need = disk_needed(config, values, tokenizer)
+    checkpoints = -(-int(values["MAX_STEPS"]) // int(values["SAVE_STEPS"]))
+    # A checkpoint contains the adapter, AdamW's two averages, and the tokenizer.
+    iteration = 2 * PAIR * int(values["NUM_QUERY"]) + adapter + checkpoints * (3 * adapter + tokenizer)
+    scores = SCORES * len(values["TASKS"].split())
+    need = 1.2 * (int(values["ITERATIONS"]) * (iteration + scores) + scores)
     existing = next(path for path in (run, *run.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < need:

@@ -1,47 +1,43 @@
 """The settings of the loop: one entry for each environment variable; their lines for the shell, and their page."""
 
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from grath.common import defaults
+from grath.common import defaults, layout
+from grath.common.arguments import batch_size, limit, matching
 from grath.common.defaults import check_trackers
 from grath.common.errors import UserError
-from grath.common.layout import (
-    DATASETS_ROOT,
-    combined_path,
-    find_pairs,
-    model_path,
-    pairs_path,
-    quote_path,
-    results_path,
-    run_folder,
-    save_prefix,
-)
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.devices import check_devices, describe_device
 from grath.modeling.precision import DTYPES, PRECISIONS, SERVER, resolve_precision
 from grath.pairs.prompts import demos_file
-from grath.run.values import (
-    ANYTHING,
-    BATCH,
-    COUNT,
-    COUNT_OR_EMPTY,
-    FLAG,
-    ITERATIONS,
-    LIMIT,
-    NATURAL,
-    PLAIN_NAME,
-    REQUIRED,
-    addresses,
-    file_or_empty,
-    one_of,
-    positive,
-)
+from grath.serving.client import server_urls
 
 EVERY_STAGE = "every stage"
+
+
+def positive(value):
+    """Accept a number above 0."""
+    try:
+        sound = 0 < float(value) < float("inf")
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ArgumentTypeError(f"must be a number greater than 0, not {value!r}")
+
+
+def one_of(*choices):
+    """Return a check that accepts one of `choices`."""
+    return matching("|".join(choices), f"one of {', '.join(choices)}")
+
+
+COUNT = matching("[1-9][0-9]{0,8}", "a whole number of at least 1")
+NATURAL = matching("[0-9]{1,9}", "a whole number")
+FLAG = matching("[01]", "0 or 1")
 
 
 @dataclass(frozen=True)
@@ -50,18 +46,18 @@ class Setting:
 
     Args:
         name: the environment variable.
-        default: its value if it is not set.
-        check: takes a value; returns what the value must be, or None if it is valid.
+        default: its value if it is not set or empty; None if it must be set.
+        check: raises `ArgumentTypeError` or `UserError` for a value that is not valid.
         stage: the first stage whose output the setting changes; None if it changes no output.
         help: one line for docs/configuration.md.
         paper: the paper's value, if it has one.
         path: whether it is a path or a name, which must not look like an option.
-        empty: whether an empty value differs from no value.
+        empty: whether an empty value is not the default.
     """
 
     name: str
-    default: str | float
-    check: Callable[[str], str | None]
+    default: str | float | None
+    check: Callable[[str], object]
     stage: str | None
     help: str
     paper: str = ""
@@ -71,35 +67,36 @@ class Setting:
 
 GROUPS = {
     "Model and run": [
-        Setting("MODEL_NAME_OR_PATH", "", REQUIRED, EVERY_STAGE,
+        Setting("MODEL_NAME_OR_PATH", None, matching("(?s).+", "set; the presets run_*.sh set it"), EVERY_STAGE,
                 "required (the presets set it): hub name or folder of a model or an adapter",
                 "Llama-2-7b-chat-hf, zephyr-7b-beta", path=True),
         Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), EVERY_STAGE,
                 "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
-        Setting("RUN_NAME", "grath", PLAIN_NAME, None, "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
-        Setting("RUNS_DIR", "runs", REQUIRED, None, "folder of all runs", path=True),
+        Setting("RUN_NAME", "grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)"), None,
+                "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
+        Setting("RUNS_DIR", "runs", str, None, "folder of all runs", path=True),
         Setting("SEED", "0", NATURAL, EVERY_STAGE, "seed of every random draw", "0"),
-        Setting("ITERATIONS", "2", ITERATIONS, None, "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
+        Setting("ITERATIONS", "2", matching("[1-9][0-9]{0,2}", "a whole number from 1 to 999"), None,
+                "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
         Setting("REFERENCE", "rolling", one_of("rolling", "fixed"), "dpo",
                 "reference model of DPO: the iteration's starting model (`rolling`) or the base (`fixed`)",
                 "rolling; fixed against overfitting"),
         Setting("NUM_PROCESSES", "1", COUNT, None, "processes, one for each GPU, in every stage", "1"),
     ],
     "Pairs": [
-        Setting("NUM_QUERY", "", COUNT, "pairs", "required (the presets set it): number of questions to ask", "1119"),
-        Setting("DATA_NAME", defaults.DATA_NAME, REQUIRED, "pairs", "hub data set of the questions, in the ARC schema",
+        Setting("NUM_QUERY", None, COUNT, "pairs", "required (the presets set it): number of questions to ask", "1119"),
+        Setting("DATA_NAME", defaults.DATA_NAME, str, "pairs", "hub data set of the questions, in the ARC schema",
                 "allenai/ai2_arc"),
-        Setting("SUBDATA_NAME", defaults.SUBDATA_NAME, ANYTHING, "pairs", "its configuration", "ARC-Challenge"),
-        Setting("SPLIT", defaults.SPLIT, REQUIRED, "pairs", "its split", "train"),
-        Setting("DATA_PATH", "", ANYTHING, "pairs", "local JSON-lines file of questions, instead of `DATA_NAME`",
-                path=True),
+        Setting("SUBDATA_NAME", defaults.SUBDATA_NAME, str, "pairs", "its configuration", "ARC-Challenge"),
+        Setting("SPLIT", defaults.SPLIT, str, "pairs", "its split", "train"),
+        Setting("DATA_PATH", "", str, "pairs", "local JSON-lines file of questions, instead of `DATA_NAME`", path=True),
         Setting("USE_FS", "1", FLAG, "pairs", "1: few-shot examples in the prompt", "1"),
         Setting("USE_GT", "0", FLAG, "pairs", "1: ground-truth candidates in the prompt", "0"),
-        Setting("DEMOS", defaults.DEMOS, REQUIRED, "pairs",
-                "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file",
-                "TruthfulQA's", path=True),
+        Setting("DEMOS", defaults.DEMOS, str, "pairs",
+                "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file", "TruthfulQA's",
+                path=True),
         Setting("MAX_NEW_TOKENS", defaults.MAX_NEW_TOKENS, COUNT, "pairs", "maximum tokens of a response", "100"),
-        Setting("PAIRS_BATCH_SIZE", "", COUNT_OR_EMPTY, None,
+        Setting("PAIRS_BATCH_SIZE", "", COUNT, None,
                 "questions at once; empty: 256 on a GPU, halved while they do not fit into its memory; 64 on a CPU; "
                 "512 at each server. In int8, responses depend on it", "1"),
         Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
@@ -111,29 +108,29 @@ GROUPS = {
         Setting("WARMUP_STEPS", defaults.WARMUP_STEPS, NATURAL, "dpo", "warm-up steps of the cosine schedule", "100"),
         Setting("LEARNING_RATE", defaults.LEARNING_RATE, positive, "dpo", "peak learning rate", "5e-4"),
         Setting("BETA", defaults.BETA, positive, "dpo", "DPO's beta", "0.1"),
-        Setting("DPO_BATCH_SIZE", "", COUNT_OR_EMPTY, "dpo",
+        Setting("DPO_BATCH_SIZE", "", COUNT, "dpo",
                 "pairs in a forward pass of each process; empty: the most of 16, 8, 4, 2 and 1 that fit into the GPU's "
                 "memory; 4 on a CPU, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
-        Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT_OR_EMPTY, "dpo",
+        Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT, "dpo",
                 "forward passes in a step; empty: as many as give at most 16 pairs over all processes", "4"),
         Setting("MAX_LENGTH", defaults.MAX_LENGTH, COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
         Setting("SAVE_STEPS", defaults.SAVE_STEPS, COUNT, None, "steps between checkpoints", "100"),
         Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
                 "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
-        Setting("ACCELERATE_CONFIG", "", file_or_empty, "dpo",
+        Setting("ACCELERATE_CONFIG", "", str, "dpo",
                 "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
                 "parallel", path=True),
-        Setting("REPORT_TO", "none", REQUIRED, None,
+        Setting("REPORT_TO", "none", str, None,
                 "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
     ],
     "Scores": [
-        Setting("TASKS", defaults.TASKS, ANYTHING, None, "tasks of lm-evaluation-harness; empty: no scores",
+        Setting("TASKS", defaults.TASKS, str, None, "tasks of lm-evaluation-harness; empty: no scores",
                 defaults.TASKS, empty=True),
-        Setting("EVAL_BATCH_SIZE", "", BATCH, None,
+        Setting("EVAL_BATCH_SIZE", "", batch_size, None,
                 "contexts at once, at most; empty: by their tokens (`hf-shared`), 16 (`hf`), or 512 (`server`)", "16"),
         Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
                 "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
-        Setting("LIMIT", "", LIMIT, "scores", "questions of each task; empty: all"),
+        Setting("LIMIT", "", limit, "scores", "questions of each task; empty: all"),
         Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared", SERVER), "scores",
                 "`hf-shared` computes every context once; `hf` is the harness's own model class; `server`: on "
                 "`SERVER_URL`, and the default if that is set", "hf"),
@@ -141,7 +138,7 @@ GROUPS = {
         Setting("SAMPLES", "1", FLAG, None, "1: also write the model's own answers to five questions"),
     ],
     "Inference servers": [
-        Setting("SERVER_URL", "", addresses, None,
+        Setting("SERVER_URL", "", lambda urls: server_urls(urls.split()), None,
                 "servers with the OpenAI completions API for pairs and scores, separated by spaces; empty: this "
                 "machine. A run that has started stays with servers, or without"),
         Setting("SERVER_TIMEOUT", defaults.SERVER_TIMEOUT, COUNT, None,
@@ -170,16 +167,20 @@ def read_settings(environment=os.environ):
     Raises:
         UserError: a value is not valid.
     """
-    if DATASETS_ROOT and not Path(DATASETS_ROOT).is_dir():
-        raise UserError(f"DATASETS_ROOT: there is no folder '{DATASETS_ROOT}'")
+    if layout.DATASETS_ROOT and not Path(layout.DATASETS_ROOT).is_dir():
+        raise UserError(f"DATASETS_ROOT: there is no folder '{layout.DATASETS_ROOT}'")
     values = {}
     for setting in SETTINGS.values():
-        given = environment.get(setting.name)
-        value = str(setting.default) if given is None or not (given or setting.empty) else given
+        value = environment.get(setting.name, "")
+        if not (value or setting.empty and setting.name in environment):
+            value = str(setting.default or "")
         if setting.path and value.startswith("-"):
             value = f"./{value}"
-        if wanted := setting.check(value):
-            raise UserError(f"{setting.name} must be {wanted}" + (f", not '{value}'" if value else ""))
+        try:
+            if value or setting.default is None:
+                setting.check(value)
+        except ArgumentTypeError as error:
+            raise UserError(f"{setting.name} {error}") from None
         values[setting.name] = value
     if values["SERVER_URL"] and not environment.get("BACKEND"):
         values["BACKEND"] = SERVER
@@ -201,7 +202,7 @@ def stages_here(values):
 
 def run_and_asked(values):
     """Return the run's folder, and what the names of its pairs and models say: NUM_QUERY, USE_GT and USE_FS."""
-    run = run_folder(values["RUNS_DIR"], values["RUN_NAME"], values["SEED"])
+    run = layout.run_folder(values["RUNS_DIR"], values["RUN_NAME"], values["SEED"])
     return run, values["NUM_QUERY"], values["USE_GT"] == "1", values["USE_FS"] == "1"
 
 
@@ -215,11 +216,12 @@ def check_start(values):
         UserError: a check failed.
     """
     run, *asked = run_and_asked(values)
-    found = find_pairs(run, 0)
-    if values["FRESH"] == "0" and found and found != pairs_path(run, 0, *asked):
+    found = layout.find_pairs(run, 0)
+    if values["FRESH"] == "0" and found and found != layout.pairs_path(run, 0, *asked):
         raise UserError(f"{found} has another NUM_QUERY, USE_GT or USE_FS: set another RUN_NAME, or FRESH=1")
-    if values["DATA_PATH"] and not Path(values["DATA_PATH"]).is_file():
-        raise UserError(f"DATA_PATH: there is no file '{values['DATA_PATH']}'")
+    for name in ("DATA_PATH", "ACCELERATE_CONFIG"):
+        if values[name] and not Path(values[name]).is_file():
+            raise UserError(f"{name}: there is no file '{values[name]}'")
     if values["USE_FS"] == "1" and not demos_file(values["DEMOS"]).is_file():
         raise UserError(f"DEMOS: there is no set or file '{values['DEMOS']}'")
     check_devices(int(values["NUM_PROCESSES"]))
@@ -237,16 +239,16 @@ def shell_lines(values):
     """
     run, *asked = run_and_asked(values)
     numbers = range(int(values["ITERATIONS"]) + 1)
-    pairs = [pairs_path(run, i, *asked) for i in numbers]
+    pairs = [layout.pairs_path(run, i, *asked) for i in numbers]
     arrays = {
-        "PREFIXES": [save_prefix(i) for i in numbers],
+        "PREFIXES": [layout.save_prefix(i) for i in numbers],
         "PAIRS": pairs,
-        "COMBINED": [combined_path(path) for path in pairs],
-        "MODELS": [values["MODEL_NAME_OR_PATH"], *(model_path(run, i, *asked) for i in numbers[1:])],
-        "RESULTS": [results_path(run, i) for i in numbers],
+        "COMBINED": [layout.combined_path(path) for path in pairs],
+        "MODELS": [values["MODEL_NAME_OR_PATH"], *(layout.model_path(run, i, *asked) for i in numbers[1:])],
+        "RESULTS": [layout.results_path(run, i) for i in numbers],
     }
-    lines = [f"{name}={quote(value)}\n" for name, value in values.items()] + [f"RUN={quote_path(run)}\n"]
-    lines += [f"{name}=({' '.join(map(quote_path, paths))})\n" for name, paths in arrays.items()]
+    lines = [f"{name}={quote(value)}\n" for name, value in values.items()] + [f"RUN={layout.quote_path(run)}\n"]
+    lines += [f"{name}=({' '.join(map(layout.quote_path, paths))})\n" for name, paths in arrays.items()]
     return "".join(lines)
 
 
