@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -41,8 +41,6 @@ def test_the_constraints_name_every_package_that_is_needed():
             continue  # not for this platform
         if name not in here:
             missing.append(name)
-        from importlib.metadata import requires
-
         for line in requires(name) or []:
             needed = Requirement(line)
             if not needed.marker or needed.marker.evaluate({"extra": ""}):

@@ -1,14 +1,16 @@
 """The paper's defaults, and options from a YAML file."""
 
 import pytest
+import torch
 from support import call_here
+from transformers import integrations
+
+import dpo
+from grath.common.errors import UserError
+from grath.dpo.config import GrathDPOConfig, step_sizes
 
 
 def test_defaults_are_the_papers():
-    import torch
-
-    from grath.dpo.config import GrathDPOConfig
-
     config, gpu = GrathDPOConfig(output_dir="unused"), torch.cuda.is_available()
     assert (config.beta, config.loss_type, config.max_length) == (0.1, ["sigmoid"], 1024)
     assert (config.learning_rate, config.lr_scheduler_type, config.warmup_steps) == (5e-4, "cosine", 100)
@@ -25,8 +27,6 @@ def test_defaults_are_the_papers():
     [(1, (4, 4)), (2, (4, 2)), (3, (4, 1)), (4, (4, 1)), (8, (2, 1)), (16, (1, 1)), (20, (1, 1))],
 )
 def test_the_processes_share_the_papers_batch(processes, sizes):
-    from grath.dpo.config import step_sizes
-
     assert step_sizes(processes) == sizes
     # A smaller batch, the advice when the memory is full, does not change the pairs of a step.
     for batch in (1, 2, 4):
@@ -36,11 +36,6 @@ def test_the_processes_share_the_papers_batch(processes, sizes):
 
 
 def test_trackers_and_epochs_that_have_no_effect_are_refused(monkeypatch):
-    from transformers import integrations
-
-    from grath.common.errors import UserError
-    from grath.dpo.config import GrathDPOConfig
-
     monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["wandb"])
     for names in ("none", "all", "wandb", ["wandb"]):
         GrathDPOConfig(output_dir="unused", report_to=names)
@@ -65,8 +60,6 @@ max_steps: 5
 
 
 def test_flags_override_the_yaml_file(tmp_path, monkeypatch):
-    import dpo
-
     (tmp_path / "dpo.yaml").write_text(CONFIG)
     flags = ["--config", tmp_path / "dpo.yaml", "--output_dir", tmp_path / "m", "--max_steps", "1", "--beta", "0.2"]
     monkeypatch.setattr("sys.argv", ["dpo.py", *map(str, flags)])

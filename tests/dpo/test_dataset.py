@@ -1,8 +1,11 @@
 """The sources of pairs, the pairs that are dropped, and the order of the others."""
 
 import pytest
-from support import HUB, needs_hub, pair, write_rows
+from support import HUB, needs_hub, write_rows
 from trainings import train
+
+from grath.dpo.dataset import training_order
+from grath.pairs.questions import load_preferences
 
 
 def test_preferences_of_the_hub_without_identical_and_long_pairs(tiny_llama, tmp_path):
@@ -20,18 +23,9 @@ def test_preferences_of_the_hub_without_identical_and_long_pairs(tiny_llama, tmp
     assert record["pairs"] == {"read": 4, "identical": 1, "too_long": 1, "kept": 2}
 
 
-def test_no_pair_is_left(tiny_llama, tmp_path):
-    source = ("--dataset_path", write_rows(tmp_path / "pairs.json", [pair("q1", "a", "a"), pair("q2", "yes", "no")]))
-    done, _ = train(tiny_llama, tmp_path / "m", "--max_length", "8", source=source, status=2)
-    assert "2 pairs, 1 with identical answers and 1 over 8 tokens dropped" in done.stdout
-    assert "no pair is left to train on" in done.stderr and not (tmp_path / "m").exists()
-
-
 @pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])
 @pytest.mark.parametrize("pairs", [1, 15, 16, 17, 40, 1119])
 def test_every_epoch_uses_every_pair_once(strategy, pairs):
-    from grath.dpo.dataset import training_order
-
     lengths = [(37 * i) % 100 for i in range(pairs)]
     order = training_order(lengths, 5 * pairs, 16, strategy, 3)
     for at in range(0, len(order), pairs):
@@ -43,8 +37,6 @@ def test_every_epoch_uses_every_pair_once(strategy, pairs):
 
 
 def test_each_step_has_pairs_of_similar_length():
-    from grath.dpo.dataset import training_order
-
     lengths = [(37 * i) % 100 for i in range(1605)]
     order = [lengths[i] for i in training_order(lengths, 3 * 1600, 16, "group_by_length", 3)]
     steps = [order[at : at + 16] for at in range(0, len(order), 16)]
@@ -55,8 +47,6 @@ def test_each_step_has_pairs_of_similar_length():
 
 @needs_hub
 def test_labeled_datasets(tiny_llama, tmp_path, monkeypatch):
-    from grath.pairs.questions import load_preferences
-
     source = ("--dataset_name", "truthful_qa[1:4]")
     done, record = train(tiny_llama, tmp_path / "m", "--max_steps", "1", source=source, cwd=HUB)
     assert record["pairs"]["kept"] == 3 and "is the TruthfulQA test set" in done.stderr

@@ -3,15 +3,17 @@
 import sys
 
 import pytest
+import torch
+from peft import PeftModel
 from support import call_here
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grath import export
+from grath.common.errors import UserError
+from grath.modeling.loading import load_model
 
 
 def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from grath.modeling.loading import load_model
-
     out = tmp_path / "merged model"
     done = call_here("grath.export", first_iteration[0], out, "--precision", "fp32")
     assert done.stdout.splitlines()[-1].startswith(f"Wrote {out}")
@@ -30,14 +32,8 @@ def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_export_detects_a_wrong_merge(first_iteration, tmp_path, monkeypatch, precision):
-    from peft import PeftModel
-
-    from grath import export
-    from grath.common.errors import UserError
-
-    monkeypatch.setattr(
-        sys, "argv", ["export", str(first_iteration[0]), str(tmp_path / "out"), "--precision", precision]
-    )
+    flags = (first_iteration[0], tmp_path / "out", "--precision", precision)
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, flags)])
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(UserError, match="nothing was saved"):
         export.main()

@@ -1,8 +1,13 @@
 """Training under `accelerate launch`: processes and configuration files."""
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from support import PROJECT, call
 from trainings import LAUNCH, command, difference, interrupt, read_training
+
+from grath.common.errors import UserError
+from grath.dpo import checkpoints
 
 
 def test_accelerate_launch_gives_the_same_adapter(first_iteration, tiny_llama, pair_file, tmp_path):
@@ -29,9 +34,6 @@ def test_two_processes_resume_the_training_of_one(seventeen, tiny_llama, tmp_pat
 
 
 def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch):
-    from grath.common.errors import UserError
-    from grath.dpo import checkpoints
-
     monkeypatch.setattr(checkpoints, "gather_object", lambda own: [*own, ("interrupted", "checkpoint-2")])
     settings = {"output_dir": tmp_path / "m", "overwrite_output_dir": False, "model_name_or_path": "model"}
     with pytest.raises(UserError, match="the processes see different files in .*: all machines must share it"):
@@ -39,9 +41,6 @@ def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch)
 
 
 def test_accelerate_configurations_load():
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.utils import DistributedType
-
     configs = {path.stem: load_config_from_file(str(path)) for path in (PROJECT / "accelerate_configs").glob("*.yaml")}
     assert configs["fsdp"].fsdp_config["fsdp_version"] == 2
     assert configs["deepspeed_zero2"].deepspeed_config["zero_stage"] == 2

@@ -1,15 +1,16 @@
 """Forward passes of a pair: the shared prompt, and the log-probabilities of the completions."""
 
 import pytest
+import torch
 from support import FAMILIES, tiny
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from grath.dpo.packing import completion_log_probs, share_prompts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompts_are_computed_once_with_equal_results(family):
-    import torch
-
-    from grath.dpo.packing import share_prompts
-
     backbone = tiny(family).base_model
     torch.manual_seed(1)
     seen = []
@@ -29,12 +30,6 @@ def test_shared_prompts_are_computed_once_with_equal_results(family):
 
 def test_completion_log_probs_equal_trls(tiny_llama, llama_tokenizer):
     """Compare the head that projects only completions with TRL's fused head, on one batch."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
-
-    from grath.dpo.packing import completion_log_probs
-
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     statistics = ("entropy", "mean_logits", "is_top1")
     add_fused_lm_head(model, outputs=("log_probs", *statistics))

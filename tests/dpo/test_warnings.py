@@ -3,6 +3,9 @@
 import pytest
 from trainings import train
 
+from grath.dpo.callbacks import training_warnings
+from grath.dpo.config import GrathDPOConfig
+
 
 def entry(step, chosen, rejected, accuracy=0.6, **more):
     rewards = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected, "accuracies": accuracy}
@@ -11,9 +14,6 @@ def entry(step, chosen, rejected, accuracy=0.6, **more):
 
 def warnings_of(log, folder, precision="fp32"):
     """Return the warnings about a training of 1,000 steps, 100 of them warm-up: kind -> sentence."""
-    from grath.dpo.callbacks import training_warnings
-    from grath.dpo.config import GrathDPOConfig
-
     return training_warnings(log, GrathDPOConfig(output_dir=str(folder), precision=precision), 1000)
 
 

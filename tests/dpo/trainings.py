@@ -5,6 +5,13 @@ import shutil
 
 from support import call_here, rows, weights
 
+from grath.dpo.config import GrathDPOConfig
+from grath.dpo.dataset import tokenize_pairs
+from grath.dpo.trainer import GrathDPOTrainer
+from grath.modeling.chat import template_for
+from grath.modeling.loading import load_model, load_tokenizer
+from grath.pairs.files import read_pairs
+
 STEPS = ["--max_steps", "3", "--warmup_steps", "0", "--learning_rate", "1e-2", "--logging_steps", "1"]
 LAUNCH = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no"]  # fmt: skip
@@ -54,13 +61,6 @@ def interrupt(finished, output, step):
 
 def make_trainer(model, pairs, output, precision, reference):
     """A trainer that continues an adapter, before its first step."""
-    from grath.dpo.config import GrathDPOConfig
-    from grath.dpo.dataset import tokenize_pairs
-    from grath.dpo.trainer import GrathDPOTrainer
-    from grath.modeling.chat import template_for
-    from grath.modeling.loading import load_model, load_tokenizer
-    from grath.pairs.files import read_pairs
-
     tokenizer = load_tokenizer(model)
     return GrathDPOTrainer(
         model=load_model(model, precision, trainable=True),

@@ -1,6 +1,7 @@
 """Chat templates: the exact tokens of prompts and answers, with one BOS and one EOS where the template has one."""
 
 import pytest
+from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
 from grath.modeling.chat import TEMPLATES, answer_ids, prompt_ids, template_for
@@ -63,8 +64,6 @@ def test_auto_uses_the_tokenizers_template(smollm_tokenizer):
 
 
 def test_the_smollm2_template_matches_the_models_own(smollm2):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     for messages in (TURNS, [{"role": "system", "content": "Be brief."}, *TURN]):
         own = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -76,3 +75,45 @@ def test_a_system_turn_in_the_llama2_template(llama_tokenizer):
     assert llama_tokenizer.decode(ids) == (
         "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat is ice? [/INST] Frozen water. </s><s>[INST] And snow? [/INST]"
     )
+
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+FAILING = {
+    "{% for m in messages %}{{ m.content.parts }}{% endfor %}": "leaves out or changes the question 'What is ice?'",
+    "{% for m in messages %}{{ m.content | lower }}{% endfor %}": "leaves out or changes the question",
+    "{{ messages[1].content }}": "the chat template fails",
+    "{% if": "the chat template fails",
+    PLAIN + "{{ 1 // 0 }}": "the chat template fails",
+    PLAIN + "{% set format = '%d' %}{{ strftime_now(format) }}": "gives another prompt every day",
+}
+
+
+@pytest.mark.parametrize(("template", "reason"), FAILING.items())
+def test_templates_that_lie_are_refused(smollm_tokenizer, template, reason):
+    smollm_tokenizer.chat_template = template
+    with pytest.raises(UserError, match=reason):
+        template_for(smollm_tokenizer, "auto")
+
+
+def test_a_template_that_cuts_some_questions_is_refused(smollm_tokenizer):
+    smollm_tokenizer.chat_template = "{% for m in messages %}{{ m.content[:40] }}{% endfor %}"
+    template = template_for(smollm_tokenizer, "auto")
+    long = [{"role": "user", "content": "Why " * 20}]
+    for render in (
+        lambda: prompt_ids(smollm_tokenizer, long, template),
+        lambda: answer_ids(smollm_tokenizer, long, "x", template),
+    ):
+        with pytest.raises(UserError, match="leaves out or changes the question"):
+            render()
+
+
+def test_the_date_of_a_template_is_fixed_and_the_default_of_several_is_used(smollm_tokenizer):
+    dated = (
+        "{% if strftime_now is defined %}{{ strftime_now( '%d %b %Y' ) }} {{ strftime_now(\"%A\") }}{% endif %}" + PLAIN
+    )
+    smollm_tokenizer.chat_template = {"tool_use": "{{ tools[0] }}", "default": dated}
+    ids = prompt_ids(smollm_tokenizer, TURN, template_for(smollm_tokenizer, "auto"))
+    assert smollm_tokenizer.decode(ids) == "22 Jan 2024 Mondayuser: What is ice?\n"
+    smollm_tokenizer.chat_template = {"tool_use": PLAIN, "rag": PLAIN}
+    with pytest.raises(UserError, match="no chat template"):
+        template_for(smollm_tokenizer, "auto")

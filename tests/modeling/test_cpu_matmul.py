@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support import BUNDLED, call_here, tiny
 
 import grath.modeling.cpu_matmul as cpu_matmul
@@ -61,8 +62,6 @@ def test_training_converts_and_gives_the_exact_products_and_gradients(dtype, mon
 
 
 def with_adapter(model, **options):
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(1)
     config = LoraConfig(**{"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options})
     return get_peft_model(model, config).eval().requires_grad_(False)

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import accelerate
+import peft
 import pytest
 import torch
 from support import BUNDLED, PROJECT, call, call_here
@@ -43,7 +45,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_
         assert "this machine has a GPU (CUDA_VISIBLE_DEVICES=0), but torch cannot use it: " in done.stderr
         assert done.stderr.endswith("(set DEVICE=cpu to use the CPU)\n") and done.stderr.count("\n") == 1
     assert not out.exists()
-    call(*ask, env={**SEEN, "DEVICE": "cpu"})
+    call_here(*ask, env={**SEEN, "DEVICE": "cpu"})
     assert list(out.glob("x_*False.json"))
 
 
@@ -101,9 +103,6 @@ def test_the_loop_checks_its_number_of_processes(monkeypatch, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_weights_and_adapter_are_loaded_on_the_gpu_of_the_process(precision, monkeypatch, tiny_llama, tmp_path):
     """Not in main memory first, once for each process, and not through a context on the first GPU."""
-    import accelerate
-    import peft
-
     used, device = {}, torch.device("cuda:1")
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_llama}"}}')
     (tmp_path / "adapter_model.safetensors").touch()

@@ -2,16 +2,18 @@
 
 import json
 
+import numpy
 import pytest
+import torch
 from made_runs import put_pairs
 from support import call_here
 
+from grath.distance import distance, probe
+from grath.modeling.chat import answer_ids, template_for
+from grath.modeling.loading import load_model, load_tokenizer
+
 
 def test_distance_and_probe_of_synthetic_clusters():
-    import numpy
-
-    from grath.distance import distance, probe
-
     draw = numpy.random.default_rng(0)
     here, there = draw.normal(size=(200, 5)), draw.normal(size=(200, 5))
     assert distance(here, here) == 0 and distance(here, there) < 0.15 and 0.4 < probe(here, there) < 0.6
@@ -21,12 +23,6 @@ def test_distance_and_probe_of_synthetic_clusters():
 
 
 def test_distance_of_a_pair_file_in_file_and_report(tiny_llama, tmp_path):
-    import torch
-
-    from grath.distance import distance
-    from grath.modeling.chat import answer_ids, template_for
-    from grath.modeling.loading import load_model, load_tokenizer
-
     file = put_pairs(tmp_path, 0, [("r", "a", "b"), ("s", "a", "b")])
     done = call_here("grath.distance", file, "--model_name_or_path", tiny_llama, status=2)
     assert f"{file} has 2 pairs of different answers: at least 5 are needed" in done.stderr

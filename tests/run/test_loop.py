@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands import launch
+from accelerate.commands.config import config_args
 from fault_injection import records
 from support import BUNDLED, CORRECT, PROJECT, call, check_here, rows
 
@@ -144,7 +146,6 @@ def test_other_settings_do_not_mix_into_a_run(copied):
     for changed, said in (
         ({"LIMIT": "2"}, "limit 3, not 2"),
         ({"TASKS": "", "MAX_NEW_TOKENS": "99"}, "max_new_tokens 100, not 99"),
-        ({"TASKS": "", "DEMOS": "halueval"}, "demos truthfulqa, not halueval"),
         ({"TASKS": "", "MAX_STEPS": "3"}, "max_steps 4, not 3"),
     ):
         done = call("run_llama2.sh", env={**settings, **changed}, status=None)
@@ -176,9 +177,6 @@ def test_fresh_moves_the_old_run_aside_and_makes_the_same_bytes(copied, llama_ru
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeypatch):
-    from accelerate.commands import launch
-    from accelerate.commands.config import config_args
-
     for module in (launch, config_args):
         own = str(PROJECT / "accelerate_configs" / "deepspeed_zero2.yaml")
         monkeypatch.setattr(module, "default_config_file", own)
