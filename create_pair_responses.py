@@ -30,9 +30,9 @@ from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, sha256
 from grath.common.layout import pair_file_name, record_path
 from grath.common.record import read_record, recording
-from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
+from grath.modeling.chat import MODEL_TYPES, TODAY, prompt_ids, template_for
 from grath.modeling.devices import init_distributed
-from grath.modeling.loading import load_tokenizer
+from grath.modeling.loading import check_vocabulary, load_tokenizer
 from grath.modeling.precision import PRECISIONS, SERVER
 from grath.pairs.files import write_pairs
 from grath.pairs.prompts import build_messages, load_demos
@@ -114,6 +114,7 @@ def main():
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     template = template_for(tokenizer, args.model_type)
     prompts = [prompt_ids(tokenizer, turns, template) for turns in messages]
+    check_vocabulary(args.model_name_or_path, tokenizer, prompts)
 
     from accelerate.utils import gather_object
 
@@ -126,6 +127,7 @@ def main():
         state.print(f"{len(responses)} of {len(questions)} questions were answered before the interruption")
     left = [i for i in range(len(questions)) if i not in responses]
     with ExitStack() as stack:
+        generator = None
         if left:
             settings = (tokenizer, inputs["precision"], args.max_new_tokens, args.batch_size)
             servers = (args.server_url, args.server_timeout)
@@ -152,6 +154,8 @@ def main():
             rows, dropped = parse_responses(questions, responses)
             print_counts(rows, questions, dropped, len(left), seconds)
             record |= {"model": args.model_name_or_path, "settings": settings_of(args), "rows": left and generator.rows}
+            record["chat_date"] = str(TODAY)
+            record["warnings"] = getattr(getattr(generator, "model", None), "load_warnings", [])
             record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
         if rows:
             write_pairs(path, rows)

@@ -23,12 +23,13 @@ from pathlib import Path
 from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_STEP, UNCOMPARED
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, hash_of, sha256
-from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD
-from grath.common.record import recording
+from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path
+from grath.common.record import check_inputs, read_record, recording
 from grath.dpo import option
-from grath.modeling.chat import MODEL_TYPES, template_for
+from grath.modeling.adapters import LORA_SIZES, check_adapter
+from grath.modeling.chat import MODEL_TYPES, TODAY, template_for
 from grath.modeling.identity import model_identity
-from grath.modeling.loading import load_model, load_tokenizer
+from grath.modeling.loading import check_vocabulary, load_model, load_tokenizer, resolve_base_and_adapter
 from grath.pairs.files import read_pairs
 from grath.pairs.questions import LABELED_DATASETS, load_preferences
 
@@ -49,7 +50,7 @@ class ScriptArguments:
     )
     tokenizer_name: str | None = option(None, "hub name or folder of the tokenizer; by default the model's")
     model_type: str = option("auto", "chat template; auto: the tokenizer's own", choices=MODEL_TYPES)
-    lora_r: int = option(LORA_R, "rank of the LoRA matrices")
+    lora_r: int = option(LORA_R, "rank of the LoRA matrices; an adapter that is continued keeps its own three values")
     lora_alpha: int = option(LORA_ALPHA, "the scale of LoRA is lora_alpha / lora_r")
     lora_dropout: float = option(LORA_DROPOUT, "active only with --no_disable_dropout, as in TRL; always recorded")
     sanity_check: bool = option(False, "train on the first 1000 pairs only")
@@ -64,6 +65,9 @@ def parse_args():
     args, config = YamlParser((ScriptArguments, GrathDPOConfig), __doc__).parse()
     if bool(args.dataset_path) == bool(args.dataset_name):
         raise UserError("give either --dataset_path (a pair file) or --dataset_name")
+    if adapter := resolve_base_and_adapter(args.model_name_or_path)[1]:
+        own = check_adapter(Path(adapter))
+        args.lora_r, args.lora_alpha, args.lora_dropout = (own.get(name, 0) for name in LORA_SIZES)
     check_signs(vars(args))
     check_writable(config.output_dir)
     return args, config
@@ -80,8 +84,12 @@ def load_rows(args, seed):
 
 
 def identities(args):
-    """Return the hashes of the model and of a tokenizer of its own: dict."""
+    """Return the hashes of the model and of its own tokenizer: dict. Refuse pairs that another state of it wrote."""
     found = {"model": model_identity(args.model_name_or_path)}
+    wrote = args.dataset_path and read_record(record_path(Path(args.dataset_path)))
+    if wrote and wrote.get("model") == args.model_name_or_path:
+        advice = "since then, the model has been replaced; write the pairs again"
+        check_inputs({"inputs": wrote["inputs"]["model"]}, found["model"], args.dataset_path, advice)
     return found | ({"tokenizer": model_identity(args.tokenizer_name)["base"]} if args.tokenizer_name else {})
 
 
@@ -90,13 +98,12 @@ def main():
     args, config = parse_args()
     rows, digest = load_rows(args, config.seed)
 
-    from peft import PeftModel
     from transformers import ProgressCallback
 
     from grath.dpo.callbacks import ProgressBar, TrainingLog
     from grath.dpo.checkpoints import agreed_state, clear_output_dir, save_adapter
     from grath.dpo.dataset import tokenize_pairs
-    from grath.dpo.trainer import GrathDPOTrainer, check_incoming_adapter, describe_reference, lora_config
+    from grath.dpo.trainer import GrathDPOTrainer, describe_reference, lora_config
     from grath.modeling.cpu_matmul import fp32_cpu_matmul
     from grath.modeling.devices import print_once
     from grath.report.plots import plot_training
@@ -113,6 +120,7 @@ def main():
     tokenizer.chat_template = template_for(tokenizer, args.model_type)
     if isinstance(rows, list):
         rows = tokenize_pairs(rows, tokenizer, tokenizer.chat_template)
+        check_vocabulary(args.model_name_or_path, tokenizer, [ids for row in rows for ids in row.values()])
     reference = describe_reference(args.model_name_or_path, args.reference)
     print_once(f"policy starts from {reference['policy_starts_from']}")
     print_once(f"reference ({args.reference}): {reference['reference_model']}")
@@ -120,9 +128,7 @@ def main():
     # Again, because loading may have downloaded another commit.
     inputs |= identities(args)
     agreed_state(inputs, settings)
-    lora = lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
-    if continued := isinstance(model, PeftModel):
-        check_incoming_adapter(model, lora)
+    lora = None if reference["incoming_adapter"] else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
     with fp32_cpu_matmul(model):
         try:
             trainer = GrathDPOTrainer(
@@ -130,7 +136,7 @@ def main():
                 args=config,
                 train_dataset=rows,
                 processing_class=tokenizer,
-                peft_config=None if continued else lora,
+                peft_config=lora,
                 reference=args.reference,
             )
         except (ValueError, NotImplementedError) as error:
@@ -150,7 +156,7 @@ def main():
         if write and state == "nothing":
             clear_output_dir(output)
         content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
-        content |= {"settings": settings, "resumed_from": checkpoint}
+        content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY)}
         earlier = earlier or {"seconds": 0}
         earlier["seconds"] += time.monotonic() - start
         with recording(output / TRAINING_RECORD, inputs, earlier, write, **content) as record:
@@ -159,7 +165,7 @@ def main():
             trainer.train(resume_from_checkpoint=checkpoint)
             if write:
                 plot_training(trainer.state.log_history, output / TRAINING_PLOT)
-            record["warnings"] = list(log.warnings.values())
+            record["warnings"] = [*getattr(model, "load_warnings", []), *log.warnings.values()]
             record["files"] = save_adapter(trainer)
     print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 

@@ -45,8 +45,8 @@ def run_main(main):
         print(f"{name}: ended by {signal.Signals(number).name}", file=sys.stderr)
         status = 128 + number
     except Exception as error:
-        bad_input = isinstance(error, UserError)
-        line = " ".join(str(error).split()) if bad_input else explain_system_error(error)
+        line = " ".join(str(error).split()) if isinstance(error, UserError) else explain_system_error(error)
+        bad_input = isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
         if line is None:
             raise
         if os.environ.get("GRATH_DEBUG") == "1":
@@ -77,6 +77,7 @@ PACKAGE = "pip install -e . -c constraints.txt"
 BY_ERRNO = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), DISK),
     errno.EFBIG: "the file exceeds the size limit: raise it (ulimit -f)",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EROFS: "the file system is read-only: choose another output folder",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "permission denied: choose another folder"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit (ulimit -n 4096)"),

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from shlex import quote
 
+from grath.common.errors import UserError
+
 PROJECT = Path(__file__).resolve().parent.parent.parent
 # A folder with every model and data set under its hub name (prefetch.sh fills it). If set, the hub is not used.
 DATASETS_ROOT = os.environ.get("DATASETS_ROOT")
@@ -26,8 +28,17 @@ COMBINED = "_combined"
 
 
 def resolve_local(name):
-    """Return the folder of a hub name in `DATASETS_ROOT`, or the name itself if there is none."""
-    if not DATASETS_ROOT or Path(name).expanduser().exists():
+    """Return the folder of a hub name in `DATASETS_ROOT`, or the name itself, a local path with its `~` expanded.
+
+    Raises:
+        UserError: the file system takes no such name.
+    """
+    try:
+        name = str(Path(name).expanduser())
+        is_local = Path(name).exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, `~` of a user that there is not
+        raise UserError(f"there is no model or data set {name[:100]!r}: {error}"[:300]) from None
+    if is_local or not DATASETS_ROOT:
         return name
     folder = Path(DATASETS_ROOT).resolve() / name
     return str(folder) if folder.is_dir() else name

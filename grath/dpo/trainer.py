@@ -14,7 +14,6 @@ from peft import LoraConfig
 from trl import DPOTrainer
 
 from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R
-from grath.common.errors import UserError
 from grath.dpo.dataset import filter_pairs, pair_lengths, training_order
 from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
@@ -153,14 +152,6 @@ def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):
     """Return PEFT's `LoraConfig` with the paper's values: on the q, k and v projections, without biases."""
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
     return LoraConfig(**sizes, target_modules=["q_proj", "k_proj", "v_proj"], bias="none", task_type="CAUSAL_LM")
-
-
-def check_incoming_adapter(model, lora):
-    """Raise `UserError` if a `PeftModel` has another rank, alpha or dropout than `lora` (`LoraConfig`)."""
-    for name in ("r", "lora_alpha", "lora_dropout"):
-        theirs, ours = getattr(model.peft_config["default"], name), getattr(lora, name)
-        if theirs != ours:
-            raise UserError(f"the incoming adapter has {name} {theirs}, not {ours}")
 
 
 def describe_reference(name, reference):

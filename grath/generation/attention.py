@@ -127,8 +127,6 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 
 def unsupported_reason(model, length):
     """Return why the engine cannot run a model exactly on sequences of `length` tokens: str, or None if it can."""
-    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
-        return "its adapter adds virtual tokens"
     config = model.config
     if config.model_type not in FAMILIES:
         return f"its family {config.model_type} is not one of {', '.join(FAMILIES)}"

@@ -3,9 +3,11 @@
 `TEMPLATES` has one Jinja template for each model family. The model type `auto` uses the tokenizer's own template.
 """
 
+import re
+from datetime import date
 from os.path import commonprefix
 
-from grath.common.errors import UserError
+from grath.common.errors import UserError, first_line
 
 TEMPLATES = {
     # In Llama-2-chat, every user turn starts with a BOS and every assistant turn ends with an EOS.
@@ -27,26 +29,50 @@ TEMPLATES = {
     ),
 }
 MODEL_TYPES = ("auto", *TEMPLATES)
+# What a template that asks for the date gets, so that the same command asks the same prompts on every day.
+TODAY = date(2024, 1, 22)
+ASKS_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+OTHER_TEMPLATE = f"set --model_type (MODEL_TYPE) to {', '.join(TEMPLATES)}, or choose another --tokenizer_name"
 
 
 def template_for(tokenizer, model_type):
-    """Return the Jinja chat template of `model_type` for `tokenizer`.
+    """Return the Jinja chat template of `model_type` for `tokenizer`, with the date `TODAY`.
 
     Raises:
-        UserError: the tokenizer has no EOS token, or no chat template for `auto`, or no BOS token for the template.
+        UserError: the tokenizer has no EOS token, or no chat template for `auto`, or no BOS token for the template; or
+            the template fails, leaves out the question, or depends on the day.
     """
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name")
     if model_type == "auto":
-        if not isinstance(tokenizer.chat_template, str):
-            raise UserError(
-                f"the tokenizer has no chat template: set --model_type (MODEL_TYPE) to {', '.join(TEMPLATES)}"
-            )
-        return tokenizer.chat_template
-    template = TEMPLATES[model_type]
-    if "bos_token" in template and tokenizer.bos_token is None:
-        raise UserError(f"--model_type {model_type} needs a BOS token, and this tokenizer has none")
+        try:
+            template = tokenizer.get_chat_template()
+        except ValueError:  # none, or several without a default
+            raise UserError(f"the tokenizer has no chat template: {OTHER_TEMPLATE}") from None
+    else:
+        template = TEMPLATES[model_type]
+        if "bos_token" in template and tokenizer.bos_token is None:
+            raise UserError(f"--model_type {model_type} needs a BOS token, and this tokenizer has none")
+    template = ASKS_DATE.sub(lambda found: repr(TODAY.strftime(found[2])), template)
+    probe = [{"role": "user", "content": "What is ice?"}]
+    renderings = {_render(tokenizer, probe, template) for _ in range(8)}
+    if len(renderings) > 1 or re.search(r"strftime_now\b(?! is defined)", template):
+        raise UserError(f"the chat template gives other prompts on other days, or at random: {OTHER_TEMPLATE}")
     return template
+
+
+def _render(tokenizer, messages, template, **options):
+    """Render a conversation: str. Raise `UserError` if the template fails, or a user's turn is not in the result."""
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    except Exception as error:  # a template can raise everything
+        raise UserError(f"the chat template fails ({first_line(error)[:200]}): {OTHER_TEMPLATE}") from error
+    found = "".join(text.split())
+    for turn in messages:
+        if turn["role"] == "user" and "".join(turn["content"].split()) not in found:
+            start = turn["content"][:60]
+            raise UserError(f"the chat template leaves out or changes the question {start!r}...: {OTHER_TEMPLATE}")
+    return text
 
 
 def prompt_ids(tokenizer, messages, template):
@@ -59,8 +85,7 @@ def prompt_ids(tokenizer, messages, template):
     Returns:
         list[int] with a BOS wherever the template has one, and never two in a row.
     """
-    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    return _encode(tokenizer, text)
+    return _encode(tokenizer, _render(tokenizer, messages, template, add_generation_prompt=True))
 
 
 def answer_ids(tokenizer, messages, answer, template):
@@ -73,7 +98,7 @@ def answer_ids(tokenizer, messages, answer, template):
         the tokens of the whole conversation: all of `prompt_ids`, unless the tokenizer merges across the boundary.
     """
     whole = [*messages, {"role": "assistant", "content": answer}]
-    ids = _encode(tokenizer, tokenizer.apply_chat_template(whole, chat_template=template, tokenize=False))
+    ids = _encode(tokenizer, _render(tokenizer, whole, template))
     prompt = commonprefix([prompt_ids(tokenizer, messages, template), ids])
     completion, eos = ids[len(prompt) :], tokenizer.eos_token_id
     end = completion.index(eos) if eos in completion else len(completion)

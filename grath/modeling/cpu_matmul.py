@@ -86,11 +86,9 @@ def prepare_linear_layers(model):
     """Prepare the linear layers of a model for inference in the way that `choose_way` finds; return the model.
 
     A LoRA adapter is merged into float32 weights, and the base model is returned. The weights in torch's layout are
-    freed, but the LM head's, which the input embeddings can share: the model can neither be trained nor saved. A model
-    with another kind of adapter is left as it is.
+    freed, but the LM head's, which the input embeddings can share: the model can neither be trained nor saved.
     """
-    adapted = hasattr(model, "peft_config")
-    way = "plain" if adapted and has_other_adapter(model) else choose_way(model)
+    way = choose_way(model)
     if way == "plain":
         return model
     layers = _linear_layers(model)
@@ -100,7 +98,8 @@ def prepare_linear_layers(model):
         for layer in layers:
             layer.forward = partial(fp32_linear, layer)
         return model
-    if adapted and (way == "float32" or all(layer.weight.dtype == torch.float32 for layer in layers)):
+    in_fp32 = way == "float32" or all(layer.weight.dtype == torch.float32 for layer in layers)
+    if in_fp32 and hasattr(model, "peft_config"):
         model = merge_lora(model)
         layers = _linear_layers(model)
     head = model.get_output_embeddings()
@@ -164,14 +163,3 @@ def merge_lora(model):
         if isinstance(layer, LoraLayer):
             layer.get_base_layer().float()
     return model.merge_and_unload()
-
-
-def has_other_adapter(model):
-    """Whether a `PeftModel` has anything but plain LoRA on inner linear layers: DoRA, a tuned LM head, a prompt..."""
-    from peft.tuners.lora import LoraLayer, LoraModel
-
-    head = model.get_output_embeddings()
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    inner = all(isinstance(layer.get_base_layer(), torch.nn.Linear) and layer is not head for layer in layers)
-    saved = any(config.modules_to_save for config in model.peft_config.values())
-    return not (isinstance(model.base_model, LoraModel) and inner) or saved or any(x.lora_variant for x in layers)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from grath.common.errors import UserError, first_line
 from grath.common.files import file_hash
-from grath.common.layout import ADAPTER, ADAPTER_CONFIG
-from grath.modeling.loading import check_adapter, resolve_base_and_adapter
+from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD
+from grath.common.record import check_inputs, read_record
+from grath.modeling.loading import resolve_base_and_adapter
 
 FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
@@ -21,7 +22,8 @@ def model_identity(name):
         "base" is its name and the commit that is read.
 
     Raises:
-        UserError: there is no such model, or an adapter is not the one that its training saved.
+        UserError: there is no such model, or an adapter is not the one that its training saved, or its base is not the
+            one that it was trained on.
     """
     base, adapter = resolve_base_and_adapter(name)
     if (folder := Path(base)).is_dir():
@@ -31,8 +33,10 @@ def model_identity(name):
         found = {"base": {"hub": base, "commit": _commit(base)}}
     if adapter:
         folder = Path(adapter)
+        trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base", {})
+        if trained.keys() & found["base"].keys():  # a copy of a hub's model has other keys
+            check_inputs({"inputs": trained}, found["base"], f"the adapter {folder}", f"put its base back to {base}")
         found["adapter"] = {file: file_hash(folder / file) for file in (ADAPTER, ADAPTER_CONFIG)}
-        check_adapter(folder)
     return found
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import read_json
-from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD, resolve_local
-from grath.common.record import check_files, read_record
-from grath.modeling.devices import this_device
+from grath.common.layout import ADAPTER_CONFIG, resolve_local
+from grath.modeling.adapters import check_adapter, check_layers
+from grath.modeling.devices import print_once, this_device
 from grath.modeling.precision import DTYPES, compute_dtype
 
 
@@ -18,21 +18,25 @@ def resolve_base_and_adapter(name):
         becomes an absolute path, so that a record next to an adapter is valid from every working directory.
 
     Raises:
-        UserError: the adapter's folder has no weights, or its configuration names no base model.
+        UserError: the adapter is not one that we take, see `grath.modeling.adapters`; or its base is not named, or not
+            there.
     """
     name = resolve_local(str(name))
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir():
         return name, None
     config = folder / ADAPTER_CONFIG
     if not config.is_file():
         return str(folder.resolve()), None
-    base = read_json(config, "configuration of a LoRA adapter").get("base_model_name_or_path")
+    base = check_adapter(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{config} names no base model, so it is not the configuration of a LoRA adapter")
-    if not (folder / ADAPTER).is_file():
-        raise UserError(f"{folder} has no {ADAPTER}: the adapter is incomplete")
-    return resolve_local(base), str(folder.resolve())
+    base = resolve_local(base)
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{base}, the base of the adapter {folder}, is an adapter itself: merge that one first")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(f"the base of the adapter {folder} is not in {base}: put it back there, or link it")
+    return str(Path(base).resolve()) if Path(base).is_dir() else base, str(folder.resolve())
 
 
 def load_tokenizer(name, tokenizer_name=None):
@@ -46,6 +50,22 @@ def load_tokenizer(name, tokenizer_name=None):
     return tokenizer
 
 
+def check_vocabulary(name, tokenizer, sequences):
+    """Raise `UserError` if a model has no embedding for a token of `sequences` (lists of ids), before it is loaded.
+
+    A padding token without an embedding is replaced by the EOS token.
+    """
+    from transformers import AutoConfig
+
+    base = resolve_base_and_adapter(name)[0]
+    size = _load(AutoConfig, base, "model").get_text_config().vocab_size
+    if (largest := max(map(max, sequences))) >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(f"{base} has {size} embeddings and none for the token {token!r}: use the model's own tokenizer")
+    if tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def load_model(name, precision, trainable=False):
     """Load a causal language model on this process's device; with its LoRA adapter, as a `PeftModel`, if it has one.
 
@@ -55,7 +75,9 @@ def load_model(name, precision, trainable=False):
         trainable: whether the adapter's weights require gradients.
 
     Raises:
-        UserError: the model cannot be loaded, or the adapter does not fit its base model.
+        UserError: the model cannot be loaded or lacks weights, or the adapter is not one that we take, see
+            `grath.modeling.adapters`, or does not fit its base model. Unused weights are only a warning: the model's
+            attribute `load_warnings` (list of str), for the record.
     """
     import torch
     from accelerate import PartialState
@@ -78,20 +100,23 @@ def load_model(name, precision, trainable=False):
         # Load the weights straight to the device, not into main memory once for each process.
         options["device_map"] = {"": device}
     check_weights(base)
-    if adapter:
-        check_adapter(Path(adapter))
-    model = _load(AutoModelForCausalLM, base, "model", **options)
+    model, info = _load(AutoModelForCausalLM, base, "model", output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{base} lacks {len(missing)} weights, starting with {missing[0]}: download it again")
+    if unexpected := sorted(info["unexpected_keys"]):
+        model.load_warnings = [f"{base} has {len(unexpected)} unused weights, starting with {unexpected[0]}"]
+        print_once(f"Warning: {model.load_warnings[0]}")
     if adapter:
         from peft import PeftModel
-        from safetensors import SafetensorError
 
         try:
             # Without a device, PEFT opens a CUDA context on the first GPU in every process.
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=this_device())
-        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             if explain_system_error(error):
                 raise
             raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from error
+        check_layers(model, Path(adapter))
     return model
 
 
@@ -113,12 +138,6 @@ def check_model(name, weights=True):
     _load(AutoConfig, base, "model")
     if weights:
         check_weights(base)
-
-
-def check_adapter(folder):
-    """Raise `UserError` if an adapter has a record of its training, and is not the one that the training saved."""
-    if record := read_record(folder / TRAINING_RECORD):
-        check_files(record, folder, "train the adapter again")
 
 
 def check_weights(base):

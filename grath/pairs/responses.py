@@ -9,27 +9,35 @@ from glob import escape
 from grath.common.files import atomic_write_text
 
 CORRECT, INCORRECT = "Correct answer:", "Incorrect answer:"
-LINE_END = re.compile(r"[\r\n]")
+# The correct answer at the start of a line, then the incorrect one, mostly on the next line; labels may be in bold.
+PAIR = re.compile(rf"^[ \t]*\**{CORRECT}\**\s*(.*?)\s*\**{INCORRECT}\**[ \t]*(.*)", re.MULTILINE)
+ASKED = re.compile(r"^[ \t]*\**Question:(.*)", re.MULTILINE)
+# What a reasoning model puts around its reasoning, as <think> and </think>.
+REASONING = re.compile(r"[<\[](/?)\s*(?:think|thought|reason|reflect|analysis|scratchpad)\w*\s*[>\]]", re.IGNORECASE)
 
 
 def parse_response(response):
-    """Extract the two answers from a response.
-
-    The correct answer is the text between the two labels, the incorrect answer the text after the second label. Each is
-    one line.
+    """Extract the two answers from a response: its last pair of lines about the question, after any reasoning.
 
     Returns:
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
-    _, label, rest = response.partition(CORRECT)
-    if not label:
-        return None, "no correct answer"
-    correct, label, incorrect = rest.partition(INCORRECT)
-    correct, incorrect = correct.strip(), LINE_END.split(incorrect.strip(" \t"), maxsplit=1)[0].strip()
-    if LINE_END.search(correct) or (correct and not label):
-        return None, "no incorrect answer after the correct one"
+    response = re.sub(r"\r\n?", "\n", response)
+    tags = list(REASONING.finditer(response))
+    if tags and not tags[-1][1]:
+        return None, "reasoning without an end"
+    text = response[tags[-1].end() :] if tags else response
+    first = PAIR.search(text)
+    if not first:
+        return None, "no incorrect answer after the correct one" if CORRECT in text else "no correct answer"
+    # A model may go on with a question of its own.
+    asked = ASKED.findall(text[: first.start()])[-1:]
+    others = (found.start() for found in ASKED.finditer(text, first.end()) if [found[1]] != asked)
+    correct, incorrect = (answer.strip() for answer in PAIR.findall(text[: next(others, None)])[-1])
     if not correct or not incorrect:
         return None, "empty answer"
+    if any(label in answer for label in (CORRECT, INCORRECT) for answer in (correct, incorrect)):
+        return None, "a label in an answer"
     return (correct, incorrect), None
 
 

@@ -79,12 +79,13 @@ def test_a_system_turn_in_the_llama2_template(llama_tokenizer):
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FAILING = {
-    "{% for m in messages %}{{ m.content.parts }}{% endfor %}": "leaves out or changes the question 'What is ice?'",
+    "{% for m in messages %}{{ m.content.parts }}{% endfor %}": "leaves out or changes the question 'What is ice",
     "{% for m in messages %}{{ m.content | lower }}{% endfor %}": "leaves out or changes the question",
     "{{ messages[1].content }}": "the chat template fails",
     "{% if": "the chat template fails",
     PLAIN + "{{ 1 // 0 }}": "the chat template fails",
-    PLAIN + "{% set format = '%d' %}{{ strftime_now(format) }}": "gives another prompt every day",
+    PLAIN + "{{ range(99) | random }}": "gives other prompts on other days, or at random",
+    PLAIN + "{% set format = '%d' %}{{ strftime_now(format) }}": "gives other prompts on other days, or at random",
 }
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from support import BUNDLED, CORRECT, HUB, INCORRECT, PROJECT, call, call_here, needs_hub, pair, rows, write_rows
+from support import BUNDLED, HUB, PROJECT, call, call_here, needs_hub, pair, rows, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
 from grath.pairs.responses import load_responses, parse_response, remove_responses, save_responses
@@ -30,14 +30,6 @@ def test_the_responses_to_a_file_with_brackets_in_its_name(tmp_path):
     assert load_responses(path, merge=True) == {0: "yes"}
     remove_responses(path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("flags", [["--useFS"], [], ["--useGT", "--useFS"], ["--useGT"]], ids=" ".join)
-def test_the_papers_commands(tiny_llama, tmp_path, flags):
-    path = ask(tiny_llama, tmp_path / "out", "--data_path", BUNDLED, "--num_query", "4", *flags)
-    assert path.name == f"iter0_arcc_num_4_useGT_{'--useGT' in flags}_useFS_{'--useFS' in flags}.json"
-    asked = [row["question"] for row in rows(BUNDLED)[:4]]
-    assert rows(path) == [pair(question, CORRECT, INCORRECT) for question in asked]
 
 
 @needs_hub
@@ -78,7 +70,7 @@ def test_the_same_bytes_at_every_batch_size_and_number_of_processes(smollm2, tmp
     assert path.name == one.name and path.read_bytes() == one.read_bytes()
 
 
-def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
+def test_a_kill_loses_no_finished_question_and_other_settings_are_refused_then(tiny_llama, tmp_path):
     flags = ["--data_path", BUNDLED, "--num_query", "60", "--batch_size", "1", "--useFS"]
     expected = ask(tiny_llama, tmp_path / "whole", *flags)
     command = [
@@ -99,15 +91,23 @@ def test_a_kill_loses_no_finished_question(tiny_llama, tmp_path):
     kept, finished = saved()
     assert 5 <= finished < 60
     assert not (kept.parent / expected.name).exists()
-    with kept.open("a") as file:
-        file.write('[59, "cut sho')  # what a kill in the middle of a line leaves
+    first, *others = kept.read_text().splitlines()
+    first = json.dumps([json.loads(first)[0], "Correct answer: kept\nIncorrect answer: too"])
+    kept.write_text("\n".join([first, *others, '[59, "cut sho']))  # what a kill in the middle of a line leaves
+    others = kept.with_name(".y_num_60_useGT_False_useFS_True.json.responses.0")
+    others.touch()
 
-    done = call_here("create_pair_responses.py", *command[2:], *flags)
+    command = ["create_pair_responses.py", *command[2:], *flags]
+    done = call_here(*command, "--max_new_tokens", "50", status=2)
+    assert "max_new_tokens 100, not 50" in done.stderr and kept.exists()
+    done = call_here(*command)
     assert f"{finished} of 60 questions were answered before the interruption" in done.stdout
     assert ["asked", "now", str(60 - finished)] in [line.split() for line in done.stdout.splitlines()]
-    assert {file.name for file in kept.parent.iterdir()} == {expected.name, f"{expected.name}.record.json"}
-    assert (kept.parent / expected.name).read_bytes() == expected.read_bytes()
-    record = json.loads((kept.parent / f"{expected.name}.record.json").read_text())
+    record = f"{expected.name}.record.json"
+    assert {file.name for file in kept.parent.iterdir()} == {expected.name, record, others.name}
+    written = (kept.parent / expected.name).read_text().splitlines()
+    assert json.loads(written[0])["correct"] == "kept" and written[1:] == expected.read_text().splitlines()[1:]
+    record = json.loads((kept.parent / record).read_text())
     assert record["starts"] == 2 and record["counts"] == {"asked": 60, "written": 60, "identical": 0}
 
 
@@ -115,10 +115,10 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     questions = write_rows(tmp_path / "q.jsonl", rows(BUNDLED)[:3])
     command = [
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
-        tmp_path / "out", "--precision", "fp32", "--data_path", questions,
+        tmp_path / "out", "--precision", "fp32", "--data_path", questions, "--useFS",
     ]  # fmt: skip
     call_here(*command)
-    (path,) = (tmp_path / "out").glob("*_False.json")
+    (path,) = (tmp_path / "out").glob("*_True.json")
     written, when = path.read_bytes(), path.stat().st_mtime_ns
     # In a process of its own: it imports no torch.
     done = call(sys.executable, "-X", "importtime", PROJECT / command[0], *command[1:], env={"PYTHONPATH": ""})
@@ -133,6 +133,7 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
         (("--max_new_tokens", "50"), "max_new_tokens 100, not 50"),
         (("--precision", "bf16"), "precision fp32, not bf16"),
         (("--model_type", "llama2"), "model_type auto, not llama2"),
+        (("--demos", "halueval"), "demos truthfulqa, not halueval"),
         (("--data_path", other_questions), "questions "),
         (("--model_name_or_path", moved), "model base chat_template.jinja "),
     ):
@@ -148,51 +149,6 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     (tmp_path / "out" / f"{path.name}.record.json").unlink()
     assert "has no record of what it was made from" in call_here(*command, status=2).stderr
     assert path.read_bytes() == written
-
-
-def test_an_interrupted_file_is_continued_only_with_the_same_settings(tiny_llama, tmp_path):
-    command = [
-        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
-        tmp_path / "b", "--precision", "fp32", "--data_path", BUNDLED, "--num_query", "3",
-    ]  # fmt: skip
-    expected = ask(tiny_llama, tmp_path / "a", *command[-4:])
-    call_here(*command)
-    (path,) = (tmp_path / "b").glob("x_*_False.json")
-    record = tmp_path / "b" / f"{path.name}.record.json"
-    # As a kill before the end leaves it.
-    content = json.loads(record.read_text())
-    del content["files"]
-    record.write_text(json.dumps(content))
-    path.unlink()
-    saved = tmp_path / "b" / f".{path.name}.responses.0"
-    write_rows(saved, [[0, "Correct answer: kept\nIncorrect answer: too"]])
-    beside = tmp_path / "b" / ".y_num_3_useGT_False_useFS_False.json.responses.0"
-    beside.touch()
-    done = call_here(*command, "--max_new_tokens", "50", status=2)
-    assert "max_new_tokens 100, not 50" in done.stderr and saved.exists()
-    assert "1 of 3 questions were answered before the interruption" in call_here(*command).stdout
-    assert rows(path)[0]["correct"] == "kept" and rows(path)[1:] == rows(expected)[1:]
-    assert {file.name for file in (tmp_path / "b").iterdir()} == {path.name, record.name, beside.name}
-
-
-@pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
-def test_quantized_weights(tiny_llama, tmp_path, precision, monkeypatch):
-    from grath.generation import select
-    from grath.modeling.loading import load_for_inference
-
-    loaded = []
-    monkeypatch.setattr(
-        select,
-        "load_for_inference",
-        lambda *args: loaded.append(load_for_inference(*args)) or loaded[-1],
-    )
-    flags = ("--data_path", BUNDLED, "--num_query", "4", "--precision", precision)
-    assert len(rows(ask(tiny_llama, tmp_path / "out", *flags))) == 4
-    weight = loaded[0].model.layers[0].self_attn.q_proj.weight
-    kinds = {"int8": "Int8Params", "nf4": "Params4bit", "fp4": "Params4bit"}
-    assert type(weight).__name__ == kinds[precision]
-    assert getattr(weight, "quant_type", "int8") == precision
-    assert loaded[0].lm_head.weight.is_floating_point()
 
 
 def test_an_unsupported_model_falls_back_to_generate(tiny_llama, tmp_path):
@@ -224,6 +180,9 @@ def test_candidates_depend_only_on_seed_and_question():
         assert incorrect != correct
 
 
+DRAFT, FINAL = "Correct answer: maybe\nIncorrect answer: never", "Correct answer: yes\nIncorrect answer: no"
+
+
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
@@ -242,14 +201,21 @@ def test_candidates_depend_only_on_seed_and_question():
         ("Correct answer:\nIncorrect answer: no", (None, "empty answer")),
         ("Correct answer: yes\nIncorrect answer: \nno", (None, "empty answer")),
         ("Correct answer: one\ntwo\nIncorrect answer: no", (None, "no incorrect answer after the correct one")),
+        # A draft and the final pair; reasoning; a preamble; the next question.
+        (f"Question: q\n{DRAFT}\nBetter:\nQuestion: q\n{FINAL}", (("yes", "no"), None)),
+        (f"{DRAFT}\n[/THINK]\n{FINAL}", (("yes", "no"), None)),
+        (f"<reasoning>{DRAFT}</reasoning>\n<Thought>\n{DRAFT}\n</Thought>{FINAL}", (("yes", "no"), None)),
+        (f"<think>\n{FINAL}\nor rather", (None, "reasoning without an end")),
+        (f"</think>\nThe Correct answer: line, the Incorrect answer: line.\n{FINAL}", (("yes", "no"), None)),
+        ("Write a Correct answer: and an Incorrect answer:", (None, "no incorrect answer after the correct one")),
+        (f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
+        (f"{FINAL}\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
+        ("Correct answer: Correct answer: yes\nIncorrect answer: no", (None, "a label in an answer")),
+        ("**Correct answer:** yes\n**Incorrect answer:** no", (("yes", "no"), None)),
     ],
 )
 def test_parsing(response, expected):
     assert parse_response(response) == expected
-
-
-def combine(new, ori, status=0):
-    return call("combine_new_correct_ori_wrong.py", "--new_data_path", new, "--ori_data_path", ori, status=status)
 
 
 def test_combine(tmp_path):
@@ -257,19 +223,11 @@ def test_combine(tmp_path):
     new = [pair("c", "c1", "x"), pair("a", "a1", "x"), pair("a", "a2", "x"), pair("d", "d1", "x")]
     ori_path = write_rows(tmp_path / "iter0.json", ori)
     new_path = write_rows(tmp_path / "iter1.json", new)
-    done = combine(new_path, ori_path)
+    done = call("combine_new_correct_ori_wrong.py", "--new_data_path", new_path, "--ori_data_path", ori_path)
     assert rows(tmp_path / "iter1_combined.json") == [
         pair("a", "a1", "wa"), pair("b", "b0", "wb"), pair("a", "a1", "wa again"), pair("c", "c1", "wc")
     ]  # fmt: skip
     assert "1 kept because the new file has none" in done.stdout
-
-
-def test_files_without_a_common_question_are_refused(tmp_path):
-    ori = write_rows(tmp_path / "iter0.json", [pair("a", "b", "c")])
-    new = write_rows(tmp_path / "iter1.json", [pair("x", "y", "z")])
-    done = combine(new, ori, status=2)
-    assert "no question in common" in done.stderr
-    assert not (tmp_path / "iter1_combined.json").exists()
 
 
 def test_unparsed_responses_are_dropped_and_counted(tmp_path, tiny_llama):

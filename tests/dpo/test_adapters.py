@@ -1,0 +1,143 @@
+"""Which adapters the commands take: plain LoRA on linear layers; every other one is refused in one line by all."""
+
+import json
+import shutil
+
+import pytest
+from support import BUNDLED, call_here, check_here, weights
+from trainings import margin, train
+
+ATTENTION = ["q_proj", "k_proj", "v_proj"]
+TAKEN = {
+    "rank and scale": {"r": 3, "lora_alpha": 7, "target_modules": ATTENTION},
+    "patterns": {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"k_proj": 2}},
+    "rank-stabilized": {"use_rslora": True, "target_modules": ["o_proj"]},
+    "all linear layers": {"target_modules": "all-linear", "lora_dropout": 0.1},
+    "one layer": {"target_modules": ATTENTION, "layers_to_transform": [1]},
+    "gaussian": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
+}
+REFUSED = {
+    "DoRA": {"use_dora": True},
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "the embedding": {"target_modules": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [3, 4]},
+    "whole modules": {"modules_to_save": ["norm"]},
+    "biases": {"lora_bias": True, "bias": "lora_only"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "replicated layers": {"layer_replication": [[0, 2], [1, 2]]},
+}
+
+
+def save_adapter(base, folder, config):
+    """Save an adapter with random weights on a base."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def lora(**options):
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ATTENTION, **options})
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_a_rolling_iteration_starts_from_every_adapter_that_is_taken(kind, tiny_llama, pair_file, tmp_path):
+    adapter = save_adapter(tiny_llama, tmp_path / "a", lora(**TAKEN[kind]))
+    flags = ("--dataset_path", pair_file, "--max_steps", "1", "--learning_rate", "1e-9")
+    _, record = train(adapter, tmp_path / "d", source=flags)
+    scale = abs(record["log"][0]["logps/chosen"]) + abs(record["log"][0]["logps/rejected"])
+    assert abs(margin(record)) < 1e-5 * scale and abs(record["log"][0]["rewards/chosen"]) < 1e-5 * scale
+    _, fixed = train(adapter, tmp_path / "f", "--reference", "fixed", source=flags)
+    assert abs(margin(fixed)) > 100 * abs(margin(record))  # so the adapter has an effect
+    before, after = weights(adapter), weights(tmp_path / "d")
+    assert before.keys() == after.keys()
+    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+    own = json.loads((adapter / "adapter_config.json").read_text())
+    settings = record["settings"]
+    assert [settings[f"lora_{name}"] for name in ("r", "alpha", "dropout")] == [
+        own[name] for name in ("r", "lora_alpha", "lora_dropout")
+    ]
+
+
+def commands(adapter, pair_file, folder):
+    """What each command that loads an adapter writes: file -> its arguments."""
+    ask = ("--save_prefix", "p", "--save_dir", folder, "--data_path", BUNDLED, "--num_query", 2, "--precision", "fp32")
+    return {
+        "p_num_2_useGT_False_useFS_False.json": ("create_pair_responses.py", "--model_name_or_path", adapter, *ask),
+        "d": ("dpo.py", "--model_name_or_path", adapter, "--dataset_path", pair_file, "--output_dir", folder / "d"),
+        "s": ("grath.evaluation", adapter, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
+        "x": ("grath.export", adapter, folder / "x"),
+        "pairs.distance.json": ("grath.distance", folder / "pairs.json", "--model_name_or_path", adapter),
+    }
+
+
+def assert_all_refuse(adapter, pair_file, folder, reason):
+    shutil.copy(pair_file, folder / "pairs.json")
+    for made, command in commands(adapter, pair_file, folder).items():
+        done = call_here(*command, status=2)
+        assert reason in done.stderr and len(done.stderr.splitlines()) == 1, (command, done.stderr)
+        assert not (folder / made).exists()
+    done = check_here({"MODEL_NAME_OR_PATH": str(adapter), "DATA_PATH": str(BUNDLED), "TASKS": ""}, status=2)
+    assert f"FAIL  model: the adapter {adapter}" in done.stdout and reason in done.stdout
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
+    adapter = save_adapter(tiny_llama, tmp_path / "a", lora(**REFUSED[kind]))
+    if kind in ("DoRA", "the head", "PiSSA"):
+        assert_all_refuse(adapter, pair_file, tmp_path, "merge it into its base with PEFT")
+    else:
+        done = call_here("grath.export", adapter, tmp_path / "x", status=2)
+        assert "merge it into its base with PEFT" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "VeRA", "prefix tuning", "another task"])
+def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
+    import peft
+
+    config = {
+        "LoHa": lambda: peft.LoHaConfig(target_modules=ATTENTION),
+        "VeRA": lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+        "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "another task": lambda: peft.LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=ATTENTION),
+    }[kind]()
+    adapter = save_adapter(tiny_llama, tmp_path / "a", config)
+    done = call_here(*commands(adapter, pair_file, tmp_path)["d"], status=2)
+    assert "not LoRA for a causal language model: merge it" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny_llama, pair_file, tmp_path):
+    from safetensors.torch import save_file
+
+    adapter = save_adapter(tiny_llama, tmp_path / "a", lora())
+    # A layer that the file lacks would keep its initial weights.
+    kept = {name: weight for name, weight in weights(adapter).items() if ".layers.1.self_attn.k_proj" not in name}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    assert "layers.1" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base, reason in {"/nowhere/llama": "put it back there", str(adapter): "is an adapter itself"}.items():
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        assert reason in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": "8"}))
+    assert "r is '8'" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
+
+
+def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(tiny_llama, pair_file, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "m", source=("--dataset_path", pair_file, "--max_steps", "1"))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    for made, command in commands(tmp_path / "m", pair_file, tmp_path).items():
+        if made != "pairs.distance.json":
+            done = call_here(*command, status=2)
+            assert "was made with config.json" in done.stderr and "put its base back" in done.stderr
+            assert not (tmp_path / made).exists()
