@@ -12,6 +12,7 @@ from support import (
     PROJECT,
     RESPONSE,
     call,
+    call_here,
     make_llama,
     make_tokenizer,
     pair,
@@ -144,6 +145,13 @@ def hub(tmp_path_factory):
         for split in ("test", "dev"):
             put(root, "cais/mmlu", split, mmlu, SUBJECTS, ("test", "dev"), config=subject)
     return root
+
+
+@pytest.fixture(scope="session")
+def scored_once(tiny_llama, made_once):
+    """A folder of scores of three questions, with sample answers and logged questions. Never changed."""
+    flags = ("--tasks", "grath_mc1", "grath_mc2", "--limit", 3, "--samples", "--log_samples")
+    return made_once("scores", lambda folder: call_here("grath.evaluation", tiny_llama, folder, *flags))
 
 
 @pytest.fixture(scope="session")

@@ -65,9 +65,3 @@ def test_nothing_changes_the_import_path():
     named = [path for path in named if path.is_file() and "tests" not in path.parts]
     assert len(named) > 50
     assert [path.name for path in named if re.search(r"sys\.path\.|PYTHONPATH", path.read_text(encoding="utf-8"))] == []
-
-
-def test_every_package_is_installed():
-    text = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
-    packages = {".".join(path.parent.relative_to(PROJECT).parts) for path in PROJECT.glob("grath/**/__init__.py")}
-    assert packages == set(re.findall(r'"(grath[.\w]*)"', text.split("packages = [")[1].split("]")[0]))

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support import BUNDLED, PROJECT, call_here, tiny
+from transformers import AutoModelForCausalLM
 
 from grath.evaluation import loglikelihood
 from grath.evaluation.loglikelihood import window_loglikelihoods
@@ -74,8 +75,6 @@ def test_forward_passes_and_tokens_of_scores(task, passes_per_question, share, m
 
 
 def test_a_stage_loads_its_model_once(monkeypatch, tiny_llama, pair_file, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     load = Mock(wraps=AutoModelForCausalLM.from_pretrained)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     model = ("--model_name_or_path", tiny_llama, "--precision", "fp32")

@@ -51,9 +51,8 @@ def test_the_constraints_name_every_package_that_is_needed():
 
 def test_every_installation_is_by_the_constraints():
     makefile = (PROJECT / "Makefile").read_text()
-    assert (
-        "\nPIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt\n" in makefile
-    )
+    pip = ".venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt"
+    assert f"\nPIP := {pip}\n" in makefile
     assert "\n\t$(PIP) -e .\n" in makefile
     texts = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("*.sh"), *PROJECT.glob("grath/**/*.py")]
     found = [
@@ -84,7 +83,8 @@ def test_the_project_can_be_installed(tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
     wheel = next(tmp_path.glob("*.whl"))
     subprocess.run([*command, tmp_path / "site", wheel], check=True)
-    assert (tmp_path / "site" / "grath" / "run" / "settings.py").is_file()
+    installed = {path.relative_to(tmp_path / "site") for path in (tmp_path / "site" / "grath").rglob("*.py")}
+    assert installed == {path.relative_to(PROJECT) for path in (PROJECT / "grath").rglob("*.py")}
     metadata = next((tmp_path / "site").glob("grath-*/METADATA")).read_text()
     assert all(f"Requires-Dist: {line.split('==')[0]}" in metadata for line in lines("requirements.txt"))
 

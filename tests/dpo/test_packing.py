@@ -29,7 +29,6 @@ def test_shared_prompts_are_computed_once_with_equal_results(family):
 
 
 def test_completion_log_probs_equal_trls(tiny_llama, llama_tokenizer):
-    """Compare the head that projects only completions with TRL's fused head, on one batch."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     statistics = ("entropy", "mean_logits", "is_top1")
     add_fused_lm_head(model, outputs=("log_probs", *statistics))

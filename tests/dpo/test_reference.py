@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from peft import get_peft_model_state_dict
 from support import weights
 from trainings import difference, make_trainer, margin, train
 
@@ -60,8 +61,6 @@ def test_precomputing_the_reference_does_not_change_training(second_iteration, f
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_margins_on_a_quantized_base(tiny_llama, pair_file, tmp_path, precision, caplog):
-    from peft import get_peft_model_state_dict
-
     flags = ("--precision", precision, "--reference")
     source = ("--dataset_path", pair_file)
     done, first = train(tiny_llama, tmp_path / "1", *flags, "rolling", source=source)

@@ -9,6 +9,8 @@ import pytest
 from support import PROJECT, pair, write_rows
 from trainings import command, difference, interrupt, train
 
+from grath.dpo.checkpoints import last_checkpoint
+
 
 @pytest.fixture
 def source(pair_file):
@@ -95,7 +97,6 @@ def test_starts_that_are_refused(first_iteration, tiny_llama, source, tmp_path):
         (tiny_llama, finished, (overwrite, resume, finished / "checkpoint-1"), "removes the checkpoints"),
         (tiny_llama, tmp_path / "new", (resume, tmp_path), f"{tmp_path} is no complete checkpoint"),
         (tiny_llama, tmp_path / "new", (resume, finished), f"{finished} is no complete checkpoint"),
-        (finished, tmp_path / "new", ("--lora_r", "4"), "the incoming adapter has r 8, not 4"),
     ]:
         done, _ = train(model, output, *flags, source=source, status=2)
         assert message in done.stderr
@@ -149,8 +150,6 @@ def test_epochs(tiny_llama, source, tmp_path):
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
 def test_a_truncated_checkpoint_is_skipped(first_iteration, tmp_path, file):
-    from grath.dpo.checkpoints import last_checkpoint
-
     shutil.copytree(first_iteration[0], tmp_path / "m")
     (tmp_path / "m" / "checkpoint-of-yesterday-9").mkdir()
     assert last_checkpoint(tmp_path / "m").endswith("checkpoint-3")

@@ -3,18 +3,20 @@
 import gc
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support import PROJECT, call_here
 from trainings import STEPS, difference, make_trainer, read_training, train
+from transformers import LlamaModel
+
+from grath.dpo.config import GrathDPOConfig
+from grath.modeling.loading import load_model
 
 
 @pytest.mark.parametrize("reference", ["rolling", "fixed"])
 def test_a_trainer_before_its_first_step(reference, first_iteration, pair_file, tmp_path):
-    import torch
-
-    from grath.modeling.loading import load_model
-
     # The fixed reference is the base alone, loaded again; the rolling one is the base with the incoming adapter.
     name = first_iteration[0] if reference == "rolling" else first_iteration[2]["base_model"]
     expected = load_model(name, "fp32").eval()
@@ -53,23 +55,15 @@ def test_another_loss_and_another_form_of_target_modules(first_iteration, pair_f
     assert json.loads((tmp_path / "m" / "adapter_config.json").read_text())["target_modules"] == r".*\.(q|k|v)_proj"
 
 
-class Passes(list):
-    """The number of pairs in each forward pass of a test; more than `limit` at once do not fit."""
-
-    limit = 1000
-
-
 @pytest.fixture
 def passes(monkeypatch):
-    import torch
-    from transformers import LlamaModel
-
-    original, found = LlamaModel.forward, Passes()
+    """The number of pairs in each forward pass of a test; more than `limit` at once do not fit."""
+    original, found = LlamaModel.forward, SimpleNamespace(sizes=[], limit=1000)
 
     def forward(self, input_ids, **options):
         if len(input_ids) > found.limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        found.append(len(input_ids))
+        found.sizes.append(len(input_ids))
         return original(self, input_ids=input_ids, **options)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
@@ -78,12 +72,10 @@ def passes(monkeypatch):
 
 def test_the_reference_is_evaluated_on_the_pairs_of_the_steps_only(tiny_llama, pair_file, tmp_path, passes):
     train(tiny_llama, tmp_path / "m", "--max_steps", "2", source=("--dataset_path", pair_file))
-    assert passes == [8, 2, 2, 2, 2]  # of 12 pairs
+    assert passes.sizes == [8, 2, 2, 2, 2]  # of 12 pairs
 
 
 def test_a_batch_that_does_not_fit_is_halved(tiny_llama, pair_file, tmp_path, passes, monkeypatch):
-    from grath.dpo.config import GrathDPOConfig
-
     def start(output, *flags, status=0):
         command = ["--dataset_path", pair_file, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / output]
         # Dropout draws from the random state, which the probe must leave as it is.
@@ -99,11 +91,11 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_llama, pair_file, tmp_path, pa
         self.probes_memory = True
 
     monkeypatch.setattr(GrathDPOConfig, "__post_init__", post_init)
-    passes.clear()
+    passes.sizes.clear()
     passes.limit = 4
     done = start("probed")
     assert "4 pairs per forward pass, as many as the memory takes, and 4 passes per step\n" in done.stdout
-    assert passes == [4] * (3 + 1 + 4)  # the reference of twelve pairs, the probe, a step
+    assert passes.sizes == [4] * (3 + 1 + 4)  # the reference of twelve pairs, the probe, a step
     settings = read_training(tmp_path / "probed")["settings"]
     assert [settings[name.removeprefix("--")] for name in small[::2]] == [4, 4]
     assert difference(tmp_path / "probed", tmp_path / "small") == 0

@@ -36,7 +36,6 @@ def read_training(output):
 
 
 def margin(record, step=0):
-    """Return the reward margin of a log entry."""
     return record["log"][step]["rewards/margins"]
 
 

@@ -3,19 +3,25 @@
 import sys
 from pathlib import Path
 
+import datasets
+import lm_eval.tasks
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model
 from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, tiny
 
+from grath.common.local_data import load_dataset
+from grath.evaluation import harness
+from grath.evaluation.harness import SharedContextLM
 from grath.evaluation.loglikelihood import group_by_prefix, truncate_window, window_loglikelihoods
+from grath.modeling.loading import load_model
 
 
 def both_ways(model, tokenizer, asked, window=None):
     """What `hf-shared` and `hf` return for (context, answer) pairs of token ids."""
-    from lm_eval.models.huggingface import HFLM
-
-    from grath.evaluation.harness import SharedContextLM
-
     shared = SharedContextLM(model, tokenizer, 4, max_length=window)
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=window)
     ours = shared.score([truncate_window(*pair, shared.max_length) for pair in asked], disable_tqdm=True)
@@ -47,24 +53,7 @@ def test_scores_are_those_of_hf(llama_tokenizer, family):
     same(*both_ways(model, llama_tokenizer, requests(300), 300))
 
 
-def test_scores_are_those_of_hf_on_smollm2(smollm2):
-    from grath.modeling.loading import load_model, load_tokenizer
-
-    model, tokenizer = load_model(str(smollm2), "fp32").eval(), load_tokenizer(str(smollm2))
-    shots = "Q: Is ice cold?\nA: Yes, ice is frozen water.\n\nQ: Is fire cold?\nA: No, fire is hot.\n\nQ: "
-    asked = [
-        (tokenizer(shots + question + "\nA:").input_ids, tokenizer(answer).input_ids)
-        for question in ("Do plants eat?", "Is iron a metal?", "Can fish fly?")
-        for answer in (" Yes", " No, they make their own food from light.", " It is a metal, and it rusts.")
-    ]
-    same(*both_ways(model, tokenizer, asked))
-
-
 def test_scores_with_an_adapter_and_in_4_bit(tiny_llama, llama_tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    from grath.modeling.loading import load_model
-
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     asked = requests(200)
     base, _ = both_ways(tiny("llama"), llama_tokenizer, asked, 200)
@@ -125,8 +114,6 @@ def test_batches_have_at_most_so_many_tokens():
 
 def test_out_of_memory_halves_the_tokens_of_a_batch(llama_tokenizer, monkeypatch, capsys):
     """What was yielded is not computed again. A memory that is too small for the smallest batch is an error."""
-    from grath.evaluation import harness
-
     calls, room = [], 1024
 
     def limited(model, windows, batch_tokens, max_rows):
@@ -140,7 +127,7 @@ def test_out_of_memory_halves_the_tokens_of_a_batch(llama_tokenizer, monkeypatch
     monkeypatch.setattr(harness, "window_loglikelihoods", limited)
     model = tiny("llama", max_position_embeddings=300)
     windows = [truncate_window(*pair, 300) for pair in requests(300)]
-    lm = harness.SharedContextLM(model, llama_tokenizer, max_length=300)
+    lm = SharedContextLM(model, llama_tokenizer, max_length=300)
     found = lm.score(windows, disable_tqdm=True)
     assert [tokens for tokens, *_ in calls] == [4096, 2048, 1024] and lm.batch_tokens == 1024
     for (_, asked, done), (_, left, _) in zip(calls, calls[1:], strict=False):
@@ -156,15 +143,6 @@ def test_out_of_memory_halves_the_tokens_of_a_batch(llama_tokenizer, monkeypatch
 @pytest.mark.parametrize("add_bos", [None, True, False])
 def test_requests_are_tokenized_as_hf_does(llama_tokenizer, hub, monkeypatch, add_bos):
     """All requests of five tasks of a made hub; and the first of the real ARC and TruthfulQA where they are at hand."""
-    import datasets
-    import lm_eval.tasks
-    from lm_eval import simple_evaluate
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    from grath.common.local_data import load_dataset
-    from grath.evaluation.harness import SharedContextLM
-
     monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(HUB if HUB.is_dir() and add_bos is None else hub))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     lm = SharedContextLM(tiny("llama"), llama_tokenizer, add_bos_token=add_bos)
@@ -197,11 +175,6 @@ def test_requests_are_tokenized_as_hf_does(llama_tokenizer, hub, monkeypatch, ad
 
 @pytest.mark.parametrize(("family", "context"), [("gemma2", "Ice is"), ("llama", "")])
 def test_what_cannot_be_shared_is_scored_like_hf(llama_tokenizer, family, context, capsys):
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    from grath.evaluation.harness import SharedContextLM
-
     model = tiny(family, vocab_size=len(llama_tokenizer), sliding_window=64)
     asked = [Instance("loglikelihood", {}, pair, 0) for pair in (("What is cold?", " Ice."), (context, " cold."))]
     ours = SharedContextLM(model, llama_tokenizer).loglikelihood(asked)

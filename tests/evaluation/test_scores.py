@@ -193,7 +193,6 @@ def test_a_group_logs_a_file_for_each_member(tmp_path):
 
 
 def test_the_chat_template_is_that_of_the_model_type(tiny_llama, tmp_path):
-    """As in pairs and DPO."""
     flags = ("--tasks", "grath_mc1", "--limit", 2, "--chat_template", "--model_type")
     assert "hf-shared, chat template" in score(tiny_llama, tmp_path / "s", *flags, "zephyr").stdout
     assert json.loads((tmp_path / "s" / "grath_mc1.json").read_text())["chat_template"] == TEMPLATES["zephyr"]

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -16,16 +17,15 @@ from grath.generation.select import GPU_ROWS, ROWS, LocalGenerator
 TOKENIZER = SimpleNamespace(eos_token_id=5, decode=lambda ids, **_: list(ids))
 
 
-class Full:
-    """Called at each forward pass; the memory is full at the passes of these numbers, from 0 on."""
+def full_at(*passes):
+    """A hook of forward passes; the memory is full at the passes of these numbers, from 0 on."""
+    numbers = count()
 
-    def __init__(self, *passes):
-        self.passes, self.count = passes, 0
-
-    def __call__(self, *_):
-        self.count += 1
-        if self.count - 1 in self.passes:
+    def hook(*_):
+        if next(numbers) in passes:
             raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return hook
 
 
 @pytest.mark.parametrize("engine", ["shared_prefix", "generate"])
@@ -44,10 +44,10 @@ def test_when_the_memory_is_full_half_of_the_rows_remain(engine, passes, rows, m
         monkeypatch.setattr(
             select, name, lambda model, new, *rest, fn=generate_fn: asked.append(new) or fn(model, new, *rest)
         )
-    model.model.register_forward_pre_hook(Full(*passes))
+    model.model.register_forward_pre_hook(full_at(*passes))
     generator = LocalGenerator(model, TOKENIZER, 12, engine, batch_size=8)
-    for index, ids, count in generator.generate(prompts):
-        assert index not in found and count == len(ids) and prompts[index] in asked[-1]
+    for index, ids, length in generator.generate(prompts):
+        assert index not in found and length == len(ids) and prompts[index] in asked[-1]
         found[index] = ids
     same(model, prompts, [found[i] for i in range(24)], expected)
     assert generator.rows == rows and len(asked) == len(passes) + 1
@@ -58,7 +58,7 @@ def test_when_the_memory_is_full_half_of_the_rows_remain(engine, passes, rows, m
 
 def test_a_single_row_that_does_not_fit_is_an_error():
     model, prompts, found = tiny("llama"), make_prompts(24, 12), []
-    model.model.register_forward_pre_hook(Full(*range(99)))
+    model.model.register_forward_pre_hook(full_at(*range(99)))
     generator = LocalGenerator(model, TOKENIZER, 12)
     with pytest.raises(torch.OutOfMemoryError):
         found += generator.generate(prompts)
@@ -85,7 +85,7 @@ def test_pairs_are_the_same_when_the_memory_was_full(tiny_llama, tmp_path, monke
         BUNDLED, "--num_query", 12, "--precision", "fp32", "--save_dir",
     )  # fmt: skip
     call_here(*command, tmp_path / "small", "--batch_size", 3)
-    forward, full = SharedPrefixCache.forward, Full(1, 9)
+    forward, full = SharedPrefixCache.forward, full_at(1, 9)
     monkeypatch.setattr(SharedPrefixCache, "forward", lambda *args: full() or forward(*args))
     done = call_here(*command, tmp_path / "large", "--batch_size", 12)
     assert "The memory is full with 12 questions in a batch: going on with 6" in done.stdout

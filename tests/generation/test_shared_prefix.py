@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from greedy import make_prompts, plain, same, shared
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support import FAMILIES, tiny
 
 from grath.evaluation.loglikelihood import loglikelihoods
@@ -63,8 +64,6 @@ def test_the_models_own_attention_is_restored(end):
 @pytest.mark.parametrize("way", [None, "plain", "packed"])
 def test_an_adapter_and_prepared_weights(way, batch_size, monkeypatch):
     """None: an adapter on weights that are not prepared."""
-    from peft import LoraConfig, get_peft_model
-
     if way and way not in time_products(torch.zeros(8, 8)):
         pytest.skip(f"this CPU has no {way} products")
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -186,7 +185,5 @@ def test_models_that_the_engine_does_not_support(family, changes, reason):
 
 
 def test_an_adapter_of_virtual_tokens_is_not_supported():
-    from peft import PromptTuningConfig, get_peft_model
-
     adapted = get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert unsupported_reason(adapted, 100) == "its adapter adds virtual tokens"

@@ -13,10 +13,13 @@ import torch
 from support import BUNDLED, PROJECT, call, call_here, rows, tiny
 
 from grath.evaluation.harness import load_local
+from grath.generation import select
 from grath.generation.attention import fused_kernels_differ
+from grath.generation.cache import download
 from grath.generation.select import LocalGenerator
 from grath.generation.shared_prefix import generate_shared_prefix
-from grath.modeling.loading import load_model, load_tokenizer
+from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
+from grath.run.check import check_device
 
 
 def needs_gpu(reason):
@@ -60,10 +63,18 @@ def test_the_kernels_equal_the_exact_attention(dtype, heads, size):
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
-def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, pair_file, tmp_path):
+def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, pair_file, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        select, "load_for_inference", lambda *args: loaded.append(load_for_inference(*args)) or loaded[-1]
+    )
     ask = ("create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "p", "--save_dir", tmp_path)
     call_here(*ask, "--precision", precision, "--data_path", BUNDLED, "--num_query", 4, "--useFS")
     assert len(rows(next(tmp_path.glob("p_num_4_*_True.json")))) == 4
+    weight = loaded[0].model.layers[0].self_attn.q_proj.weight
+    assert type(weight).__name__ == ("Int8Params" if precision == "int8" else "Params4bit")
+    assert getattr(weight, "quant_type", "int8") == precision
+    assert loaded[0].lm_head.weight.is_floating_point()
     out = tmp_path / "out"
     call_here(
         "dpo.py", "--dataset_path", pair_file, "--model_name_or_path", tiny_llama, "--output_dir", out, "--precision",
@@ -76,7 +87,7 @@ def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, p
 def test_scores_equal_those_of_hf_in_fp32(device, tiny_llama, tmp_path):
     found, tasks = [], ("grath_mc1", "grath_mc2")
     for backend in ("hf", "hf-shared"):
-        score = (tiny_llama, tmp_path / backend, "--tasks", *tasks, "--limit", 20)
+        score = (tiny_llama, tmp_path / backend, "--tasks", *tasks, "--limit", 20, "--batch_size", 4)
         call_here("grath.evaluation", *score, "--precision", "fp32", "--backend", backend)
         results = {task: json.loads((tmp_path / backend / f"{task}.json").read_text())["results"] for task in tasks}
         found.append([results[task][task]["acc,none"] for task in tasks])
@@ -100,16 +111,12 @@ def test_scores_of_quantized_models(device, precision, tiny_llama, tmp_path):
 
 @needs_gpu("a CPU has no driver")
 def test_the_check_describes_the_gpu(monkeypatch):
-    from grath.run.check import check_device
-
     monkeypatch.setenv("DEVICE", "")
     assert re.search(r"compute capability \d+\.\d; driver for CUDA \d\d\.\d; torch .* for CUDA", check_device(1))
 
 
 @needs_gpu("a CPU has no work in a queue")
 def test_results_are_read_while_later_work_runs():
-    from grath.generation.cache import download
-
     numbers, large = torch.arange(3, device="cuda"), torch.ones(8192, 8192, dtype=torch.float16, device="cuda")
     large @ large  # chooses the kernel
     torch.cuda.synchronize()

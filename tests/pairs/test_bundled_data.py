@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+import pandas
 import pytest
 from support import BUNDLED, HUB, PROJECT, needs_hub, rows
 
@@ -40,13 +41,9 @@ def test_few_shot_examples(name):
     assert all(demo["correct"] != demo["incorrect"] for demo in demos)
     if name == "halueval":
         assert all(len(demo["correct"].split()) < 4 < len(demo["incorrect"].split()) for demo in demos)
-
-
-def test_misconceptions_are_denied_as_often_as_not():
-    """A model that learns from them must not learn that a denial is what an incorrect answer does."""
-    demos = load_demos("misconceptions")
-    assert negated([demo["correct"] for demo in demos]) == 0.5
-    assert negated([demo["incorrect"] for demo in demos]) <= 0.5
+    if name == "misconceptions":  # an incorrect answer denies no more often than a correct one
+        assert negated([demo["correct"] for demo in demos]) == 0.5
+        assert negated([demo["incorrect"] for demo in demos]) <= 0.5
 
 
 def _sequences(text, length):
@@ -64,8 +61,6 @@ def bundled_texts():
 
 @needs_hub
 def test_nothing_comes_from_arc_or_truthfulqa():
-    import pandas
-
     arc = HUB / "allenai" / "ai2_arc" / "ARC-Challenge"
     theirs = [question for file in arc.glob("*.parquet") for question in pandas.read_parquet(file)["question"]]
     truthful = pandas.read_parquet(next((HUB / "truthfulqa").rglob("*.parquet")))

@@ -6,6 +6,7 @@ import pytest
 from support import BUNDLED, call_here, pair, rows, write_rows
 
 from grath.pairs.questions import load_questions
+from grath.pairs.stats import pair_stats
 from grath.pairs.truth import content_words, nearest_choice, token_f1, truth_signal
 
 CHOICES = ["the wind", "the Sun", "a magnet", "moving water and wind"]
@@ -80,8 +81,8 @@ def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
     """The tiny model gives every question the same answers, one of which names a choice of some questions."""
     data = [
         {
-            **row, "answerKey": "AB"[i % 2],
-            "choices": {"text": ["light to grow", "small stones"], "label": ["A", "B"]},
+            **row, "answerKey": "12"[i % 2],
+            "choices": {"text": ["light to grow", "small stones"], "label": ["1", "2"]},
         }
         for i, row in enumerate(rows(BUNDLED)[:6])
     ]  # fmt: skip
@@ -96,8 +97,6 @@ def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
 
 
 def test_it_is_of_the_pairs_that_dpo_trains_on(tmp_path):
-    from grath.pairs.stats import pair_stats
-
     questions = load_questions(data_path=BUNDLED)[:6]
     texts = [(row["question"], row["choices"][row["answer"]], row["choices"][row["answer"] - 1]) for row in questions]
     write_rows(tmp_path / "x_True.json", [pair(question, wrong, wrong) for question, _, wrong in texts])
@@ -109,7 +108,5 @@ def test_it_is_of_the_pairs_that_dpo_trains_on(tmp_path):
 
 
 def test_answers_in_another_script_do_not_repeat_the_question(tmp_path):
-    from grath.pairs.stats import pair_stats
-
     write_rows(tmp_path / "x_True.json", [pair("Почему небо синее?", "Из-за рассеяния света.", "Не знаю.")])
     assert pair_stats(tmp_path / "x_True.json")["echoed"] == 0

@@ -109,7 +109,6 @@ def test_a_folder_of_result_files(tmp_path):
 
 
 def test_comparison_of_two_runs(made_run):
-    """They differ in their few-shot examples and in the score of M_1."""
     other = made_run.with_name("another run")
     shutil.copytree(made_run, other)
     put_scores(other, 1, "truthfulqa_mc1", 0.38)
