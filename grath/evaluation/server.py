@@ -1,6 +1,7 @@
 """The harness's model class for inference servers, `local-completions`, with our own transport."""
 
 import copy
+from functools import cache
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from tqdm import tqdm
@@ -36,6 +37,12 @@ class ServerLM(LocalCompletionsAPI):
             max_length=self.window,
             num_concurrent=2,  # more than 1: the harness then hands over all requests at once
         )
+        self.text_of = cache(self._text_of)
+
+    def _text_of(self, token):
+        """Return a token's text for `request_completions`; servers differ in special tokens and parts of characters."""
+        text = self.tokenizer.decode(token)
+        return None if token in self.tokenizer.all_special_ids or "\ufffd" in text else text.strip()
 
     def tok_encode(self, string, *args, **kwargs):
         """Tokenize as `hf` does: with the tokenizer's own BOS, and not a second one after a chat template's."""
@@ -58,9 +65,10 @@ class ServerLM(LocalCompletionsAPI):
 
     async def get_batched_requests(self, requests, cache_keys, *, generate=True, ctxlens=None, **kwargs):
         """Send requests (lists of token ids) to the servers; return what each response says, in order."""
+        text_of = None if generate else self.text_of
         bodies = [self._create_payload([ids], generate=generate, **copy.deepcopy(kwargs)) for ids in requests]
         answers = [None] * len(requests)
-        found = request_completions(self.served, bodies, self.in_flight)
+        found = request_completions(self.served, bodies, self.in_flight, text_of)
         for index, response in tqdm(found, total=len(requests), desc="Scoring requests"):
             if generate:
                 answers[index] = self.parse_generations(response)

@@ -96,7 +96,7 @@ class ServerGenerator:
         for index, response in request_completions(self.served, bodies, self.in_flight):
             usage = response.get("usage")
             count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-            yield index, response["choices"][0]["text"], count if isinstance(count, int) else 0
+            yield index, response["choices"][0]["text"], count if type(count) is int else 0
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """HTTP requests to inference servers with the OpenAI completions API (vLLM, SGLang, llama.cpp).
 
-The API key comes from the environment variable OPENAI_API_KEY, and no message contains it.
+`send` is the only place that reads a response: up to a number of bytes, and without following a redirect. `send_all`
+limits the time. A message contains a server's text only as `show` returns it. The API key comes from the environment
+variable OPENAI_API_KEY, and no message contains it.
 """
 
 import asyncio
@@ -8,7 +10,10 @@ import errno
 import json
 import os
 import random
+import re
 import sys
+from base64 import b64encode
+from functools import cache
 from urllib.parse import urlsplit
 
 from grath.common.errors import UserError
@@ -21,6 +26,8 @@ SILENT_WAIT = 10
 # HTTP statuses of a server that is busy, starting or broken; every other one from 400 on refuses the request.
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 NOT_FOUND = 404
+# Bytes of a response, at most; of a completion, see `completions`. Characters of a server's text in a message.
+MOST_BYTES, MOST_SHOWN = 2**21, 300
 
 
 class Unavailable(Exception):
@@ -52,10 +59,32 @@ def server_urls(urls):
     return tuple(dict.fromkeys(checked))
 
 
+def show(text):
+    """Return a server's text for a message: one short line, without the API key, control characters escaped."""
+    line = hide_key(" ".join(text.split())) if isinstance(text, str) else type(text).__name__
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line[:MOST_SHOWN])
+
+
 def hide_key(text):
-    """Return `text` without the API key."""
+    """Return `text` without the API key, also where its characters are escaped (JSON, URL, HTML) or base64."""
+    return _spellings(key).sub("***", text) if (key := _key()) else text
+
+
+def has_key(text):
+    """Whether `text` contains the API key, unless that is a placeholder such as EMPTY, which may occur in any text."""
     key = _key()
-    return text.replace(key, "***") if key else text
+    return len(key) > 7 and not key.isalpha() and hide_key(text) != text
+
+
+@cache
+def _spellings(key):
+    escaped = r"\\*(?:{0}|u{1:04x}|(?:x|%|&\#x){1:02x};?|&\#{1};)"
+    found = ["".join(escaped.format(re.escape(c), ord(c)) for c in key)]
+    if len(key) > 7:  # in base64, the same bytes look different at each of three offsets
+        raw = key.encode()
+        encoded = [b64encode(bytes(i) + raw).decode()[-(-8 * i // 6) : 8 * (i + len(raw)) // 6] for i in range(3)]
+        found += [re.escape(one) for one in encoded]
+    return re.compile("|".join(found), re.IGNORECASE)
 
 
 def _key():
@@ -63,7 +92,7 @@ def _key():
 
 
 def open_session(timeout):
-    """Return an HTTP session that sends the API key; to be used in a running event loop."""
+    """Return an HTTP session that sends the API key, in a running event loop; `timeout`: seconds for a connection."""
     from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
     key = _key()
@@ -71,51 +100,66 @@ def open_session(timeout):
         raise UserError(f"{KEY} contains a line break or another control character")
     return ClientSession(
         connector=TCPConnector(limit=0),
-        timeout=ClientTimeout(total=None, sock_connect=min(30, timeout), sock_read=timeout),
+        timeout=ClientTimeout(total=None, sock_connect=min(30, timeout)),
         headers={"Authorization": f"Bearer {key}"} if key else {},
     )
 
 
-async def send(session, url, body=None, try_again=TRY_AGAIN):
-    """Send one request: POST with a JSON body, or GET without one. Return the text of the response.
+async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
+    """Send one request: POST with a JSON body, or GET without one. Return the JSON of the response; None if it is none.
 
     Raises:
         Unavailable: no response, or one with a status of `try_again`.
-        Refused: the server refuses the request.
+        Refused: the server refuses or redirects the request, or sends more than `limit` bytes.
     """
     from aiohttp import ClientConnectorCertificateError, ClientError
 
+    method, content = "GET" if body is None else "POST", bytearray()
     try:
-        async with session.request("GET" if body is None else "POST", url, json=body) as response:
-            status, text = response.status, await response.text()
+        async with session.request(method, url, json=body, allow_redirects=False) as response:
+            status, location = response.status, response.headers.get("Location")
+            async for chunk in response.content.iter_any():
+                content += chunk
+                if len(content) > limit:
+                    break
     except TimeoutError:
         raise Unavailable("no response in time") from None
     except ClientConnectorCertificateError as error:
-        raise UserError(f"{url}: {hide_key(str(error))}") from None
-    except (ClientError, OSError, UnicodeDecodeError) as error:
-        raise Unavailable(hide_key(str(error) or type(error).__name__)) from None
-    if status in try_again:
-        raise Unavailable(f"HTTP {status}: {_reason(text)}")
-    if status >= 400:
-        raise Refused(f"{url} refuses the request (HTTP {status}): {_reason(text)}", status)
-    return text
-
-
-def _reason(text):
-    """Return the server's reason from the body of an error, without the API key."""
+        raise UserError(f"{url}: {show(str(error))}") from None
+    except (ClientError, OSError) as error:
+        raise Unavailable(show(str(error)) or type(error).__name__) from None
     try:
-        found = json.loads(text)
-        for key in ("error", "message"):
-            found = found.get(key, found) if isinstance(found, dict) else found
-    except ValueError:
-        found = text
-    return hide_key(" ".join(str(found).split()))[:300] or "no reason given"
+        found = json.loads(content)
+        if b"\\ud" in content.lower():  # half of a surrogate pair could not be written again
+            json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        found = None
+    if status in try_again:
+        raise Unavailable(f"HTTP {status}: {_reason(found, content)}")
+    if 300 <= status < 400:
+        raise Refused(f"{url} redirects to {show(location)}, which is not followed: give the final address", status)
+    error = isinstance(found, dict) and (found.get("error") or found.get("object") == "error")
+    if status >= 400 or error:
+        if isinstance(error, dict) and error.get("code") in (429, 503):  # a proxy's status 200
+            raise Unavailable(_reason(found, content))
+        raise Refused(f"{url} refuses the request (HTTP {status}): {_reason(found, content)}", status)
+    if len(content) > limit:
+        raise Refused(f"{url} sends more than {limit} bytes, too many for a response to this request", status)
+    return found
+
+
+def _reason(found, content):
+    """Return the server's reason from the body of an error: its JSON, and its bytes."""
+    for key in ("error", "message"):
+        found = found.get(key, found) if isinstance(found, dict) else found
+    return show(found if isinstance(found, str) else content.decode(errors="replace")) or "no reason given"
 
 
 async def send_all(senders, count, timeout, on_done):
     """Call `on_done` with the index and the response of each of `count` requests, as they come.
 
-    A request that fails is sent again, by the sender that is free first.
+    A request that fails is sent again, by the sender that is free first. Each may take long while its server sends
+    responses to others; one whose server has sent no whole response for `timeout` seconds since, fails.
 
     Args:
         senders: list of (url, function of a request's index that sends it); each has one request in flight.
@@ -124,23 +168,38 @@ async def send_all(senders, count, timeout, on_done):
         TimeoutError: there were failures, and no response, for `timeout` seconds.
     """
     now, failing_since, said = asyncio.get_running_loop().time, None, False
+    heard = {url: 0 for url, _ in senders}  # when each server sent its last response
     waiting = asyncio.Queue()
     for index in range(count):
         waiting.put_nowait(index)
+
+    async def in_time(url, request, sent):
+        task = asyncio.ensure_future(request)
+        try:
+            while not task.done():
+                left = max(sent, heard[url]) + timeout - now()
+                if left <= 0:
+                    raise TimeoutError("no response in time")
+                await asyncio.wait([task], timeout=left)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def work(url, send_fn):
         nonlocal failing_since, said
         wait = FIRST_WAIT
         while True:
-            index = await waiting.get()
+            index, sent = await waiting.get(), now()
             try:
-                response = await send_fn(index)
-            except Unavailable as reason:
+                response = await in_time(url, send_fn(index), sent)
+            except (Unavailable, TimeoutError) as reason:
                 waiting.put_nowait(index)
                 waiting.task_done()
-                failing_since = failing_since or now()
+                since = now() if isinstance(reason, Unavailable) else max(sent, *heard.values())
+                failing_since = min(failing_since or since, since)
                 seconds = now() - failing_since
-                if seconds > timeout:
+                if seconds >= timeout:
                     raise TimeoutError(
                         errno.ETIMEDOUT, f"no response from {url} for {timeout:g} s ({reason})"
                     ) from None
@@ -153,7 +212,7 @@ async def send_all(senders, count, timeout, on_done):
             else:
                 on_done(index, response)
                 waiting.task_done()
-                failing_since, said, wait = None, False, FIRST_WAIT
+                failing_since, said, wait, heard[url] = None, False, FIRST_WAIT, now()
 
     tasks = [asyncio.create_task(waiting.join()), *(asyncio.create_task(work(*sender)) for sender in senders)]
     try:

@@ -1,22 +1,29 @@
 """A model on inference servers: its LoRA adapter there, and the completions of many requests, each exactly once.
 
 A request is sent again until it has its response. A lost or busy server is waited for, and another one may answer
-meanwhile.
+meanwhile. `_check` compares every response with its request.
 """
 
 import asyncio
-import json
+import math
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import PurePath
 from queue import SimpleQueue
 from threading import Thread
 
 from grath.common.defaults import SERVER_TIMEOUT
 from grath.common.errors import UserError
-from grath.serving.client import NOT_FOUND, TRY_AGAIN, Refused, Unavailable, open_session, send, send_all, send_until
+from grath.serving import client
+from grath.serving.client import Refused, Unavailable, send_until, show
 
 # Requests in flight at each server; those that the server refuses as too many wait.
 MOST_IN_FLIGHT = 512
+# Bytes of a response, at most: so many, and so many for each token in it. vLLM sends up to 300 for a token's
+# log-probabilities.
+BYTES, BYTES_PER_TOKEN = 2**18, 2**11
+# What vLLM, SGLang, llama.cpp and TGI call the end of a completion that is whole; the first two: older servers.
+FINISHED = (None, "", "stop", "length", "eos_token")
 # vLLM's API to load adapters while it runs.
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 # The last option keeps LoRA off the LM head, where vLLM 0.32 fails at several requests for log-probabilities at once.
@@ -35,6 +42,7 @@ class Served:
         adapter: the adapter's folder, which a restarted server loads again; None for a model.
         window: the longest sequence of tokens that every server takes; None if they do not say.
         timeout: seconds of failures, without any response, after which requests fail.
+        names: what the servers may call the model in a response, in addition to `name`.
         loaded: the servers on which this process has loaded the adapter.
     """
 
@@ -43,26 +51,29 @@ class Served:
     adapter: str | None = None
     window: int | None = None
     timeout: float = SERVER_TIMEOUT
+    names: frozenset = frozenset()
     loaded: set = field(default_factory=set)
 
 
-def request_completions(served, bodies, in_flight=None):
+def request_completions(served, bodies, in_flight=None, text_of=None):
     """Send completion requests to all servers of a model, each until it has its response.
 
     Args:
         served: `Served`.
         bodies: list of dicts, without the model's name.
         in_flight: most requests in flight at each server; None is `MOST_IN_FLIGHT`.
+        text_of: function of a token id that returns the token's text without white space around it, or None where a
+            server may write another; if given, a response must have the log-probabilities of the prompt's tokens.
 
     Yields:
-        (index, response's dict) of each request once, as the responses come.
+        (index, response's dict) of each request once, as the responses come. A response has one choice.
 
     Raises:
-        Refused: a server refuses a request; the message is its reason.
+        Refused: a server refuses a request, and the message is its reason; or a response contradicts its request.
         TimeoutError: no request had a response for the timeout of `served`.
     """
     loop, results = asyncio.new_event_loop(), SimpleQueue()
-    asking = loop.create_task(_request_completions(served, bodies, in_flight, lambda *found: results.put(found)))
+    asking = loop.create_task(_request_completions(served, bodies, in_flight, text_of, results))
     asking.add_done_callback(results.put)
     asking.add_done_callback(lambda _: loop.stop())
     # A signal's exception is raised at any line of the main thread, which must not be one of the event loop.
@@ -78,24 +89,24 @@ def request_completions(served, bodies, in_flight=None):
         loop.close()
 
 
-async def _request_completions(served, bodies, in_flight, on_done):
-    async with open_session(served.timeout) as session:
-        senders = [(url, partial(_request, session, served, url, asyncio.Lock(), bodies)) for url in served.urls]
+async def _request_completions(served, bodies, in_flight, text_of, results):
+    async with client.open_session(served.timeout) as session:
+        send = partial(_request, session, served, bodies, text_of)
+        senders = [(url, partial(send, url, asyncio.Lock())) for url in served.urls]
         # The servers take turns, so that they share few requests too.
         senders *= min(in_flight or MOST_IN_FLIGHT, len(bodies))
-        await send_all(senders, len(bodies), served.timeout, on_done)
+        await client.send_all(senders, len(bodies), served.timeout, lambda *found: results.put(found))
 
 
-async def _request(session, served, url, loading, bodies, index):
+async def _request(session, served, bodies, text_of, url, loading, index):
     """Send a request, and check its response; where a restarted server has lost the adapter, load it again first."""
+    body = {"model": served.name, **bodies[index]}
+    ids = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
+    tokens = body.get("max_tokens", 0) + (len(ids) if body.get("echo") else 0)
     try:
-        response = json.loads(await send(session, f"{url}/v1/completions", {"model": served.name, **bodies[index]}))
-        if isinstance(response["choices"][0]["text"], str):
-            return response
-    except (ValueError, TypeError, LookupError):
-        pass
+        found = await client.send(session, f"{url}/v1/completions", body, limit=BYTES + BYTES_PER_TOKEN * tokens)
     except Refused as error:
-        if not served.adapter or error.status != NOT_FOUND:
+        if not served.adapter or error.status != client.NOT_FOUND:
             raise
         try:
             async with loading:
@@ -106,19 +117,77 @@ async def _request(session, served, url, loading, bodies, index):
             if len(served.urls) == 1:  # else another server may answer
                 raise
         raise Unavailable(str(error)) from None
-    raise Unavailable("the response is incomplete, or no completion")
+    if wrong := _check(found, served, ids, text_of):
+        raise Refused(f"{url} {wrong}", 200)
+    return found
+
+
+def _check(response, served, ids, text_of):
+    """Return what makes a response no answer to a request for a completion of the tokens `ids`, or None.
+
+    Raises:
+        Unavailable: there is no completion; there may be one at the next try.
+    """
+    choices = response.get("choices") if isinstance(response, dict) else None
+    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+        raise Unavailable("the response is no JSON with a completion")
+    choice, model, usage = choices[0], response.get("model"), response.get("usage")
+    if choice.get("finish_reason") not in FINISHED:
+        raise Unavailable(f"a completion has ended early: {show(choice['finish_reason'])}")
+    if len(choices) > 1 or choice.get("index") not in (None, 0):
+        return "sends other completions than the one that was asked for"
+    choice["index"] = 0
+    if model is not None and not is_named(model, {served.name, *served.names}):
+        return f"answers with another model, {show(model)}, not {show(served.name)}"
+    read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if read is not None and read != len(ids):
+        read = show(str(read) if type(read) is int else read)
+        return f"has not read the {len(ids)} tokens of a prompt ({read}): start it so that it cuts none"
+    if not isinstance(choice.get("text"), str):
+        return "sends a completion that is no text"
+    if text_of:
+        return _check_logprobs(choice.get("logprobs"), [*map(text_of, ids), None])
+    return "sends the API key in a completion" if client.has_key(choice["text"]) else None
+
+
+def _check_logprobs(logprobs, texts):
+    """Return what is wrong with the log-probabilities of tokens, of which some texts are known; None if nothing is."""
+    keys = ("tokens", "token_logprobs", "top_logprobs")
+    lists = [logprobs.get(key) if isinstance(logprobs, dict) else None for key in keys]
+    if not all(isinstance(one, list) and len(one) == len(texts) for one in lists):
+        return f"does not return {len(texts)} log-probabilities for as many tokens: start it so that it cuts no prompt"
+    tokens, values, tops = lists
+    tops = [value for top in tops[1:] for value in (isinstance(top, dict) and top.values()) or (None,)]
+    if not all(map(is_logprob, values[1:] + tops)):
+        return "returns a log-probability that is missing, or no number up to 0"
+    tokens = [token.strip() if isinstance(token, str) else None for token in tokens]
+    same = all(text in (None, token) for token, text in zip(tokens, texts, strict=True))
+    return None if same else "returns log-probabilities of other tokens than those that were sent"
+
+
+def is_logprob(value):
+    """Whether a value from a server is a log-probability, up to rounding."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < 0.01
+
+
+def is_named(name, names):
+    """Whether a name from a server is one of `names`, or has the last part of one."""
+    return isinstance(name, str) and PurePath(name).name in {PurePath(one).name for one in names}
 
 
 async def served_models(session, url, timeout):
-    """List the models and adapters of a server: list of dicts with at least `id`."""
-    text = await send_until(session, timeout, f"{url}/v1/models")
-    try:
-        models = json.loads(text)["data"]
-        if all(isinstance(model["id"], str) for model in models):
-            return models
-    except (ValueError, TypeError, LookupError):
-        pass
-    raise UserError(f"{url}/v1/models lists no models: is it a server with the OpenAI completions API?")
+    """List the models and adapters of a server: list of dicts of `id`, `names` (set of str) and `window` (or None)."""
+    found = await send_until(session, timeout, f"{url}/v1/models")
+    models = found.get("data") if isinstance(found, dict) else None
+    if not isinstance(models, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("id"), str) for one in models
+    ):
+        raise UserError(f"{url}/v1/models lists no models: is it a server with the OpenAI completions API?")
+    for one in models:
+        one["names"] = {name for name in (one["id"], one.get("root")) if isinstance(name, str)}
+        window = one.get("max_model_len")
+        one["window"] = window if type(window) is int and window > 0 else None
+    return models
 
 
 async def load_adapter(session, url, served, timeout):
@@ -130,7 +199,7 @@ async def load_adapter(session, url, served, timeout):
     body = {"lora_name": served.name, "lora_path": served.adapter}
     try:
         # vLLM answers 500 where it cannot use the adapter.
-        await send_until(session, timeout, f"{url}{LOAD}", body, TRY_AGAIN - {500})
+        await send_until(session, timeout, f"{url}{LOAD}", body, client.TRY_AGAIN - {500})
         served.loaded.add(url)
     except Refused as error:
         if served.name in {model["id"] for model in await served_models(session, url, timeout)}:

@@ -12,8 +12,9 @@ from grath.common.errors import UserError
 from grath.common.files import sha256
 from grath.common.layout import ADAPTER
 from grath.modeling.loading import has_local_weights, load_for_inference, resolve_base_and_adapter
-from grath.serving.client import NOT_FOUND, Refused, Unavailable, open_session, send, server_urls
-from grath.serving.completions import LOAD, START, UNLOAD, Served, load_adapter, request_completions, served_models
+from grath.serving import completions
+from grath.serving.client import NOT_FOUND, Refused, Unavailable, open_session, send, send_until, server_urls, show
+from grath.serving.completions import LOAD, START, UNLOAD, Served, is_logprob, is_named
 
 # Its tokens are likely enough to be stable in 16 bits, and open enough to tell one model from another.
 PROBE = (
@@ -49,9 +50,11 @@ def serve(model, urls, timeout):
     """
     base, adapter = resolve_base_and_adapter(model)
     found = asyncio.run(_entries(base, server_urls(urls), timeout))
-    windows = [own["max_model_len"] for own in found.values() if isinstance(own.get("max_model_len"), int)]
+    windows = [own["window"] for own in found.values() if own["window"]]
     name = f"grath-{sha256(Path(adapter) / ADAPTER)[:12]}" if adapter else next(iter(found.values()))["id"]
-    served = Served(tuple(found), name, adapter, min(windows, default=None), timeout)
+    # An answer with the name of its base is no answer of an adapter.
+    names = () if adapter else frozenset().union(*(own["names"] for own in found.values()))
+    served = Served(tuple(found), name, adapter, min(windows, default=None), timeout, names)
     try:
         if adapter:
             asyncio.run(_load(served))
@@ -64,14 +67,14 @@ def serve(model, urls, timeout):
 async def _load(served):
     async with open_session(served.timeout) as session:
         for url in served.urls:
-            await load_adapter(session, url, served, served.timeout)
+            await completions.load_adapter(session, url, served, served.timeout)
 
 
 async def _unload(served):
     async with open_session(timeout=5) as session:
         for url in served.loaded:
-            with suppress(Unavailable, Refused):  # the server is gone, or has lost the adapter
-                await send(session, f"{url}{UNLOAD}", {"lora_name": served.name})
+            with suppress(Unavailable, Refused, TimeoutError):  # the server is gone, or has lost the adapter
+                await asyncio.wait_for(send(session, f"{url}{UNLOAD}", {"lora_name": served.name}), 5)
 
 
 def describe_servers(model, urls, timeout, adapters):
@@ -86,7 +89,7 @@ def describe_servers(model, urls, timeout, adapters):
     if adapters:
         asyncio.run(_check_adapters(urls, timeout))
     return "; ".join(
-        f"{url} has {own['id']}, at most {own.get('max_model_len', 'an unknown number of')} tokens"
+        f"{url} has {show(own['id'])}, at most {own['window'] or 'an unknown number of'} tokens"
         for url, own in found.items()
     )
 
@@ -96,9 +99,7 @@ async def _check_adapters(urls, timeout):
     async with open_session(timeout) as session:
         for url in urls:
             try:
-                await send(session, f"{url}{LOAD}", {})
-            except Unavailable:
-                continue
+                await send_until(session, timeout, f"{url}{LOAD}", {}, ())
             except Refused as error:  # the request has no adapter
                 if error.status == NOT_FOUND:
                     raise UserError(f"{url} cannot load adapters: start it with {START}") from None
@@ -122,18 +123,21 @@ async def _entries(base, urls, timeout):
             print(f"Going on without {url}: {answers[url].strerror}", file=sys.stderr, flush=True)
     names = {own["id"] for own in found.values()}
     if len(names) > 1:
-        raise UserError(f"the servers have {base} under several names ({', '.join(sorted(names))}): give it one")
+        raise UserError(
+            f"the servers have {base} under several names ({', '.join(map(show, sorted(names)))}): give it one"
+        )
     return found
 
 
 async def _entry(session, url, base, timeout):
     """Return the entry of the model `base`, by its name or the path that it was loaded from, in a server's list."""
-    models = await served_models(session, url, timeout)
+    models = await completions.served_models(session, url, timeout)
     for entry in models:
-        names = {name for name in (entry["id"], entry.get("root")) if isinstance(name, str)}
-        if base in names or Path(base).name in {Path(name).name for name in names}:
+        if is_named(base, entry["names"]):
+            # vLLM answers with the first of a model's names.
+            entry["names"] = set().union(*(one["names"] for one in models if one["names"] & entry["names"]))
             return entry
-    listed = ", ".join(entry["id"] for entry in models) or "no model"
+    listed = show(", ".join(entry["id"] for entry in models)) or "no model"
     raise UserError(
         f"{url} serves {listed}, not {base}: serve it there, under that name or its last part "
         "(vLLM: --served-model-name, llama.cpp: --alias)"
@@ -156,7 +160,7 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
     probes = {url: _probe(replace(served, urls=(url,)), ids) for url in served.urls}
     local, compared = _local_logprobs(model, tokenizer, ids), []
     for url, probe in probes.items():
-        whole = len(probe) == len(ids) + 1 and all(_is_number(value) for _, value in probe[1:])
+        whole = len(probe) == len(ids) + 1 and all(is_logprob(value) for _, value in probe[1:])
         if prompt_logprobs and not (whole and len({value for _, value in probe[1:]}) > 1):
             raise UserError(
                 f"{url} returns no log-probabilities for the tokens of a prompt, so scores from it would be chance: "
@@ -165,7 +169,7 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
         # A server that returns nothing for the prompt may return the token that it generated.
         if whole and [text for text, _ in probe[:-1]] != [text.strip() for text in map(tokenizer.decode, ids)]:
             raise UserError(f"{url} has another vocabulary than {model}: serve the same model there")
-        if local is None or not probe or not _is_number(probe[-1][1]):
+        if local is None or not probe or not is_logprob(probe[-1][1]):
             continue
         of_prompt, best = local
         ours = [*(of_prompt if whole else []), best.get(probe[-1][0], -math.inf)]
@@ -179,22 +183,18 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
         compared.append((mean, len(ours)))
     if not compared:
         what = "has the local tokens; its weights were not compared" if whole else "could not be compared"
-        return f"{served.name} on the servers {what}"
+        return f"{show(served.name)} on the servers {what}"
     mean, count = max(compared)
     return (
-        f"{served.name} on the servers has the local weights (the log-probabilities of {count} tokens of a probe "
+        f"{show(served.name)} on the servers has the local weights (the log-probabilities of {count} tokens of a probe "
         f"differ by {mean:.4f} on average)"
     )
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _probe(served, ids):
     """Return (text, log-probability) of the probe's tokens and one more, as far as the server returns them."""
     body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    ((_, response),) = request_completions(served, [body])
+    ((_, response),) = completions.request_completions(served, [body])
     logprobs = response["choices"][0].get("logprobs")
     try:
         if content := logprobs.get("content"):  # llama.cpp
@@ -203,7 +203,7 @@ def _probe(served, ids):
             found = [*zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)]
     except (AttributeError, LookupError, TypeError, ValueError):  # none, or another form
         return []
-    return [(str(text).strip(), value) for text, value in found]
+    return [(text.strip() if isinstance(text, str) else "", value) for text, value in found]
 
 
 def _local_logprobs(model, tokenizer, ids):

@@ -69,6 +69,46 @@ def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tm
         assert "Traceback" not in done.stderr and not values(tmp_path)
 
 
+def of_logprobs(change):
+    """A fault that changes the log-probabilities of a response."""
+    return lambda response: change(response["choices"][0]["logprobs"])
+
+
+def cut(logprobs):
+    for values in logprobs.values():
+        del values[1:3]
+
+
+def replace(name, value):
+    return of_logprobs(lambda logprobs: logprobs[name].__setitem__(2, value))
+
+
+WRONG = {
+    "cut": (of_logprobs(cut), "log-probabilities for as many tokens"),
+    "one more": (of_logprobs(lambda logprobs: logprobs["token_logprobs"].append(-1)), "for as many tokens"),
+    "none": (lambda response: response["choices"][0].update(logprobs=None), "for as many tokens"),
+    "a word": (of_logprobs(lambda logprobs: logprobs.update(tokens="all")), "for as many tokens"),
+    "null": (replace("token_logprobs", None), "missing, or no number"),
+    "text": (replace("token_logprobs", "-1.5"), "missing, or no number"),
+    "true": (replace("token_logprobs", True), "missing, or no number"),
+    "nan": (replace("token_logprobs", float("nan")), "missing, or no number"),
+    "infinite": (replace("token_logprobs", float("-inf")), "missing, or no number"),
+    "positive": (replace("token_logprobs", 0.5), "missing, or no number"),
+    "no best": (replace("top_logprobs", {}), "missing, or no number"),
+    "best is a list": (replace("top_logprobs", [-1.0]), "missing, or no number"),
+    "token": (replace("tokens", "another"), "other tokens than those"),
+    "truncated": (lambda response: response["usage"].update(prompt_tokens=30), "tokens of a prompt (30)"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_response_after_the_probe_is_no_score(server, tiny_llama, tmp_path, kind):
+    fault, said = WRONG[kind]
+    server.faults = lambda number: fault if number > 2 else None
+    done = score(server, tiny_llama, tmp_path, status=2)
+    assert said in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr and not values(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("said", "own", "advice"),
     [

@@ -1,5 +1,7 @@
 """Pairs from inference servers at the command line, and what a server can do wrong."""
 
+import asyncio
+import base64
 import json
 import resource
 import signal
@@ -193,6 +195,148 @@ def test_a_refused_request_names_the_reason(serve, tiny_llama, tmp_path, monkeyp
     assert server.keys == {f"Bearer {KEY}"}
     said = done.stdout + done.stderr + "".join(path.read_text() for path in tmp_path.iterdir())
     assert KEY not in said
+
+
+def change(**parts):
+    """Change parts of a response, those of its choice too."""
+
+    def fault(response):
+        (choice,) = response["choices"]
+        response |= {name: value for name, value in parts.items() if name not in ("text", "finish_reason", "index")}
+        choice |= {name: value for name, value in parts.items() if name in ("text", "finish_reason", "index")}
+
+    return fault
+
+
+WRONG = {
+    b'{"error": {"message": "the engine\\u001b[2J is dead", "code": 500}}': "the engine\\x1b[2J is dead",
+    b'{"object": "error", "message": "out of order"}': "(HTTP 200): out of order",
+    b" " * 2**19: "bytes, too many for a response",
+    change(model="mistral-7b"): "answers with another model, mistral-7b",
+    change(model=["mistral"]): "answers with another model, list",
+    change(usage={"prompt_tokens": 7}): "tokens of a prompt (7)",
+    change(usage={"prompt_tokens": "all"}): "tokens of a prompt (all)",
+    change(text=["a"]): "no text",
+    change(text=f"my key is {KEY.upper()}"): "the API key",
+    change(index=1): "other completions than",
+    change(choices=[{"text": "a"}, {"text": "b"}]): "other completions than",
+}
+
+
+@pytest.mark.parametrize("fault", WRONG, ids=WRONG.values())
+def test_a_wrong_response_is_one_line(serve, tiny_llama, tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(faults=lambda number: fault if number == 3 else None)
+    done = ask(tiny_llama, tmp_path, server.url, status=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert WRONG[fault] in last and server.url in last and "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr and KEY not in last and len(last) < 700 and len(saved(tmp_path)) < 4
+
+
+PASSING = (
+    change(finish_reason="abort"),
+    change(finish_reason={"type": "error"}),
+    change(text="Correct answer: \udc00\nIncorrect answer: b"),
+    change(choices=[]),
+    change(choices=None),
+    b'{"choices": [{"text": "' + b"\xff" + b'"}]}',
+    b'{"error": {"message": "overloaded", "code": 503}}',
+    b"[" * 100_000,
+    b"null",
+    b"",
+)
+
+
+def test_a_response_that_may_be_right_next_time_is_asked_again(serve, tiny_llama, tmp_path, quick):
+    server = serve(faults=lambda number: PASSING[number // 2 % len(PASSING)] if number % 2 else None)
+    ask(tiny_llama, tmp_path, server.url, questions=20)
+    assert pairs_in(tmp_path) == expected(20)
+
+
+def test_what_servers_leave_out_or_name_otherwise(serve, tiny_llama, tmp_path):
+    """No `index`, no `usage`, other words for the end, and the last part of the model's name."""
+    kinds = (
+        change(index=None, usage=None, finish_reason="length"),
+        change(usage={"prompt_tokens": None, "completion_tokens": "x"}, finish_reason=None),
+        change(model=tiny_llama.name, finish_reason="stop"),
+    )
+    server = serve(faults=lambda number: kinds[number % 3])
+    ask(tiny_llama, tmp_path, server.url, questions=6)
+    assert pairs_in(tmp_path) == expected(6)
+
+
+def test_a_redirect_is_not_followed(serve, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    other, server = serve(), serve(faults=lambda number: b"" if number == 2 else None)
+    server.headers, server.status = {"Location": f"{other.url}/v1/completions?key={KEY}"}, 308
+    done = ask(tiny_llama, tmp_path, server.url, status=2)
+    assert f"redirects to {other.url}/v1/completions?key=***, which is not" in done.stderr and not other.seen
+
+
+def test_bytes_that_drip_end_with_the_timeout(serve, tiny_llama, tmp_path, quick):
+    """A request may take longer than that while others have their responses: here two seconds, three times."""
+    server = serve(faults=lambda number: "drip" if number > 2 else None)
+    start = time.monotonic()
+    done = ask(tiny_llama, tmp_path, server.url, questions=3, timeout=2, status=1)
+    assert f"no response from {server.url} for 2 s" in done.stderr and len(saved(tmp_path)) == 1
+    assert time.monotonic() - start < 20
+
+
+def test_a_long_queue_is_no_failure():
+    """Each response comes after 0.3 s, so that the last request waits longer than the time-out."""
+
+    async def main():
+        turn = asyncio.Lock()
+
+        async def answer(index):
+            async with turn:
+                await asyncio.sleep(0.3)
+            return index
+
+        await client.send_all([("a", answer)] * 5, 5, 0.8, lambda *found: answers.append(found))
+
+    answers = []
+    asyncio.run(main())
+    assert sorted(answers) == [(i, i) for i in range(5)]
+
+
+ESCAPED = {
+    "json": lambda key: "".join(f"\\u{ord(c):04x}" for c in key),
+    "url": lambda key: "".join(f"%{ord(c):02X}" for c in key),
+    "base64": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
+    "upper": str.upper,
+}
+
+
+@pytest.mark.parametrize("form", ESCAPED)
+def test_the_key_is_hidden_in_every_form(serve, tiny_llama, tmp_path, monkeypatch, form):
+    """In the names of models, and in an error that is no JSON."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    hidden, server = ESCAPED[form](KEY), serve()
+    server.listed = lambda header: json.dumps({"data": [{"id": f"\x1b]0;{header} {hidden}"}]})
+    done = ask(tiny_llama, tmp_path, server.url, status=2)
+    server.listed = None
+    server.faults, server.status = lambda number: f"<p>{hidden}</p>".encode(), 400
+    done = done.stderr + ask(tiny_llama, tmp_path, server.url, status=2).stderr
+    assert "serves \\x1b]0;Bearer ***" in done and "<p>***" in done or form == "base64"
+    assert KEY not in done and hidden not in done and base64.b64encode(KEY.encode()).decode()[4:-4] not in done
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b" " * 2**22, "too many for a response"),
+        (b'{"data": ' + b"[" * 100_000, "lists no models"),
+        (b'{"data": [{"id": 1}]}', "lists no models"),
+        (b'{"error": "' + b"a" * 2**12 + b'"}', "refuses the request"),
+    ],
+    ids=("large", "deep", "number", "error"),
+)
+def test_a_wrong_list_of_models_is_one_line(serve, tiny_llama, tmp_path, body, said):
+    server = serve()
+    server.listed = lambda header: body
+    last = ask(tiny_llama, tmp_path, server.url, status=2).stderr.strip().splitlines()[-1]
+    assert said in last and len(last) < 600
 
 
 def test_another_model_is_refused(serve, tiny_llama, tmp_path):

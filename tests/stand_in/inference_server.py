@@ -22,8 +22,11 @@ class InferenceServer:
         adapters: name -> folder of the loaded adapters.
         hold: no completion request is answered before so many have come.
         load_status: HTTP status of a request to load an adapter.
+        headers, status: of responses that are bytes.
+        listed: the body of the list of models, if it is not the right one: function of the Authorization header.
         faults: function of a completion request's number from 1 on; it returns None, an HTTP status, or one of "drop"
-            (close the connection), "cut" (half of the JSON), "silent" (no response).
+            (close the connection), "cut" (half of the JSON), "silent" (no response), "drip" (a byte now and then),
+            bytes (that body), or a function that changes the response's dict in place.
     """
 
     def __init__(self, model, name=None, answer=None, faults=None, loras=True, prompt_logprobs=True, port=0):
@@ -32,6 +35,7 @@ class InferenceServer:
         self.loras, self.port, self.load_status = loras, port, 200
         self.seen, self.keys, self.adapters, self.served = [], set(), {}, Counter()
         self.window, self.hold = 4096, 0
+        self.headers, self.status, self.listed = {}, 200, None
         self.most_at_once = self.at_once = 0
         self.tokenizer, self.models = AutoTokenizer.from_pretrained(self.folder), {}
 
@@ -70,6 +74,8 @@ class InferenceServer:
         await runner.cleanup()
 
     async def _list(self, request):
+        if self.listed:
+            return web.Response(body=self.listed(request.headers.get("Authorization")))
         names = [{"id": self.name, "root": self.folder, "max_model_len": self.window}]
         return web.json_response({"data": names + [{"id": name} for name in self.adapters]})
 
@@ -110,7 +116,19 @@ class InferenceServer:
             elif isinstance(fault, int):
                 key = request.headers.get("Authorization")
                 return web.json_response({"error": {"message": f"a fault, asked with {key}"}}, status=fault)
-            text = json.dumps(self._response(body))
+            if fault == "drip":
+                response = web.StreamResponse()
+                await response.prepare(request)
+                while request.transport:
+                    await response.write(b" ")
+                    await asyncio.sleep(0.05)
+                return response
+            if isinstance(fault, bytes):
+                return web.Response(body=fault, headers=self.headers, status=self.status)
+            found = self._response(body)
+            if callable(fault):
+                fault(found)
+            text = json.dumps(found)
             if fault == "cut":
                 return web.Response(text=text[: len(text) // 2], content_type="application/json")
             self.served[json.dumps(body["prompt"])] += 1
