@@ -18,6 +18,8 @@ the chat template, as in DPO. Pairs with identical answers are left out, as in D
 import json
 from pathlib import Path
 
+import numpy
+
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text, check_writable
@@ -37,19 +39,17 @@ def embed(model, sequences, batch_size):
         sequences: list of (prompt, answer), lists of token ids.
         batch_size: sequences per forward pass.
     """
-    import numpy
     import torch
     from torch.nn.utils.rnn import pad_sequence
     from tqdm import tqdm
 
-    backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
     means = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
     for at in tqdm(range(0, len(order), batch_size), desc="Embedding answers", unit="batch"):
         batch = order[at : at + batch_size]
         ids = pad_sequence([torch.tensor(sum(sequences[i], [])) for i in batch], batch_first=True)
         with torch.inference_mode():  # no token attends to the padding, which follows it
-            hidden = backbone(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float()
+            hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float()
         for i, states in zip(batch, hidden, strict=True):
             prompt, answer = sequences[i]
             means[i] = states[len(prompt) : len(prompt) + len(answer)].mean(0).cpu().numpy()
@@ -58,15 +58,12 @@ def embed(model, sequences, batch_size):
 
 def distance(correct, incorrect):
     """Divide the distance of the two means by the spread within the two; both are arrays (n, hidden size)."""
-    import numpy
-
     within = (correct.var(0).sum() + incorrect.var(0).sum()) / 2
     return float(numpy.linalg.norm(correct.mean(0) - incorrect.mean(0)) / numpy.sqrt(within))
 
 
 def probe(correct, incorrect):
     """Return the cross-validated accuracy of a logistic regression; both answers to a question share a fold."""
-    import numpy
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_score
     from sklearn.pipeline import make_pipeline

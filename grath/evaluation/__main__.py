@@ -21,7 +21,7 @@ def main():
     add = parser.add_argument
     add("model", help="hub name, model folder or LoRA adapter folder")
     add("output", type=Path, help="folder of the result files")
-    add("--tasks", nargs="*", default=TASKS.split(), help="tasks of lm-evaluation-harness")
+    add("--tasks", nargs="+", default=TASKS.split(), help="tasks of lm-evaluation-harness")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
     add("--batch_size", type=batch_size, help="contexts at once, or auto for --backend hf; default: by tokens")
     add("--limit", type=limit, help="questions of each task, or a share below 1; all if not set")

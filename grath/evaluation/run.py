@@ -100,10 +100,6 @@ def score_model(args):
 
 
 def _check_settings(args):
-    if not args.model:
-        raise UserError("the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
-    if not args.tasks:
-        raise UserError("TASKS names no task (--tasks)")
     if args.backend == "hf" and args.precision not in ("auto", *DTYPES):
         raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {args.precision}: use hf-shared")
     if args.backend != SERVER:

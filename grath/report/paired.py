@@ -2,14 +2,14 @@
 
 from statistics import mean
 
+import numpy
+
 from grath.common.bootstrap import bootstrap_means, interval
 from grath.evaluation.results import QUESTIONS
 
 
 def values(score):
     """Return the scores of single questions: float array in percent, NaN where a question is left out."""
-    import numpy
-
     return 100 * numpy.array(score[QUESTIONS]["scores"], dtype=float)
 
 
@@ -23,8 +23,6 @@ def pool(runs):
         dict like one of them, with the tasks of all, and no standard errors if there is more than one run. A task that
         some lack is averaged over the others, and "runs" says how many these are.
     """
-    import numpy
-
     if len(runs) == 1:
         return runs[0]
     pooled = {}
@@ -51,8 +49,6 @@ def paired_difference(base, score):
         tuple of three floats, in points: the mean difference from the base, and its 95 % bootstrap interval over
         questions. None if scores of single questions are missing, or the questions are not the same.
     """
-    import numpy
-
     if not (base[QUESTIONS] and score[QUESTIONS]) or base[QUESTIONS]["sha256"] != score[QUESTIONS]["sha256"]:
         return None
     differences = values(score) - values(base)

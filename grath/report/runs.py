@@ -47,31 +47,31 @@ def read_run(folder):
         model = layout.find_model(folder, number) if number else None
         log = model and model / layout.TRAINING_LOG
         results, pairs = layout.results_path(folder, number), layout.find_pairs(folder, number)
+        # A published run has the records of its pairs, but no pair files.
+        asked = sorted(folder.glob(f"data/{layout.record_path(Path(f'{layout.save_prefix(number)}_num_*.json'))}"))
         records = {
             "dpo": model and read_record(model / layout.TRAINING_RECORD),
             "scores": read_record(results / layout.SCORES_RECORD),
-            "pairs": _pairs_record(folder, number),
+            "pairs": read_record(asked[0]) if asked else None,
         }
         records = {stage: record for stage, record in records.items() if record}
         if number and "files" not in records.get("dpo", {}):
             break  # not trained, or not yet
         if number == 0 and pairs and "settings" in records.get("pairs", {}):
             questions = _asked_questions(records["pairs"]["settings"])
+        known = earlier.get(str(number))
+        of_pairs = pair_stats(pairs, questions) if pairs else known
+        if known and not questions:  # they are no longer on this machine
+            of_pairs |= {"truth": known["truth"], "signal": known["signal"]}
         models[number] = {
             "records": records,
             "scores": read_scores(results),
-            "pairs": _pairs(pairs, earlier.get(str(number)), questions),
+            "pairs": of_pairs,
             "training": read_json_lines(log, "training log") if log and log.is_file() else [],
         }
     settings = _settings(models)
     name = folder.resolve().name.removesuffix(f"_seed_{settings['seed']}")
     return {"folder": folder, "name": name, "settings": settings, "models": models}
-
-
-def _pairs_record(folder, number):
-    """Return the record of the pairs that M_i wrote, also of a published run, which has no pair files; or None."""
-    pattern = layout.record_path(folder / "data" / f"{layout.save_prefix(number)}_num_*.json")
-    return next(map(read_record, sorted(pattern.parent.glob(pattern.name))), None)
 
 
 def _asked_questions(settings):
@@ -83,13 +83,6 @@ def _asked_questions(settings):
         return load_questions(settings["data_name"], settings["subdata_name"], settings["split"], path)
     except UserError:
         return []
-
-
-def _pairs(path, earlier, questions):
-    found = pair_stats(path, questions) if path else earlier
-    if path and earlier and not questions:  # they are no longer on this machine
-        found |= {"truth": earlier["truth"], "signal": earlier["signal"]}
-    return found
 
 
 def _settings(models):

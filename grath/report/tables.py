@@ -1,5 +1,7 @@
 """Tables of scores, and the sentences below them."""
 
+from tabulate import tabulate
+
 from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
 from grath.report.paired import paired_difference
@@ -7,8 +9,6 @@ from grath.report.paired import paired_difference
 
 def table(header, body, numbers=True, style="github"):
     """Format a table; a missing value is a dash. Without `numbers`, all cells are text."""
-    from tabulate import tabulate
-
     return tabulate(body, header, style, missingval="-", floatfmt=".3f", disable_numparse=not numbers)
 
 
@@ -69,11 +69,10 @@ def best_iteration(rows):
         }
         if len(sums) < 2:
             continue
-        names = list(sums)
         best = max(sums, key=sums.get)
-        later = names[names.index(best) + 1 :]
-        lower = later and all(sums[name] < sums[best] for name in later)
-        fall = f"; every later iteration is lower (the last: {sums[later[-1]]:.2f})" if lower else ""
+        later = list(sums.values())[list(sums).index(best) + 1 :]
+        lower = later and max(later) < sums[best]
+        fall = f"; every later iteration is lower (the last: {later[-1]:.2f})" if lower else ""
         lines.append(f"Best by {' + '.join(get_task(task).title for task in pair)}: {best} ({sums[best]:.2f}){fall}.")
     for name, scores in rows:
         missing = [get_task(task).title for task in tasks if task not in scores]

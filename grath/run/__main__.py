@@ -17,13 +17,8 @@ from grath.common.layout import PROJECT
 
 def main():
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=type(parser))
-    settings = commands.add_parser("settings", description="print the settings for bash")
-    settings.add_argument("folder", type=Path, help="the project that asks")
-    check = commands.add_parser("check", description="check the machine for the run")
-    check.add_argument("titles", nargs="*", help="titles of the run's stages")
-    commands.add_parser("unscored", description="print the newest run and its models without scores for bash")
-    commands.add_parser("configuration", description="print docs/configuration.md")
+    parser.add_argument("command", choices=("settings", "check", "unscored", "configuration"))
+    parser.add_argument("arguments", nargs="*", help="settings: the project that asks; check: titles of the stages")
     args = parser.parse_args()
     # Each command imports what it needs.
     if args.command == "configuration":
@@ -33,7 +28,7 @@ def main():
     elif args.command == "settings":
         from grath.run.settings import check_start, read_settings, shell_lines
 
-        if args.folder.resolve() != PROJECT:
+        if PROJECT not in [Path(folder).resolve() for folder in args.arguments]:
             raise UserError(
                 f"python has the project in {PROJECT}: run `pip install -e . -c constraints.txt` here first"
             )
@@ -46,7 +41,7 @@ def main():
     else:
         from grath.run.check import check_run
 
-        check_run(args.titles)
+        check_run(args.arguments)
 
 
 if __name__ == "__main__":

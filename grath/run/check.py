@@ -11,6 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+import torch
+from packaging.requirements import Requirement
+
 from grath.common.defaults import LORA_R
 from grath.common.errors import PACKAGE, UserError, first_line
 from grath.common.files import check_writable
@@ -19,9 +22,8 @@ from grath.evaluation.tasks import get_task
 from grath.modeling.chat import template_for
 from grath.modeling.devices import check_devices, describe_device
 from grath.modeling.loading import check_weights, load_tokenizer, resolve_base_and_adapter
-from grath.modeling.precision import DTYPES, resolve_precision
 from grath.pairs.questions import load_hub_split, load_questions
-from grath.run.settings import read_settings, stages_here
+from grath.run.settings import read_settings
 from grath.serving.served import describe_servers
 
 SECONDS_TO_ANSWER = 5
@@ -43,18 +45,14 @@ def hub_is_reachable():
     return True
 
 
-def check_packages(precisions):
+def check_packages():
     """Compare the packages with the pinned versions; on a GPU, look for a C compiler and Python's headers too."""
-    import torch
-    from packaging.requirements import Requirement
-
     differing = []
     for line in (PROJECT / "requirements.txt").read_text().splitlines():
         if line.startswith("#"):
             continue
         requirement = Requirement(line)
-        optional = requirement.name == "bitsandbytes" and set(precisions) <= set(DTYPES)
-        if optional or (requirement.marker and not requirement.marker.evaluate()):
+        if requirement.marker and not requirement.marker.evaluate():
             continue
         try:
             found = version(requirement.name)
@@ -75,8 +73,6 @@ def check_packages(precisions):
 
 def check_device(num_processes):
     """Describe the driver, the CUDA version of torch, and the compute capability of the GPU side by side."""
-    import torch
-
     check_devices(num_processes)
     if not torch.cuda.is_available():
         return describe_device()
@@ -103,7 +99,6 @@ def driver_cuda_version():
 
 def read_model(name):
     """Read the configuration and size of a model: (what to print, configuration, parameters)."""
-    import torch
     from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
     from transformers import AutoConfig
@@ -205,8 +200,7 @@ def check_run(titles):
         return found
 
     model_name = values["MODEL_NAME_OR_PATH"]
-    precisions = [resolve_precision(values[name], stage) for name, stage in stages_here(values).items()]
-    check("packages", check_packages, precisions)
+    check("packages", check_packages)
     check("device", check_device, int(values["NUM_PROCESSES"]))
     if values["SERVER_URL"]:
         adapters = bool(values["TASKS"]) or int(values["ITERATIONS"]) > 1

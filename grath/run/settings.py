@@ -9,7 +9,6 @@ from shlex import quote
 
 from grath.common import defaults, layout
 from grath.common.arguments import batch_size, limit, matching
-from grath.common.defaults import check_trackers
 from grath.common.errors import UserError
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.devices import check_devices, describe_device
@@ -20,16 +19,6 @@ from grath.serving.client import server_urls
 EVERY_STAGE = "every stage"
 
 
-def positive(value):
-    """Accept a number above 0."""
-    try:
-        sound = 0 < float(value) < float("inf")
-    except ValueError:
-        sound = False
-    if not sound:
-        raise ArgumentTypeError(f"must be a number greater than 0, not {value!r}")
-
-
 def one_of(*choices):
     """Return a check that accepts one of `choices`."""
     return matching("|".join(choices), f"one of {', '.join(choices)}")
@@ -38,6 +27,7 @@ def one_of(*choices):
 COUNT = matching("[1-9][0-9]{0,8}", "a whole number of at least 1")
 NATURAL = matching("[0-9]{1,9}", "a whole number")
 FLAG = matching("[01]", "0 or 1")
+POSITIVE = matching(r"(?=[0-9.]*[1-9])[0-9]*\.?[0-9]*([eE][-+]?[0-9]{1,2})?", "a number greater than 0")
 
 
 @dataclass(frozen=True)
@@ -106,8 +96,8 @@ GROUPS = {
         Setting("MAX_STEPS", defaults.MAX_STEPS, COUNT, "dpo", "optimizer steps per iteration",
                 "1000 (Zephyr rolling: 500)"),
         Setting("WARMUP_STEPS", defaults.WARMUP_STEPS, NATURAL, "dpo", "warm-up steps of the cosine schedule", "100"),
-        Setting("LEARNING_RATE", defaults.LEARNING_RATE, positive, "dpo", "peak learning rate", "5e-4"),
-        Setting("BETA", defaults.BETA, positive, "dpo", "DPO's beta", "0.1"),
+        Setting("LEARNING_RATE", defaults.LEARNING_RATE, POSITIVE, "dpo", "peak learning rate", "5e-4"),
+        Setting("BETA", defaults.BETA, POSITIVE, "dpo", "DPO's beta", "0.1"),
         Setting("DPO_BATCH_SIZE", "", COUNT, "dpo",
                 "pairs in a forward pass of each process; empty: the most of 16, 8, 4, 2 and 1 that fit into the GPU's "
                 "memory; 4 on a CPU, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
@@ -225,7 +215,7 @@ def check_start(values):
     if values["USE_FS"] == "1" and not demos_file(values["DEMOS"]).is_file():
         raise UserError(f"DEMOS: there is no set or file '{values['DEMOS']}'")
     check_devices(int(values["NUM_PROCESSES"]))
-    check_trackers(values["REPORT_TO"])
+    defaults.check_trackers(values["REPORT_TO"])
     precisions = {name: resolve_precision(values[name], stage) for name, stage in stages_here(values).items()}
     return values | precisions | {"MACHINE": describe_device()}
 
