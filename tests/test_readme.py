@@ -1,12 +1,13 @@
 """Every command of the README is run by a test, and what the pages say of the code is true."""
 
+import itertools
 import re
 import shlex
 import shutil
 from string import Template
 
 import pytest
-from support import BUNDLED, PROJECT, call_here
+from support import BUNDLED, CORRECT, INCORRECT, PROJECT, call_here, pair, rows
 
 ASK = "python create_pair_responses.py --model_name_or_path $model_name_or_path --save_prefix $save_prefix"
 FEW = ["--data_path", BUNDLED, "--num_query", 2]
@@ -26,13 +27,13 @@ DRY_RUN = "tests/run/test_loop.py::test_dry_run_prints_every_command_and_runs_no
 TRAIN = "--model_name_or_path $model_name_or_path --output_dir $output_dir"
 # The other commands, and where each is run: by a test, or by CI itself.
 ELSEWHERE = {
-    "make demo": "tests/run/test_whole_runs.py::test_the_demo_on_smollm2_with_reduced_sizes",
+    "make demo": "tests/run/test_loop.py::test_the_demo_on_smollm2_with_reduced_sizes",
     "make test": ".ci/run",
     "./run_llama2.sh": "tests/conftest.py::llama_run",
     "./run_llama2_fix_ref.sh": DRY_RUN,
     "./run_zephyr.sh": DRY_RUN,
     "./run_zephyr_fix_ref.sh": DRY_RUN,
-    "./run_smollm2.sh": "tests/run/test_whole_runs.py::test_the_demo_on_smollm2_with_reduced_sizes",
+    "./run_smollm2.sh": "tests/run/test_loop.py::test_the_demo_on_smollm2_with_reduced_sizes",
     "./run_smollm2_fix_ref.sh": DRY_RUN,
     "DRY_RUN=1 ./run_llama2.sh": DRY_RUN,
     "CHECK=1 ./run_llama2.sh": "tests/run/test_check.py::test_check_passes_and_prints_the_plan",
@@ -89,6 +90,9 @@ def test_the_commands_of_the_steps(llama_run, tiny_llama, pair_file, tmp_path):
         words = shlex.split(command)[1:]
         script, *arguments = [Template(word).substitute(values) for word in words if word != "-m"]
         call_here(script, *arguments, *flags, cwd=tmp_path)
+    written = [pair(row["question"], CORRECT, INCORRECT) for row in rows(BUNDLED)[:2]]
+    for gt, fs in itertools.product((False, True), repeat=2):
+        assert rows(tmp_path / f"data/truthfulness/x_num_2_useGT_{gt}_useFS_{fs}.json") == written
 
 
 def test_the_messages_of_the_troubleshooting_table_are_in_the_code():
@@ -131,18 +135,11 @@ def test_every_module_is_on_the_map():
     assert len(modules) > 30 and modules == mapped
 
 
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "results/README.md",
-    "results/earlier.md",
-    *(f"docs/{path.name}" for path in PROJECT.glob("docs/*.md")),
-]
+PAGES = [page for folder in (".", "results", "docs") for page in PROJECT.glob(f"{folder}/*.md")]
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_every_link_leads_somewhere(name):
-    page = PROJECT / name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     local = [link for link in links if not link.startswith(("http:", "https:"))]
     assert [link for link in local if not (page.parent / link).exists()] == []

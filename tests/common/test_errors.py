@@ -9,8 +9,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from support import BUNDLED, PROJECT, call_here
 
+import create_pair_responses
 from grath.common.errors import explain_system_error
 
 
@@ -18,12 +20,6 @@ def cuda_error(number, text):
     error = torch.AcceleratorError(text)
     error.error_code = number
     return error
-
-
-def of_rust(number):
-    from safetensors import SafetensorError
-
-    return SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
 
 
 def after(error, link):
@@ -46,7 +42,7 @@ MACHINES = {
     "no GPU": (lambda: RuntimeError("No CUDA GPUs are available"), GPU),
     "disk": (lambda: OSError(errno.ENOSPC, "full"), DISK),
     "quota": (lambda: OSError(errno.EDQUOT, "quota"), DISK),
-    "disk, in Rust": (lambda: of_rust(errno.ENOSPC), DISK),
+    "disk, in Rust": (lambda: SafetensorError("I/O error: No space left on device (os error 28)"), DISK),
     "disk, by torch": (lambda: RuntimeError("PytorchStreamWriter failed writing"), DISK),
     "disk, below a library": (lambda: after(OSError(errno.ENOSPC, "x"), "__cause__"), DISK),
     "read-only": (lambda: OSError(errno.EROFS, "x"), "the file system is read-only: choose another output folder"),
@@ -83,8 +79,6 @@ BUGS = {
 
 @pytest.mark.parametrize("kind", BUGS)
 def test_any_other_error_keeps_its_traceback(kind, tiny_llama, tmp_path, monkeypatch):
-    import create_pair_responses
-
     error = BUGS[kind]()
     assert explain_system_error(error) is None
     flags = ask(tmp_path, tiny_llama, error, monkeypatch)

@@ -11,47 +11,34 @@ def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def alter_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-KINDS = (cut_in_half, alter_a_byte)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("output", ["data/iter0_*_True.json", "models/iter_1_*/adapter_model.safetensors"])
-def test_a_damaged_output_stops_the_run_with_its_name(output, kind, llama_run, tmp_path):
+def test_an_output_with_an_altered_byte_stops_the_run_with_its_name(output, llama_run, tmp_path):
     undisturbed, settings, _ = llama_run
     run = copy_without(undisturbed, tmp_path)
     file = next(run.glob(output))
-    kind(file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     status, loop = start({**settings, **WITHOUT_SCORES}, tmp_path)
-    assert status != 0 and str(file) in loop and "Traceback" not in loop, loop[-3000:]
+    assert status != 0 and f"{file} is not the file" in loop and "Traceback" not in loop, loop[-3000:]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_damaged_output_is_refused_where_it_is_read(kind, llama_run, tmp_path):
+def test_a_cut_output_is_refused_where_it_is_read(llama_run, tmp_path):
     run = copy_without(llama_run[0], tmp_path)
     first, second = (next(run.glob(f"data/iter{i}_*_True.json")) for i in (0, 1))
-    kind(first)
+    cut_in_half(first)
     combine = ("combine_new_correct_ori_wrong.py", "--new_data_path", second, "--ori_data_path", first)
     assert f"{first} is not the file" in call_here(*combine, status=2).stderr
     adapter = next(run.glob("models/iter_1_*"))
-    kind(adapter / "adapter_model.safetensors")
+    cut_in_half(adapter / "adapter_model.safetensors")
     for command in (
         ("grath.evaluation", adapter, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1),
         ("grath.export", adapter, tmp_path / "merged"),
     ):
         done = call_here(*command, status=2)
         assert f"{adapter / 'adapter_model.safetensors'} is not the file" in done.stderr
-    scores = run / "results" / "iter_1" / "grath_mc1.json"
-    kind(scores)
-    for folder, file in ((run, first), (scores.parent, scores)):
-        assert f"{file} is not the file" in call_here("grath.report", folder, status=2).stderr
 
 
 def test_lost_outputs_are_made_again(llama_run, tmp_path):

@@ -13,26 +13,22 @@ pytestmark = pytest.mark.faults
 FULL = "raise it (ulimit -f)"
 
 
-def full(program, event, path, limit=0):
-    """No file of the process grows beyond `limit` bytes from this point on."""
-    return point(program, event, path, limit=limit)
-
-
+# No file of the process grows beyond `limit` bytes from this point on.
 FULL_DISK = {
-    "the record of pairs": full(ASK, "open", r"/\.iter1_\w+\.json\.record\.json"),
-    "the responses": full(ASK, "open", r"\.responses\.0$"),
-    "the pair file": full(ASK, "open", r"/\.iter1_\w+\.json\.\w+\.tmp$"),
-    "the combined file": full("combine_new", "open", r"_combined\.json"),
-    "the training's record": full(TRAIN, "open", r"/\.grath\.json"),
-    "a checkpoint's adapter": full(TRAIN, "os.mkdir", r"checkpoint-2$", limit=1000),
-    "a checkpoint's other files": full(TRAIN, "os.mkdir", r"checkpoint-4$", limit=25_000),
-    "the log": full(TRAIN, "open", r"/\.training_log\.jsonl"),
-    "the training's plot": full(TRAIN, "open", r"/\.training\.png\.\w+\.tmp$"),
-    "the adapter": full(TRAIN, "os.mkdir", r"/\.partial$", limit=1000),
-    "the settings of the scores": full(SCORE, "open", r"/\.settings\.json"),
-    "the scores": full(SCORE, "open", r"/\.grath_mc1\.json"),
-    "the answers": full(SCORE, "open", r"/\.samples\.jsonl"),
-    "the report": full("grath.report", "open", r"/\.report\.md"),
+    "the record of pairs": point(ASK, "open", r"/\.iter1_\w+\.json\.record\.json", limit=0),
+    "the responses": point(ASK, "open", r"\.responses\.0$", limit=0),
+    "the pair file": point(ASK, "open", r"/\.iter1_\w+\.json\.\w+\.tmp$", limit=0),
+    "the combined file": point("combine_new", "open", r"_combined\.json", limit=0),
+    "the training's record": point(TRAIN, "open", r"/\.grath\.json", limit=0),
+    "a checkpoint's adapter": point(TRAIN, "os.mkdir", r"checkpoint-2$", limit=1000),
+    "a checkpoint's other files": point(TRAIN, "os.mkdir", r"checkpoint-4$", limit=25_000),
+    "the log": point(TRAIN, "open", r"/\.training_log\.jsonl", limit=0),
+    "the training's plot": point(TRAIN, "open", r"/\.training\.png\.\w+\.tmp$", limit=0),
+    "the adapter": point(TRAIN, "os.mkdir", r"/\.partial$", limit=1000),
+    "the settings of the scores": point(SCORE, "open", r"/\.settings\.json", limit=0),
+    "the scores": point(SCORE, "open", r"/\.grath_mc1\.json", limit=0),
+    "the answers": point(SCORE, "open", r"/\.samples\.jsonl", limit=0),
+    "the report": point("grath.report", "open", r"/\.report\.md", limit=0),
 }
 
 

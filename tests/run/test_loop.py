@@ -64,6 +64,19 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
         assert all("--learning_rate 5e-4" in line and "--warmup_steps 100 " in line for line in trainings)
 
 
+@pytest.mark.slow
+def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
+    env = {"NUM_QUERY": "4", "SAMPLES": "0", "MAX_STEPS": "1", "DPO_BATCH_SIZE": "2", "WARMUP_STEPS": "0"}
+    env |= {"GRADIENT_ACCUMULATION_STEPS": "1", "ITERATIONS": "1", "LIMIT": "2", "RUNS_DIR": str(tmp_path)}
+    # `make` itself, where the tests run in the environment that it makes.
+    made = Path(sys.prefix) == PROJECT / ".venv" and (PROJECT / ".venv" / "run.stamp").exists()
+    done = call("make", "demo", env=env) if made else call("run_smollm2.sh", env=env)
+    table = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")]
+    assert table == ["M_0", "M_1"]
+    record = json.loads(next((tmp_path / "smollm2_seed_0" / "models").glob("iter_1*/grath.json")).read_text())
+    assert record["settings"]["precision"] in ("bf16", "fp4")
+
+
 def test_a_training_can_be_watched_elsewhere_and_the_rows_of_pairs_set():
     done = call("run_llama2.sh", env={"DRY_RUN": "1", "REPORT_TO": "wandb", "PAIRS_BATCH_SIZE": "7"})
     assert done.stdout.count("--report_to wandb ") == done.stdout.count("--batch_size 7 ") == 2
