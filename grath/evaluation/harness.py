@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from functools import wraps
 
 import torch
 from accelerate import PartialState
@@ -38,7 +37,6 @@ def load_local(backend, model, precision, batch_size=None):
 def split_over_processes(method):
     """Wrap a method (requests, disable_tqdm) so that each process computes its questions, and gets all results."""
 
-    @wraps(method)
     def split(lm, requests, disable_tqdm=False):
         state = PartialState()
         if state.num_processes == 1:

@@ -113,7 +113,11 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
     """
     cache = prefill_prefix(model, prefix_ids, 0, 0)
     all_rows = [_tree_row(*tree) for tree in trees]
-    for batch in _batches([len(ids) for ids, *_ in all_rows], batch_tokens, max_rows or len(trees)):
+    # The longest row first: if the memory is too small, the first batch shows it.
+    order = sorted(range(len(trees)), key=lambda i: len(all_rows[i][0]), reverse=True)
+    while order:
+        count = min(max_rows or len(trees), max(1, batch_tokens // len(all_rows[order[0]][0])))
+        batch, order = order[:count], order[count:]
         rows = [all_rows[i] for i in batch]
         hidden = cache.forward_trees(model, [row[:3] for row in rows])
         starts = accumulate((len(ids) for ids, *_ in rows), initial=0)
@@ -130,15 +134,6 @@ def _read(answers_of, token_log_probs):
         tokens = [[next(log_probs) for _ in answer] for answer in answers]
         results.append((tree, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]))
     return results
-
-
-def _batches(lengths, batch_tokens, max_rows):
-    """Yield lists of indices of rows, the longest row first: if the memory is too small, the first batch shows it."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    while order:
-        rows = min(max_rows, max(1, batch_tokens // lengths[order[0]]))
-        yield order[:rows]
-        order = order[rows:]
 
 
 def _tree_row(context, answers):

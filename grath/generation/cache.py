@@ -72,9 +72,18 @@ class SharedPrefixCache:
         return self._run(model, ids, depths, (order <= order[:, None]) & (order[:, None] < ends))
 
     def _upload(self, device, counts, *fields):
-        """Upload lists of N ints, and what `_pad` needs for rows of `counts` tokens, at once; return their tensors."""
-        self.padded_shape = (len(counts), max(counts))
-        lists = [*fields, *padding(counts)]
+        """Upload lists of N ints, and what pads rows of `counts` tokens and undoes it, at once; return their tensors.
+
+        The latter are the token in each place of the padded rows, n * L, and the place of each token in them, N. A row
+        is padded with its last token. Both are empty if the numbers of tokens are equal.
+        """
+        longest, token_at, place_of = max(counts), [], []
+        self.padded_shape = (len(counts), longest)
+        if min(counts) < longest:
+            ends = zip(accumulate(counts), counts, strict=True)
+            token_at = [end - max(1, count - i) for end, count in ends for i in range(longest)]
+            place_of = [row * longest + i for row, count in enumerate(counts) for i in range(count)]
+        lists = [*fields, token_at, place_of]
         uploaded = upload([number for numbers in lists for number in numbers], device)
         *fields, self.token_at, self.place_of = uploaded.split([len(numbers) for numbers in lists])
         return fields
@@ -176,21 +185,6 @@ def download(tensor):
         return copy.tolist()
 
     return read
-
-
-def padding(counts):
-    """Return what pads rows of different numbers of tokens, and undoes it; two empty lists if the numbers are equal.
-
-    Returns:
-        (the token in each place of the padded rows, the place of each token in them): lists of n * L and of N ints. A
-        row is padded with its last token.
-    """
-    longest = max(counts)
-    if min(counts) == longest:
-        return [], []
-    ends = accumulate(counts)
-    token_at = [end - max(1, count - i) for end, count in zip(ends, counts, strict=True) for i in range(longest)]
-    return token_at, [row * longest + i for row, count in enumerate(counts) for i in range(count)]
 
 
 def common_prefix_length(prompts):
