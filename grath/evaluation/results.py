@@ -98,17 +98,13 @@ def check_numbers(samples):
     The harness would take the first choice then, which is the right one of MC1.
     """
     for task, rows in samples.items():
-        if any(_has_nan([row["filtered_resps"], row.get(get_task(task).metric)]) for row in rows):
+        answers = [answer for row in rows for answer in [*row["filtered_resps"], row.get(get_task(task).metric)]]
+        numbers = [number for answer in answers for number in (answer if isinstance(answer, tuple) else [answer])]
+        if any(isinstance(number, float) and math.isnan(number) for number in numbers):
             raise UserError(
                 f"{task}: the model computes NaN instead of log-likelihoods. Often this is an overflow in fp16: score "
                 "this model alone in bf16 or fp32; if that does not help, its weights are broken, or training diverged"
             )
-
-
-def _has_nan(value):
-    if isinstance(value, list | tuple):
-        return any(map(_has_nan, value))
-    return isinstance(value, float) and math.isnan(value)
 
 
 def tasks_of(rows):
@@ -134,25 +130,15 @@ def write_results(folder, tasks, results, log_samples):
     for task in tasks:
         if task not in results["results"]:  # a group whose scores the harness does not average
             raise UserError(f"{task} {NO_SCORE}")
-        own = _results_of(task, results) | {QUESTIONS: question_scores(samples, task, results)}
-        texts[f"{task}.json"] = to_json(own, indent=2) + "\n"
+        own = _with_members(task, results.get("group_subtasks", {}))
+        content = results | {"results": {name: results["results"][name] for name in own if name in results["results"]}}
+        content[QUESTIONS] = question_scores(samples, task, results)
+        texts[f"{task}.json"] = to_json(content, indent=2) + "\n"
     for task, rows in samples.items() if log_samples else ():
         texts[f"samples_{task}.jsonl"] = "".join(f"{to_json(row)}\n" for row in rows)
     for name, text in texts.items():
         atomic_write_text(folder / name, text)
     return list(texts)
-
-
-def _results_of(task, results):
-    """Return the harness's results without other tasks than `task` and its members."""
-    own = _with_members(task, results.get("group_subtasks", {}))
-    tasks = {*results["results"], *results["versions"]}
-    return {
-        key: {name: entry for name, entry in value.items() if name in own}
-        if isinstance(value, dict) and value and value.keys() <= tasks
-        else value
-        for key, value in results.items()
-    }
 
 
 def is_scored(folder, task, log_samples, files):
