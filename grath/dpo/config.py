@@ -82,6 +82,9 @@ class GrathDPOConfig(DPOConfig):
             quantized = self.precision not in DTYPES
             self.bf16 = quantized and not self.fp16 and compute_dtype() == torch.bfloat16
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantized and not self.bf16)
+        # A user's configuration of accelerate may say otherwise; what is recorded here is computed.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # --torch_compile sets it again
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         # One process uses one GPU even if it sees several: `DPOTrainer` refuses `nn.DataParallel`.

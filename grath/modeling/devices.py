@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from grath.common.errors import UserError, first_line
 if os.environ.get("DEVICE") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["ACCELERATE_USE_CPU"] = "true"
+# Without all that a launcher sets, this is the only process: what MPI, Slurm or a pod have set is of another job.
+if not {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    for _name in [*os.environ]:
+        if re.fullmatch(r"(OMPI_COMM|PMIX?|MV2_COMM|MPI)_.*|MPI_LOCALRANKID|(LOCAL_)?(WORLD_SIZE|RANK)", _name):
+            del os.environ[_name]
 # This must happen before torch is imported. By default, batches of changing length leave gaps in a GPU's memory.
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  # torch's name, and its older one
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

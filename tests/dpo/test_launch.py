@@ -1,18 +1,47 @@
 """Training under `accelerate launch`: processes and configuration files."""
 
+import shutil
+
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from support import PROJECT, call
-from trainings import LAUNCH, command, difference, interrupt, read_training
+from trainings import command, difference, interrupt, read_training
 
 from grath.common.errors import UserError
 from grath.dpo import checkpoints
 
 
 def test_accelerate_launch_gives_the_same_adapter(first_iteration, tiny_llama, pair_file, tmp_path):
-    call(*LAUNCH, "dpo.py", "--dataset_path", pair_file, *command(tiny_llama, tmp_path / "m"))
+    """Whatever the user's configuration of accelerate says, and what another job has left in the environment."""
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(
+        "{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', mixed_precision: bf16, num_processes: 1, "
+        "use_cpu: true, dynamo_config: {dynamo_backend: AOT_EAGER}}"
+    )
+    left = {"PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "WORLD_SIZE": "4", "RANK": "1"}
+    flags = command(tiny_llama, tmp_path / "m")
+    call("accelerate", "launch", "dpo.py", "--dataset_path", pair_file, *flags, env={"HF_HOME": str(tmp_path), **left})
     assert difference(tmp_path / "m", first_iteration[0]) < 1e-6
+    assert not read_training(tmp_path / "m")["settings"]["bf16"]
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_second_iteration_of_one(llama_run, tmp_path):
+    """The second iteration loads an adapter in every process. The pair files are equal, byte for byte."""
+    whole, settings, _ = llama_run
+    run = tmp_path / whole.name
+    shutil.copytree(whole, run)
+    for path in [*run.glob("data/iter1_*"), *run.glob("data/.iter1_*")]:
+        path.unlink()
+    (second,) = run.glob("models/iter_2_*")
+    shutil.rmtree(second)
+    done = call("run_llama2.sh", env={**settings, "RUNS_DIR": str(tmp_path), "NUM_PROCESSES": "2", "TASKS": ""})
+    assert "2 process(es)" in done.stdout
+    for path in whole.glob("data/iter*e.json"):
+        assert (run / "data" / path.name).read_bytes() == path.read_bytes()
+    assert read_training(second)["processes"] == 2
+    assert difference(second, whole / second.relative_to(run)) < 1e-5
 
 
 @pytest.mark.slow

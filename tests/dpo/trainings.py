@@ -13,8 +13,6 @@ from grath.modeling.loading import load_model, load_tokenizer
 from grath.pairs.files import read_pairs
 
 STEPS = ["--max_steps", "3", "--warmup_steps", "0", "--learning_rate", "1e-2", "--logging_steps", "1"]
-LAUNCH = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-          "--dynamo_backend", "no"]  # fmt: skip
 SMALL = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--precision", "fp32"]
 
 

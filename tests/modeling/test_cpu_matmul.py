@@ -104,17 +104,6 @@ def test_a_merge_into_16_bit_weights_is_not_rounded():
         assert torch.equal(ours, exact) and not torch.equal(ours, other)
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
-)
-def test_other_adapters_are_left_as_they_are(options, monkeypatch):
-    prefer(monkeypatch, "packed")
-    model = with_adapter(tiny("llama"), **options)
-    assert prepare_linear_layers(model) is model
-    assert not [layer for layer in model.modules() if type(layer) is torch.nn.Linear and layer.weight is None]
-    model(torch.tensor([[1, 2]]))
-
-
 def test_weights_that_do_not_fit_in_float32_are_converted_for_each_product(monkeypatch, capsys):
     prefer(monkeypatch, "float32")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))

@@ -45,7 +45,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_
         assert "this machine has a GPU (CUDA_VISIBLE_DEVICES=0), but torch cannot use it: " in done.stderr
         assert done.stderr.endswith("(set DEVICE=cpu to use the CPU)\n") and done.stderr.count("\n") == 1
     assert not out.exists()
-    call_here(*ask, env={**SEEN, "DEVICE": "cpu"})
+    call(*ask, env={**SEEN, "DEVICE": "cpu"})  # read before torch is imported
     assert list(out.glob("x_*False.json"))
 
 
@@ -104,10 +104,11 @@ def test_the_loop_checks_its_number_of_processes(monkeypatch, tmp_path):
 def test_weights_and_adapter_are_loaded_on_the_gpu_of_the_process(precision, monkeypatch, tiny_llama, tmp_path):
     """Not in main memory first, once for each process, and not through a context on the first GPU."""
     used, device = {}, torch.device("cuda:1")
-    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_llama}"}}')
-    (tmp_path / "adapter_model.safetensors").touch()
+    monkeypatch.setattr(loading, "resolve_base_and_adapter", lambda name: (str(tiny_llama), name))
+    monkeypatch.setattr(loading, "check_layers", lambda model, folder: None)
     monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(device=device))
-    monkeypatch.setattr(loading, "_load", lambda *args, **options: used.update(options))
+    info = {"missing_keys": set(), "unexpected_keys": set()}
+    monkeypatch.setattr(loading, "_load", lambda *args, **options: used.update(options) or (None, info))
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", lambda *args, **options: used.update(adapter=options))
     loading.load_model(str(tmp_path), precision)
     assert used["device_map"] == {"": device}
