@@ -15,8 +15,15 @@ set -euo pipefail
 
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
-if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0; fi # a requeued job resumes what it has made
+RUN='' restarted=0
+if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0 && restarted=1; fi # a requeued job resumes
 
+saved() { # what the run has saved: its files, but those of every start, and the number of responses; 1 without a run
+    if [[ -z $RUN ]]; then echo 1 && return; fi
+    find "$RUN" -type f ! -name '.*' ! -name '*.record.json' ! -name grath.json ! -name settings.json \
+        ! -name training_log.jsonl | sort
+    find "$RUN" -name '.*.responses*' -exec cat {} + | wc -l
+}
 end() { # SIGNAL STATUS: end the stage's process group, requeue on USR1, say how to resume
     trap '' HUP INT TERM USR1
     local tenth group=${!:-} job=${SLURM_JOB_ID:-} how="run the same command again (without FRESH=1) to resume"
@@ -28,7 +35,13 @@ end() { # SIGNAL STATUS: end the stage's process group, requeue on USR1, say how
         kill -KILL -- "-$group" 2>/dev/null || true
     fi
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-    if [[ $1 == USR1 && -n $job ]] && scontrol requeue "$job"; then how="the job is requeued and resumes"; fi
+    if [[ $1 == USR1 && -n $job ]]; then
+        if [[ $(saved) == "${saved_before-$restarted}" ]]; then
+            how="this start saved nothing, so the job is not requeued: give it more time, and $how"
+        elif scontrol requeue "$job"; then
+            how="the job is requeued and resumes"
+        fi
+    fi
     echo "run_grath.sh: ended by SIG$1; $how" >&2
     exit "$2"
 }
@@ -44,6 +57,9 @@ settings=$(python -m grath.run settings "$HERE") || {
 }
 eval "$settings" # all settings, RUN, MACHINE and, by iteration: PREFIXES PAIRS COMBINED MODELS RESULTS
 echo "GRATH: $ITERATIONS iteration(s) in $RUN"
+if [[ $DRY_RUN == 0 && $MODEL_NAME_OR_PATH == "$HERE/models/smollm2" && ! -f $MODEL_NAME_OR_PATH/config.json ]]; then
+    python -m grath.modeling.smollm2
+fi
 grep -v '=(' <<<"$settings" | sed 's/^/  /'
 
 threads=$(($(nproc) / NUM_PROCESSES)) # nproc reads OMP_NUM_THREADS
@@ -127,6 +143,7 @@ if [[ $DRY_RUN$CHECK == 00 ]]; then
         echo "FRESH=1: moved the old run in $RUN to $RUN.old-$n"
     fi
     mkdir -p -- "$RUN"
+    saved_before=$(saved)
     find "$RUN" \( -name '.*.tmp' -o -name '.*partial' \) -prune -exec rm -rf {} + # what a kill has left
 fi
 score 0

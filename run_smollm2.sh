@@ -21,7 +21,11 @@
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # Slurm runs a copy of this file; the project is the folder in which sbatch was called.
-if [[ ! -f $HERE/run_grath.sh && -n ${SLURM_SUBMIT_DIR:-} ]]; then HERE=$SLURM_SUBMIT_DIR; fi
+if [[ ! -f $HERE/run_grath.sh ]]; then HERE=${SLURM_SUBMIT_DIR:-$HERE}; fi
+if [[ ! -f $HERE/run_grath.sh ]]; then
+    echo "run_smollm2.sh: error: call sbatch in the project's folder, not in $HERE" >&2
+    exit 2
+fi
 
 export RUN_NAME="${RUN_NAME:-smollm2}"
 if [[ -z ${DATA_NAME:-} ]]; then export DATA_PATH="${DATA_PATH:-$HERE/data/questions.jsonl}"; fi
@@ -36,10 +40,6 @@ export EVAL_PRECISION="${EVAL_PRECISION:-bf16}"
 
 if [[ -z ${MODEL_NAME_OR_PATH:-} ]]; then
     export MODEL_NAME_OR_PATH="$HERE/models/smollm2" MODEL_TYPE="${MODEL_TYPE:-smollm2}"
-    if [[ ${DRY_RUN:-0} != 1 && ! -f $MODEL_NAME_OR_PATH/config.json ]]; then
-        if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
-        python -m grath.modeling.smollm2
-    fi
 fi
 
 exec "$HERE/run_grath.sh"

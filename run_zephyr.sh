@@ -19,7 +19,11 @@
 set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 # Slurm runs a copy of this file; the project is the folder in which sbatch was called.
-if [[ ! -f $HERE/run_grath.sh && -n ${SLURM_SUBMIT_DIR:-} ]]; then HERE=$SLURM_SUBMIT_DIR; fi
+if [[ ! -f $HERE/run_grath.sh ]]; then HERE=${SLURM_SUBMIT_DIR:-$HERE}; fi
+if [[ ! -f $HERE/run_grath.sh ]]; then
+    echo "run_zephyr.sh: error: call sbatch in the project's folder, not in $HERE" >&2
+    exit 2
+fi
 
 export RUN_NAME="${RUN_NAME:-zephyr}"
 export MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-HuggingFaceH4/zephyr-7b-beta}"

@@ -2,8 +2,6 @@
 
 import re
 
-from safetensors import SafetensorError, safe_open
-
 from grath.common.errors import UserError, first_line
 from grath.common.files import read_json
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD
@@ -48,12 +46,7 @@ def check_adapter(folder):
         value = config.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
             raise UserError(f"{folder / ADAPTER_CONFIG} is damaged: {name} is {value!r}"[:500])
-    try:
-        with safe_open(folder / ADAPTER, "numpy") as weights:
-            names = list(weights.keys())
-    except SafetensorError as error:
-        raise UserError(f"{folder / ADAPTER} is damaged: {first_line(error)}") from None
-    for name in names:
+    for name in _weight_names(folder):
         found = LORA_WEIGHT.fullmatch(name)
         if not found or found[1].endswith(("lm_head", "embed_out")):
             raise UserError(f"the adapter {folder} has {name}, no LoRA on an inner linear layer: {MERGE}"[:500])
@@ -70,7 +63,16 @@ def check_layers(model, folder):
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and (layer is head or not isinstance(layer.get_base_layer(), torch.nn.Linear)):
             raise UserError(f"the adapter {folder} has LoRA on {name}, which is no inner linear layer: {MERGE}")
-    with safe_open(folder / ADAPTER, "numpy") as weights:
-        differing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ set(weights.keys())
+    differing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ _weight_names(folder)
     if differing:
         raise UserError(f"the adapter {folder} does not fit its base: {min(differing)} is only in one of the two")
+
+
+def _weight_names(folder):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / ADAPTER, "numpy") as weights:
+            return set(weights.keys())
+    except SafetensorError as error:
+        raise UserError(f"{folder / ADAPTER} is damaged: {first_line(error)}") from None

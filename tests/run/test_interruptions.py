@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 from fault_injection import ASK, ITERATION_1, WITHOUT_SCORES, copy_without, hit_and_restart, point, start
-from support import call, weights
+from support import PROJECT, call, weights
 
 # It only makes this process wait for ten minutes.
 HELD = point(ASK, "open", r"\.responses\.0$", signal="SIGCONT")
@@ -92,29 +92,66 @@ def test_a_lock_whose_owner_is_dead_is_taken_over(llama_run, tmp_path):
     assert "elsewhere" not in lock.read_text()
 
 
+def waiting_loop(folder, ask, **env):
+    """Arguments of `Popen` for a loop whose first stage runs the lines of bash `ask` and waits for the file `go`."""
+    python = folder / "bin" / "python"  # the loop asks it for the settings, and then starts it for the pairs
+    python.parent.mkdir()
+    asked = f'if [[ $* == *settings* ]]; then exec {sys.executable} "$@"; fi'
+    wait = f"touch '{folder}/started'; until [[ -e '{folder}/go' ]]; do sleep 0.1; done"
+    python.write_text(f"#!/bin/bash\n{asked}\n{ask}\n{wait}\n")
+    scontrol = python.parent / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >>"{folder}/requeued"\n')
+    for file in (python, scontrol):
+        file.chmod(0o755)
+    (python.parent / "accelerate").symlink_to(python)
+    env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "TASKS": "", **env}
+    env |= {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "RUNS_DIR": str(folder), "ITERATIONS": "1"}
+    return {
+        "env": {**os.environ, **env}, "cwd": PROJECT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE,
+        "text": True, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }  # fmt: skip
+
+
+def send_when_started(process, folder, number):
+    deadline = time.monotonic() + 600
+    while not (folder / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+
+
 @pytest.mark.parametrize(("number", "ignored"), [("HUP", True), ("INT", True), ("HUP", False)])
 def test_a_signal_that_the_shell_ignores_ends_nothing(number, ignored, tmp_path):
     """nohup ignores SIGHUP, and a shell ignores SIGINT for what it starts in the background."""
-    python = tmp_path / "bin" / "python"  # the loop asks it for the settings, and then starts it for the pairs
-    python.parent.mkdir()
-    asked = f'if [[ $* == *settings* ]]; then exec {sys.executable} "$@"; fi'
-    python.write_text(
-        f"#!/bin/bash\n{asked}\ntouch '{tmp_path}/started'; until [[ -e '{tmp_path}/go' ]]; do sleep 0.1; done\n"
-    )
-    python.chmod(0o755)
-    (python.parent / "accelerate").symlink_to(python)
-    env = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "TASKS": ""}
-    env |= {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "RUNS_DIR": str(tmp_path), "ITERATIONS": "1"}
     trap = f"trap '' {number}; " if ignored else f"trap - {number}; "
-    with subprocess.Popen(
-        ["bash", "-c", f'{trap}exec "$0"', "./run_grath.sh"], env=env, stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-    ) as process:  # fmt: skip
-        deadline = time.monotonic() + 600
-        while not (tmp_path / "started").exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.Signals[f"SIG{number}"])
+    start = ["bash", "-c", f'{trap}exec "$0"', "./run_grath.sh"]
+    with subprocess.Popen(start, **waiting_loop(tmp_path, "")) as process:
+        send_when_started(process, tmp_path, signal.Signals[f"SIG{number}"])
         if ignored:
             (tmp_path / "go").touch()
         assert process.wait(timeout=60) == (0 if ignored else 128 + signal.Signals[f"SIG{number}"])
+
+
+@pytest.mark.parametrize(
+    ("file", "requeued"),
+    [
+        ("data/.iter0.json.responses.0", True),
+        ("models/iter_1/checkpoint-2/trainer_state.json", True),
+        ("models/iter_1/grath.json", False),
+        ("data/iter0.json.record.json", False),
+    ],
+)
+def test_a_job_is_requeued_only_if_its_start_has_saved_something(file, requeued, tmp_path):
+    """Whatever was saved before. Slurm sends SIGUSR1 before the time limit."""
+    run = tmp_path / "grath_seed_0"
+    for old in ("data/.iter0.json.responses", "models/iter_0/checkpoint-1/trainer_state.json"):
+        (run / old).parent.mkdir(parents=True)
+        (run / old).write_text("[0, 1]\n")
+    save = f"mkdir -p '{(run / file).parent}'; echo '[1, 2]' >'{run / file}'"
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
+    with subprocess.Popen(["./run_grath.sh"], **waiting_loop(tmp_path, save, **slurm)) as process:
+        send_when_started(process, tmp_path, signal.SIGUSR1)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert (tmp_path / "requeued").exists() == requeued
+    assert ("the job is requeued and resumes" in said) == requeued != ("this start saved nothing" in said)
