@@ -77,8 +77,10 @@ def load_responses(path, merge):
         try:
             # An interruption can cut the last line short: it has no line end then.
             lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-            responses |= dict(json.loads(line) for line in lines)
-        except (ValueError, TypeError):
+            found = dict(json.loads(line) for line in lines)
+            "".join(found.values()).encode()  # half of a surrogate pair could not be written
+            responses |= found
+        except (ValueError, TypeError, RecursionError):
             if merge:
                 print("Discarding saved responses that are damaged; asking those questions again")
     if merge and files:

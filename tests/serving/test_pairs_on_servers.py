@@ -153,6 +153,17 @@ def test_a_lost_server_is_one_line_and_responses_are_kept(serve, tiny_llama, tmp
     assert pairs_in(tmp_path) == expected(6)
 
 
+@pytest.mark.parametrize("response", ['"Correct \\udc80"', "5", "[" * 100_000])
+def test_saved_responses_that_cannot_be_written_are_asked_again(serve, tiny_llama, tmp_path, quick, response):
+    server = serve(faults=lambda number: 400 if number > 3 else None)
+    ask(tiny_llama, tmp_path, server.url, status=2)
+    (path,) = tmp_path.glob(".*.responses*")
+    path.write_text(f"{path.read_text()}[3, {response}]\n")
+    server.faults = lambda number: None
+    assert "Discarding saved responses that are damaged" in ask(tiny_llama, tmp_path, server.url).stdout
+    assert pairs_in(tmp_path) == expected(4)
+
+
 def test_a_server_dies_in_the_middle_and_comes_back(serve, tiny_llama, tmp_path):
     first, again = serve(faults=lambda number: "silent" if number > 11 else None), []
 
