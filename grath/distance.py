@@ -24,6 +24,7 @@ from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text, check_writable
 from grath.modeling.chat import MODEL_TYPES, answer_ids, template_for
+from grath.modeling.identity import model_identity
 from grath.modeling.loading import load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import read_pairs
@@ -92,6 +93,7 @@ def main():
             raise UserError(f"{path} has {len(rows)} pairs of different answers: at least {FOLDS} are needed")
         check_writable(path.parent)
         files[path] = rows
+    model_identity(args.model_name_or_path)  # checks that an adapter's base is the one that it was trained on
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.model_type)
     precision = resolve_precision(args.precision, "pairs")

@@ -14,6 +14,7 @@ from pathlib import Path
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable
+from grath.modeling.identity import model_identity
 from grath.modeling.loading import load_model, load_tokenizer, resolve_base_and_adapter
 from grath.modeling.precision import DTYPES
 
@@ -38,6 +39,7 @@ def main():
     base, adapter = resolve_base_and_adapter(args.adapter)
     if not adapter:
         raise UserError(f"{args.adapter} is not a LoRA adapter folder (no adapter_config.json)")
+    model_identity(args.adapter)  # checks that its base is the one that it was trained on
     if args.out.exists():
         raise UserError(f"{args.out} exists already: choose another folder")
     check_writable(args.out)

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset
+
+from grath.evaluation.tasks import mc2
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "truthfulness_mc.jsonl"
 
@@ -16,8 +17,5 @@ def load(**_):
 
 
 def process_results_mc2(doc, results):
-    """Compute MC2: the probability of the correct answers, normalized over all answers."""
-    log_likelihoods = np.array([log_likelihood for log_likelihood, _ in results])
-    shares = np.exp(log_likelihoods - log_likelihoods.max())
-    correct = np.array(doc["mc2_targets"]["labels"]) == 1
-    return {"acc": float(shares[correct].sum() / shares.sum())}
+    """Compute MC2 of a question."""
+    return {"acc": mc2([log_likelihood for log_likelihood, _ in results], doc["mc2_targets"]["labels"])}

@@ -42,7 +42,7 @@ def matching(pattern, what, convert=str):
 positive_int = matching("0*[1-9][0-9]{0,8}", "a whole number of at least 1", int)
 # Questions of each task, and contexts in a batch of scores.
 limit = matching(
-    r"[1-9][0-9]{0,8}|0?\.0*[1-9][0-9]*",
+    r"[1-9][0-9]{0,8}|0?\.(?!0+$)[0-9]{1,9}",
     "a number of questions or a share below 1",
     lambda text: float(text) if "." in text else int(text),
 )

@@ -3,7 +3,6 @@
 import logging
 import sys
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
@@ -12,8 +11,7 @@ from tqdm import tqdm
 from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 from grath.generation.attention import unsupported_reason
 from grath.modeling.devices import halve_if_out_of_memory
-from grath.modeling.loading import load_for_inference, load_tokenizer, resolve_base_and_adapter
-from grath.modeling.precision import DTYPES
+from grath.modeling.loading import check_vocabulary, load_for_inference, load_model, load_tokenizer
 
 # Requests that are tokenized in one call.
 TOKENIZER_BATCH = 1024
@@ -23,15 +21,15 @@ CPU_TOKENS, GPU_TOKENS, MIN_TOKENS = 4096, 16384, 512
 
 def load_local(backend, model, precision, batch_size=None):
     """Load a model (hub name, model folder or adapter folder) as the harness's model of `hf-shared` or `hf`."""
-    base, adapter = resolve_base_and_adapter(model)
-    if backend == "hf":
-        options = {"peft": adapter, "dtype": DTYPES[precision], "use_safetensors": True}
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return SplitLM(pretrained=base, batch_size=batch_size or 16, device=device, **options)
     # `HFLM` warns of a loaded model, as it would be scored by every process.
     logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)
-    rows = batch_size if isinstance(batch_size, int) else None
-    return SharedContextLM(load_for_inference(model, precision), load_tokenizer(model), rows)
+    if backend == "hf":
+        lm = SplitLM(load_model(model, precision), tokenizer=load_tokenizer(model), batch_size=batch_size or 16)
+    else:
+        rows = batch_size if isinstance(batch_size, int) else None
+        lm = SharedContextLM(load_for_inference(model, precision), load_tokenizer(model), rows)
+    lm.source = model
+    return lm
 
 
 def split_over_processes(method):
@@ -54,12 +52,22 @@ class SplitLM(HFLM):
     """`HFLM` that splits the requests over the processes itself.
 
     For the harness every process is the only one, so the few-shot examples do not depend on the number of processes.
+    `truncated` counts the contexts of this process that did not fit into the model's window.
     """
 
-    rank, world_size = 0, 1
+    rank, world_size, truncated = 0, 1, 0
     loglikelihood = split_over_processes(HFLM.loglikelihood)
     loglikelihood_rolling = split_over_processes(HFLM.loglikelihood_rolling)
     generate_until = split_over_processes(HFLM.generate_until)
+
+    def inspect(self, pairs):
+        """Count the contexts that will be cut, and check the tokens of `pairs`: (context, answer), lists of ids."""
+        self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for context, answer in pairs)
+        check_vocabulary(self.source, self.tokenizer, [ids for pair in pairs for ids in pair if ids])
+
+    def _loglikelihood_tokens(self, requests, *args, **options):
+        self.inspect([ids for _, *ids in requests])
+        return super()._loglikelihood_tokens(requests, *args, **options)
 
 
 class SharedContextLM(SplitLM):
@@ -77,7 +85,8 @@ class SharedContextLM(SplitLM):
         pairs = [request.args for request in requests]
         reason = "a context is empty"
         if all(context for context, _ in pairs):
-            windows = [truncate_window(*ids, self.max_length) for ids in self.tokenize(pairs, disable_tqdm)]
+            tokenized = self.tokenize(pairs, disable_tqdm)
+            windows = [truncate_window(*ids, self.max_length) for ids in tokenized]
             reason = unsupported_reason(self.model, max(len(context) + len(answer) for context, answer in windows))
             if not all(context and answer for context, answer in windows):
                 reason = "an answer is empty or longer than the model's window"
@@ -85,6 +94,7 @@ class SharedContextLM(SplitLM):
             if not disable_tqdm:
                 print(f"hf-shared uses the method of hf: {reason}", file=sys.stderr)
             return HFLM.loglikelihood(self, requests, disable_tqdm)
+        self.inspect(tokenized)
         return self.score(windows, disable_tqdm)
 
     def tokenize(self, pairs, disable_tqdm=False):

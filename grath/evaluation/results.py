@@ -9,7 +9,7 @@ from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, hash_of, read_json
 from grath.common.layout import SCORES_RECORD
 from grath.common.record import check_files, read_record
-from grath.evaluation.tasks import KNOWN_TASKS, get_task
+from grath.evaluation.tasks import KNOWN_TASKS, get_task, mc2
 from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
@@ -24,9 +24,10 @@ def read_scores(folder):
     """Read the scores from the result files in `folder`; if it has a record, from those that the record names.
 
     Returns:
-        dict: task -> {"score", "stderr" (or None), "version", "harness", "chat", "questions"}, without the members of
-        groups (MMLU's subjects). Score and standard error are in percent, or as the harness gives them if the metric is
-        not a share (a perplexity). "questions" is what `question_scores` returned.
+        dict: task -> {"score", "stderr" (or None), "version", "harness", "chat", "truncated", "questions"}, without the
+        members of groups (MMLU's subjects). Score and standard error are in percent, or as the harness gives them if
+        the metric is not a share (a perplexity). "truncated" is the number of contexts that were cut, "questions" what
+        `question_scores` returned.
 
     Raises:
         UserError: a file is not a result file, or not the one that was recorded.
@@ -55,6 +56,7 @@ def read_scores(folder):
                 "version": content.get("versions", {}).get(task),
                 "harness": content.get("lm_eval_version"),
                 "chat": bool(content.get("chat_template")),
+                "truncated": content.get("truncated", 0),
                 QUESTIONS: content.get(QUESTIONS),
             }
     return scores
@@ -107,6 +109,23 @@ def check_numbers(samples):
             )
 
 
+def mend_underflow(samples, results):
+    """Compute MC2 in place where the harness has 0 / 0, because the probabilities of all answers are below 1e-324."""
+    from lm_eval.api.metrics import mean, mean_stderr
+
+    for task in [task for task in samples if task == "truthfulqa_mc2"]:
+        rows = samples[task]
+        for row in rows:
+            logs = [log_likelihood for log_likelihood, _ in row["filtered_resps"]]
+            if math.isnan(row["acc"]) and all(map(math.isfinite, logs)):
+                row["acc"] = mc2(logs, row["doc"]["mc2_targets"]["labels"])
+        scores = [row["acc"] for row in rows]
+        results[task] |= {
+            "acc,none": mean(scores),
+            "acc_stderr,none": mean_stderr(scores) if len(scores) > 1 else "N/A",
+        }
+
+
 def tasks_of(rows):
     """List the tasks with a score in any of the (name, scores) rows, in the order of the table's columns."""
     scored = {task for _, scores in rows for task in scores}
@@ -126,6 +145,7 @@ def write_results(folder, tasks, results, log_samples):
 
     to_json = partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
     samples, texts = results.pop("samples", {}), {}
+    mend_underflow(samples, results["results"])
     check_numbers(samples)
     for task in tasks:
         if task not in results["results"]:  # a group whose scores the harness does not average

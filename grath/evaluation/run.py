@@ -16,9 +16,9 @@ from grath.evaluation.results import EDITED, NO_SCORE, is_scored, read_scores, w
 from grath.evaluation.samples import MAX_NEW_TOKENS, write_samples
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.modeling.chat import template_for
-from grath.modeling.devices import init_distributed
+from grath.modeling.devices import init_distributed, print_once
 from grath.modeling.identity import model_identity
-from grath.modeling.loading import check_model, load_tokenizer
+from grath.modeling.loading import check_model, check_tokenizer, load_tokenizer
 from grath.modeling.precision import DTYPES, SERVER, resolve_precision
 from grath.serving.client import server_urls
 from grath.serving.served import serve
@@ -46,6 +46,7 @@ def score_model(args):
         precision = SERVER if args.backend == SERVER else resolve_precision(precision, "scores")
         check_model(args.model, weights=args.backend != SERVER)
         tokenizer = load_tokenizer(args.model)
+        check_tokenizer(tokenizer)
         template = _template(args, tokenizer)
         sampled = sampled and template is not None
         manager = _task_manager(missing)
@@ -91,6 +92,7 @@ def score_model(args):
             write_samples(generator, tokenizer, template, args.output / SAMPLES)
             finish([SAMPLES])
         record["batch_tokens"] = getattr(lm, "batch_tokens", None)
+        record["warnings"] = getattr(lm.model, "load_warnings", [])
     if main_process:
         for task, score in read_scores(args.output).items():
             if task in tasks:
@@ -208,12 +210,20 @@ def _loaded(args, precision, tokenizer):
 
 def _evaluate(args, precision, lm, tasks, manager):
     """Return the results of the harness's `simple_evaluate`; None in all processes of a machine but the first."""
+    from accelerate.utils import gather_object
     from lm_eval import simple_evaluate
 
+    lm.truncated = 0
     options = {"batch_size": args.batch_size, "limit": args.limit, "task_manager": manager}
     chat = {"apply_chat_template": args.chat_template, "fewshot_as_multiturn": args.chat_template}
     results = simple_evaluate(lm, tasks=tasks, num_fewshot=get_task(tasks[0]).shots, **options, **chat)
+    truncated = sum(gather_object([lm.truncated]))
+    if truncated:
+        print_once(
+            f"Warning: {' '.join(tasks)}: {truncated} contexts exceed the model's window, and are cut on the left"
+        )
     if results:
+        results["truncated"] = truncated
         model_args = {"pretrained": args.model, "precision": precision}
         results["config"] |= {"model": args.backend, "model_args": model_args}
         results["chat_template"] = lm.chat_template(True) if args.chat_template else None

@@ -1,6 +1,7 @@
 """The tasks of the Open LLM Leaderboard and the bundled ones: few-shot examples, metric, data set and title."""
 
 from dataclasses import dataclass
+from math import exp
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,10 @@ KNOWN_TASKS = {
 def get_task(name):
     """Return the `Task` of a name. Any other task of the harness is zero-shot and scored by accuracy."""
     return KNOWN_TASKS.get(name) or Task(name, title=name)
+
+
+def mc2(log_likelihoods, labels):
+    """Compute MC2: the probability of the correct answers (label 1), normalized over all answers; never 0 / 0."""
+    highest = max(log_likelihoods)
+    shares = [exp(log_likelihood - highest) for log_likelihood in log_likelihoods]
+    return sum(share for share, label in zip(shares, labels, strict=True) if label == 1) / sum(shares)

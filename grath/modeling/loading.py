@@ -50,6 +50,17 @@ def load_tokenizer(name, tokenizer_name=None):
     return tokenizer
 
 
+def check_tokenizer(tokenizer):
+    """Raise `UserError` if a tokenizer adds a token after every text: scores would be those of that token."""
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    if whole[-1:] != bare[-1:]:
+        token = tokenizer.convert_ids_to_tokens(whole[-1])
+        raise UserError(
+            f"the tokenizer adds {token!r} after every text, so answers cannot be scored: set add_eos_token to "
+            "false in its tokenizer_config.json, or take it out of the post_processor in tokenizer.json"
+        )
+
+
 def check_vocabulary(name, tokenizer, sequences):
     """Raise `UserError` if a model has no embedding for a token of `sequences` (lists of ids), before it is loaded.
 
@@ -59,7 +70,7 @@ def check_vocabulary(name, tokenizer, sequences):
 
     base = resolve_base_and_adapter(name)[0]
     size = _load(AutoConfig, base, "model").get_text_config().vocab_size
-    if (largest := max(map(max, sequences))) >= size:
+    if (largest := max(map(max, sequences), default=0)) >= size:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(f"{base} has {size} embeddings and none for the token {token!r}: use the model's own tokenizer")
     if tokenizer.pad_token_id >= size:

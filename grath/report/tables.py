@@ -27,7 +27,7 @@ def score_cell(score, base):
     """Show a score in percent and its difference from the base's, with the interval of `paired_difference`.
 
     Where there are no scores of single questions, it shows the standard error instead of an interval. It also shows how
-    many of the pooled runs have the task, if not all.
+    many of the pooled runs have the task, if not all, and how many contexts exceeded the model's window.
     """
     if score is None:
         return "-"
@@ -41,7 +41,8 @@ def score_cell(score, base):
             change = "other questions than the base's"
         elif not runs:
             change = f"{score['score'] - base['score']:+.2f}"
-    notes = "; ".join(filter(None, [change, runs]))
+    cut = score["truncated"] and f"{score['truncated']} contexts cut"
+    notes = "; ".join(filter(None, [change, runs, cut]))
     return f"{text} ({notes})" if notes else text
 
 

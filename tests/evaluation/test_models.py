@@ -1,0 +1,103 @@
+"""Models and tokenizers that would give wrong scores: refused, or said in the record and in the report."""
+
+import json
+import math
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support import BUNDLED, call_here
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path):
+    """A copy of the tiny model, to be changed."""
+    return shutil.copytree(tiny_llama, tmp_path / "model")
+
+
+def configure(model, **options):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **options}))
+
+
+def change_weights(model, change):
+    weights = load_file(model / "model.safetensors")
+    save_file(change(weights), model / "model.safetensors", metadata={"format": "pt"})
+
+
+def score(model, folder, *flags, status=0):
+    return call_here("grath.evaluation", model, folder, "--limit", 2, *flags, status=status)
+
+
+@pytest.mark.parametrize("backend", ["hf", "hf-shared"])
+def test_contexts_that_are_cut_are_counted(model, hub, tmp_path, backend):
+    configure(model, max_position_embeddings=300)
+    folder = tmp_path / "s"
+    flags = ("--tasks", "arc_challenge", "grath_mc1", "--backend", backend)
+    done = call_here("grath.evaluation", model, folder, "--limit", 2, *flags, cwd=hub)
+    # Two questions of four choices, after 25 examples.
+    assert "Warning: arc_challenge: 8 contexts exceed the model's window, and are cut on the left" in done.stdout
+    assert "Warning: grath_mc1" not in done.stdout
+    report = call_here("grath.report", folder).stdout
+    assert report.count("8 contexts cut") == 1
+
+
+def test_mc2_of_very_unlikely_answers_is_a_number(model, hub, tmp_path):
+    change_weights(model, lambda weights: {**weights, "lm_head.weight": 2000 * weights["lm_head.weight"]})
+    flags = ("--tasks", "truthfulqa_mc1", "truthfulqa_mc2", "--log_samples")
+    call_here("grath.evaluation", model, tmp_path / "s", "--limit", 4, *flags, cwd=hub)
+    lines = (tmp_path / "s" / "samples_truthfulqa_mc2.jsonl").read_text().splitlines()
+    expected = []
+    for row in map(json.loads, lines):
+        yes, no = (float(answer[0]) for answer in row["filtered_resps"])
+        assert max(yes, no) < -800
+        expected.append(1 / (1 + math.exp(min(700, no - yes))))
+    found = json.loads((tmp_path / "s" / "truthfulqa_mc2.json").read_text())
+    assert found["results"]["truthfulqa_mc2"]["acc,none"] == pytest.approx(sum(expected) / 4)
+    assert found["questions"]["scores"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["hf", "hf-shared"])
+def test_a_tokenizer_that_adds_a_token_after_every_text_is_refused(model, tmp_path, backend):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    ids = [token["id"] for token in tokenizer["added_tokens"] if token["content"] == "</s>"]
+    tokenizer["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": ids, "tokens": ["</s>"]}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = score(model, tmp_path / "s", "--tasks", "grath_mc1", "--backend", backend, status=2)
+    assert "the tokenizer adds '</s>' after every text" in done.stderr and not (tmp_path / "s").exists()
+
+
+def commands(model, pair_file, folder):
+    ask = ("--save_prefix", "p", "--save_dir", folder / "p", "--data_path", BUNDLED, "--num_query", 1)
+    return [
+        ("create_pair_responses.py", "--model_name_or_path", model, *ask, "--precision", "fp32"),
+        ("dpo.py", "--model_name_or_path", model, "--dataset_path", pair_file, "--output_dir", folder / "d"),
+        ("grath.evaluation", model, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
+        ("grath.evaluation", model, folder / "h", "--tasks", "grath_mc1", "--limit", 1, "--backend", "hf"),
+    ]
+
+
+def test_tokens_without_an_embedding_and_missing_weights_are_refused(model, pair_file, tmp_path):
+    whole = load_file(model / "model.safetensors")
+    heads = ("model.embed_tokens.weight", "lm_head.weight")
+    configure(model, vocab_size=100)
+    change_weights(model, lambda weights: weights | {name: weights[name][:100].clone() for name in heads})
+    for command in commands(model, pair_file, tmp_path):
+        assert "has 100 embeddings and none for the token" in call_here(*command, status=2).stderr
+    configure(model, vocab_size=len(whole["lm_head.weight"]))
+    change_weights(model, lambda _: {name: weight for name, weight in whole.items() if "layers.1.mlp" not in name})
+    for command in commands(model, pair_file, tmp_path):
+        done = call_here(*command, status=2)
+        assert "lacks 3 weights, starting with model.layers.1.mlp.down_proj.weight" in done.stderr
+    assert not (tmp_path / "p").exists() and not (tmp_path / "d").exists()
+
+
+def test_weights_that_are_not_used_are_a_warning_in_the_record(model, pair_file, tmp_path):
+    change_weights(model, lambda weights: {**weights, "model.old.weight": weights["lm_head.weight"][:2].clone()})
+    warning = f"{model} has 1 unused weights, starting with model.old.weight"
+    for command in commands(model, pair_file, tmp_path)[:3]:
+        flags = ("--max_steps", 1) if command[0] == "dpo.py" else ()
+        assert f"Warning: {warning}" in call_here(*command, *flags).stdout
+    for record in ("p/p_num_1_useGT_False_useFS_False.json.record.json", "d/grath.json", "s/settings.json"):
+        assert warning in json.loads((tmp_path / record).read_text())["warnings"]
