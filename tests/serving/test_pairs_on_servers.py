@@ -300,15 +300,16 @@ def test_a_long_queue_is_no_failure():
         turn = asyncio.Lock()
 
         async def answer(index):
+            asked.append(index)
             async with turn:
                 await asyncio.sleep(0.3)
             return index
 
         await client.send_all([("a", answer)] * 5, 5, 0.8, lambda *found: answers.append(found))
 
-    answers = []
+    asked, answers = [], []
     asyncio.run(main())
-    assert sorted(answers) == [(i, i) for i in range(5)]
+    assert sorted(answers) == [(i, i) for i in range(5)] and len(asked) == 5
 
 
 ESCAPED = {
