@@ -12,22 +12,57 @@ from grath.common.errors import UserError, first_line
 CACHED_FROM = 10_000_000
 
 
-def read_json(path, what):
-    """Read the JSON object in a file; raise `UserError` if there is none, where `what` says what it should be."""
+def parse_json(text):
+    """Parse JSON from outside; raise `ValueError` also if it is nested too deeply, or could not be written again."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair has no bytes
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return content
+
+
+def fits(content, shape):
+    """Tell whether parsed JSON has a shape.
+
+    Args:
+        shape: a type or a union of types; a tuple of shapes, one of which must fit; a list of one shape, for lists; a
+            dict of shapes, for dicts: by key, where a key that ends with "?" may be missing and other keys are ignored,
+            or {str: shape} for all keys.
+    """
+    if isinstance(shape, tuple):
+        return any(fits(content, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(content, list) and all(fits(one, shape[0]) for one in content)
+    if isinstance(shape, dict):
+        if not isinstance(content, dict):
+            return False
+        if str in shape:
+            return all(fits(one, shape[str]) for one in content.values())
+        return all(
+            fits(content[key.rstrip("?")], of_key) if key.rstrip("?") in content else key.endswith("?")
+            for key, of_key in shape.items()
+        )
+    return isinstance(content, shape) and (shape in (bool, object) or not isinstance(content, bool))
+
+
+def read_json(path, what, shape=dict):
+    """Read the JSON object in a file; raise `UserError` if it does not fit the shape, where `what` says what it is."""
+    try:
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError:
         content = None
-    if not isinstance(content, dict):
+    if not fits(content, shape):
         raise UserError(f"{path} is damaged, or not a {what}")
     return content
 
 
-def read_json_lines(path, what):
+def read_json_lines(path, what, shape=dict):
     """Read a JSON-lines file as a list of dicts. A byte order mark and Windows line ends are accepted.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8 text, or a line is not a JSON object; it names `what`.
+        UserError: the file is missing, empty or not UTF-8 text, or a line is not a JSON object, or does not fit the
+            shape; it names `what`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -45,12 +80,13 @@ def read_json_lines(path, what):
             continue
         where = f"{what} {path}, line {number}"
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{where}: not JSON ({first_line(error)})") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object")
+        if not fits(row, shape):
+            raise UserError(f"{where}: a value is missing, or of another type than expected")
         rows.append(row)
     if not rows:
         raise UserError(f"{what} {path} is empty")

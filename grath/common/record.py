@@ -16,16 +16,32 @@ from grath.common.files import atomic_write_text, read_json, sha256
 from grath.common.layout import PROJECT
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes")
+NUMBER = int | float
+# Of a record, what is read again; a stage may add more.
+RECORD = {
+    "inputs": {"model?": {str: (str, {str: str})}, "data?": {str: str}, "precision?": str | None},
+    "files?": {str: str},
+    "starts": int,
+    "seconds": NUMBER,
+    "versions?": {str: str | None},
+    "commit?": str | None,
+    "warnings?": [str],
+    "counts?": {str: int},
+    "model?": str,
+}
+# Of the record of a training, besides.
+OF_TRAINING = {"base_model": str, "incoming_adapter": str | None, "settings": dict, "pairs": {str: int}}
 
 
-def read_record(path):
-    """Read the record in the file `path`; return None if there is no file, raise `UserError` if it is no record."""
+def read_record(path, more=()):
+    """Read the record in the file `path`; return None if there is no file.
+
+    Raises:
+        UserError: it does not fit `RECORD` and the shapes in `more` (dict).
+    """
     if not Path(path).is_file():
         return None
-    record = read_json(path, "record")
-    if not isinstance(record.get("inputs"), dict) or not isinstance(record.get("files", {}), dict):
-        raise UserError(f"{path} is damaged, or was written by another version")
-    return record
+    return read_json(path, "record of this version", RECORD | dict(more))
 
 
 def write_record(path, record):

@@ -69,7 +69,7 @@ def read_options(path):
         options = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:  # also if it is not UTF-8 text
+    except (yaml.YAMLError, RecursionError) as error:  # also if it is not UTF-8 text
         raise UserError(f"the --config file is not YAML: {error}") from None
     if not isinstance(options, dict):
         raise UserError(f"the --config file {path} must contain a YAML mapping")

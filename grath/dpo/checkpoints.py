@@ -1,6 +1,5 @@
 """The output folder of a training: its record, its checkpoints, and the adapter."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
 from grath.common.errors import UserError
-from grath.common.files import sha256
+from grath.common.files import read_json, sha256
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT, TRAINING_RECORD
 from grath.common.record import check_files, check_inputs, read_record
 
@@ -69,10 +68,10 @@ def last_checkpoint(output_dir):
 def _is_complete(checkpoint):
     """Tell whether no file of a checkpoint is missing or truncated. `trainer_state.json` is written last."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_json(checkpoint / "trainer_state.json", "trainer state", {"global_step": int, "log_history": [dict]})
         with safe_open(checkpoint / ADAPTER, "pt"):
             pass
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, UserError, SafetensorError):
         return False
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
     return bool(archives) and all(map(is_zipfile, archives))

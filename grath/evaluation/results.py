@@ -4,16 +4,25 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import NoneType
 
 from grath.common.errors import UserError
-from grath.common.files import atomic_write_text, hash_of, read_json
+from grath.common.files import atomic_write_text, fits, hash_of, read_json
 from grath.common.layout import SCORES_RECORD
-from grath.common.record import check_files, read_record
+from grath.common.record import NUMBER, check_files, read_record
 from grath.evaluation.tasks import KNOWN_TASKS, get_task, mc2
 from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
 RESULT_FILE = "result file of lm-evaluation-harness"
+RESULT = {
+    "results?": {str: dict},
+    "versions?": dict,
+    "group_subtasks?": {str: [str]},
+    "lm_eval_version?": str | None,
+    "truncated?": int,
+    f"{QUESTIONS}?": (NoneType, {"sha256": str, "scores": [NUMBER | None], "negated?": [int]}),
+}
 EDITED = "remove it, and score the model again"
 NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
 # What the names of metrics between 0 and 1 contain; they are shown in percent.
@@ -38,9 +47,7 @@ def read_scores(folder):
     for file in sorted(set(folder.glob("*.json")) - {folder / SCORES_RECORD}):
         if record and file.name not in record.get("files", {}):  # its stage was killed, and will score the task again
             continue
-        content = read_json(file, RESULT_FILE)
-        if not isinstance(content.get("results", {}), dict):
-            raise UserError(f"{file} is not a {RESULT_FILE}")
+        content = read_json(file, RESULT_FILE, RESULT)
         subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
         for task, values in content.get("results", {}).items():
             metrics = [name for name in values if "," in name and "_stderr" not in name]
@@ -48,6 +55,8 @@ def read_scores(folder):
             key = key if key in metrics else next(iter(metrics), None)
             if task in subtasks or key is None:
                 continue
+            if not fits(values[key], NUMBER):
+                raise UserError(f"{file} is damaged: {key} of {task} is no number")
             stderr = values.get(key.replace(",", "_stderr,"))
             scale = 100 if any(part in key.partition(",")[0] for part in SHARES) else 1
             scores[task] = {
@@ -169,7 +178,7 @@ def is_scored(folder, task, log_samples, files):
     result = f"{task}.json"
     if result not in files or not log_samples:
         return result in files
-    groups = read_json(folder / result, RESULT_FILE).get("group_subtasks", {})
+    groups = read_json(folder / result, RESULT_FILE, RESULT).get("group_subtasks", {})
     return all(f"samples_{name}.jsonl" in files for name in _with_members(task, groups) if not groups.get(name))
 
 

@@ -33,8 +33,8 @@ def model_identity(name):
         found = {"base": {"hub": base, "commit": _commit(base)}}
     if adapter:
         folder = Path(adapter)
-        trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base", {})
-        if trained.keys() & found["base"].keys():  # a copy of a hub's model has other keys
+        trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
+        if isinstance(trained, dict) and trained.keys() & found["base"].keys():  # a copy of a hub's model has other keys
             check_inputs({"inputs": trained}, found["base"], f"the adapter {folder}", f"put its base back to {base}")
         found["adapter"] = {file: file_hash(folder / file) for file in (ADAPTER, ADAPTER_CONFIG)}
     return found

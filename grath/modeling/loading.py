@@ -25,13 +25,9 @@ def resolve_base_and_adapter(name):
     folder = Path(name)
     if not folder.is_dir():
         return name, None
-    config = folder / ADAPTER_CONFIG
-    if not config.is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return str(folder.resolve()), None
-    base = check_adapter(folder).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{config} names no base model, so it is not the configuration of a LoRA adapter")
-    base = resolve_local(base)
+    base = resolve_local(check_adapter(folder)["base_model_name_or_path"])
     if (Path(base) / ADAPTER_CONFIG).is_file():
         raise UserError(f"{base}, the base of the adapter {folder}, is an adapter itself: merge that one first")
     if Path(base).is_absolute() and not Path(base).is_dir():
@@ -168,7 +164,7 @@ def missing_shards(folder):
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [], 0
-    shards = set(read_json(index, "index of weight files").get("weight_map", {}).values())
+    shards = set(read_json(index, "index of weight files", {"weight_map": {str: str}})["weight_map"].values())
     return sorted(shard for shard in shards if not (folder / shard).is_file()), len(shards)
 
 

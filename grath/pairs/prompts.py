@@ -1,9 +1,9 @@
 """Build the prompt that asks a model for a pair, with few-shot examples."""
 
-import json
 from pathlib import Path
 
 from grath.common.errors import UserError
+from grath.common.files import fits, parse_json
 from grath.common.layout import PROJECT
 from grath.pairs.questions import draw_candidates
 
@@ -25,14 +25,13 @@ def demos_file(name):
 def load_demos(name):
     """Load few-shot examples from `demos/{name}.json` or the JSON file `name`: list of dicts with `DEMO_FIELDS`."""
     try:
-        demos = json.loads(demos_file(name).read_text(encoding="utf-8-sig"))
+        demos = parse_json(demos_file(name).read_text(encoding="utf-8-sig"))
     except OSError:
         known = ", ".join(sorted(file.stem for file in (PROJECT / "demos").glob("*.json")))
         raise UserError(f"--demos {name}: neither a known set ({known}) nor a readable file") from None
     except ValueError:
         raise UserError(f"--demos {name}: not a JSON file in UTF-8") from None
-    sound = isinstance(demos, list) and demos and all(isinstance(demo, dict) for demo in demos)
-    if not sound or not all(isinstance(demo.get(field), str) for demo in demos for field in DEMO_FIELDS):
+    if not demos or not fits(demos, [dict.fromkeys(DEMO_FIELDS, str)]):
         raise UserError(f"--demos {name}: must be a list of objects with the strings {', '.join(DEMO_FIELDS)}")
     return demos
 

@@ -8,7 +8,7 @@ import re
 import sys
 
 from grath.common.errors import UserError, explain_system_error, first_line
-from grath.common.files import read_json_lines
+from grath.common.files import fits, read_json_lines
 
 TRUTHFULQA = "truthful_qa"
 # Data sets with gold answers: name on the command line -> (hub name, configuration, split).
@@ -66,15 +66,11 @@ def load_preferences(name, seed):
 
 
 def _question(row, where):
-    try:
-        question, choices, gold = row["question"], row["choices"]["text"], row["answerKey"]
-        labels = row["choices"]["label"]
-        texts = [question, *choices]
-        sound = all(isinstance(text, str) and text.strip() for text in texts) and len(choices) == len(labels)
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
+    sound = fits(row, {"question": str, "choices": {"text": [str], "label": [object]}, "answerKey": object})
+    texts = [row["question"], *row["choices"]["text"]] if sound else [""]
+    if not all(text.strip() for text in texts) or len(texts) != 1 + len(row["choices"]["label"]):
         raise UserError(f"{where}: not in the ARC schema (question, choices with text and label, answerKey)")
+    (question, *choices), labels, gold = texts, row["choices"]["label"], row["answerKey"]
     if gold not in labels:
         raise UserError(f"{where}: answerKey {gold!r} is not one of the labels {list(labels)}")
     if len(choices) < 2:
@@ -103,14 +99,13 @@ def gold_pairs(name, seed):
             "warning: truthful_qa is the TruthfulQA test set: scores on what was trained on mean nothing",
             file=sys.stderr,
         )
-        questions = [
-            {
-                "question": row["question"],
-                "choices": row["mc1_targets"]["choices"],
-                "answer": row["mc1_targets"]["labels"].index(1),
-            }
-            for row in load_hub_split(*where)
-        ]
+        questions = []
+        for row in load_hub_split(*where):
+            if not fits(row, {"question": str, "mc1_targets": {"choices": [str], "labels": [int]}}):
+                raise UserError(f"{hub_name} is not TruthfulQA: a row has no question with mc1_targets")
+            targets = row["mc1_targets"]
+            gold = targets["labels"].index(1)
+            questions.append({"question": row["question"], "choices": targets["choices"], "answer": gold})
     else:
         questions = load_questions(*where)
     drawn = [draw_candidates(question, seed) for question in questions]

@@ -5,11 +5,12 @@ from statistics import mean
 
 from grath.common.files import read_json
 from grath.common.layout import combined_path, record_path
-from grath.common.record import read_record
+from grath.common.record import NUMBER, read_record
 from grath.pairs.files import read_pairs
 from grath.pairs.truth import format_signal, truth_signal
 
 NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
+MEASURED = {"distance": NUMBER, "probe": NUMBER}
 # The keys of `pair_stats`, as columns of a comparison of runs.
 OF_OWN_PAIRS = ("asked", "parsed", "identical", "echoed")
 COLUMNS = (*OF_OWN_PAIRS, "signal", "distance", "probe", "negated", "words")
@@ -52,7 +53,7 @@ def pair_stats(path, questions=()):
     sides = [[row[side] for row in different] for side in ("correct", "incorrect")]
     truth = truth_signal(different, questions)
     distance = trained_on.with_suffix(".distance.json")
-    measured = read_json(distance, "record of grath.distance") if distance.is_file() else {}
+    measured = read_json(distance, "record of grath.distance", MEASURED) if distance.is_file() else {}
     return {
         "asked": record.get("counts", {}).get("asked"),
         "parsed": len(rows),

@@ -1,6 +1,8 @@
 """The report of a run, and the comparison of several."""
 
+import html
 import json
+import re
 
 from grath.common.files import atomic_write_text, read_json_lines
 from grath.common.layout import PAIR_STATS, REPORT, SAMPLES, results_path
@@ -15,6 +17,7 @@ PAPER = {
     "llama-2-7b-chat": "MC1 30.23 -> 54.71, MC2 45.32 -> 69.10, ARC +5.03, HellaSwag +1.13, MMLU -1.26",
     "zephyr-7b": "MC1 42.23 -> 53.86, MC2 57.83 -> 66.73",
 }
+SAMPLE = {"question": str, "answer": str}
 COMPARISON = "comparison.md"
 # What a report shows of DPO's settings; their record has all.
 DPO_SETTINGS = (
@@ -88,11 +91,16 @@ def _samples(folder, models):
     answers = {}
     for number in models:
         file = results_path(folder, number) / SAMPLES
-        for sample in read_json_lines(file, "sample answers") if file.is_file() else ():
-            answer = " ".join(sample["answer"].split()) or "(nothing)"
-            answers.setdefault(f"**{sample['question']}**", []).append(f"- M_{number}: {answer}")
+        for sample in read_json_lines(file, "sample answers", SAMPLE) if file.is_file() else ():
+            answer = plain(sample["answer"]) or "(nothing)"
+            answers.setdefault(f"**{plain(sample['question'])}**", []).append(f"- M_{number}: {answer}")
     parts = [part for question, lines in answers.items() for part in (question, "\n".join(lines))]
     return ["## The same questions, iteration by iteration", *parts] if parts else []
+
+
+def plain(text):
+    """Return a text from outside as one line that Markdown shows as it is: no HTML, link, image or table of its own."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _made_with(records):

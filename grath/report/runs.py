@@ -3,12 +3,13 @@
 import os
 from itertools import count
 from pathlib import Path
+from types import NoneType
 
 from grath.common import layout
 from grath.common.defaults import UNCOMPARED
 from grath.common.errors import UserError
 from grath.common.files import read_json, read_json_lines
-from grath.common.record import read_record
+from grath.common.record import NUMBER, OF_TRAINING, check_inputs, read_record
 from grath.evaluation.results import read_scores
 from grath.pairs.questions import load_questions
 from grath.pairs.stats import pair_stats
@@ -16,6 +17,10 @@ from grath.report.paired import pool
 
 # Settings that change no result, and the seed, in which the runs of a group differ.
 NOT_COMPARED = UNCOMPARED - {"tokenizer_name"} | {"batch_size", "seed"}
+# Shapes of what is read: pairs.json, a line of the training log, and what a record says of the questions.
+PAIR_STATS = {str: {"truth": (NoneType, dict), "signal": str | None}}
+LOG_ENTRY = {"step?": int, **dict.fromkeys(("loss?", "rewards/margins?", "rewards/accuracies?"), NUMBER)}
+QUESTIONS = {"data_path": str | None, "data_name": str, "subdata_name": str | None, "split": str}
 # Settings of pairs that their record has among its inputs.
 RESOLVED = ("precision", "max_new_tokens")
 
@@ -36,12 +41,13 @@ def read_run(folder):
         entries of the training log}.
 
     Raises:
-        UserError: the folder is not that of a run, a record is damaged, or a file was edited.
+        UserError: the folder is not that of a run, a record is damaged, a file was edited, or the stages had different
+            base models.
     """
     if not is_run(folder):
         raise UserError(f"{folder} is not a run folder: it contains neither models, data nor scores of M_0")
     stats = folder / layout.PAIR_STATS
-    earlier = read_json(stats, "record of pairs") if stats.is_file() else {}
+    earlier = read_json(stats, "record of pairs", PAIR_STATS) if stats.is_file() else {}
     questions, models = [], {}
     for number in count():
         model = layout.find_model(folder, number) if number else None
@@ -50,9 +56,9 @@ def read_run(folder):
         # A published run has the records of its pairs, but no pair files.
         asked = sorted(folder.glob(f"data/{layout.record_path(Path(f'{layout.save_prefix(number)}_num_*.json'))}"))
         records = {
-            "dpo": model and read_record(model / layout.TRAINING_RECORD),
+            "dpo": model and read_record(model / layout.TRAINING_RECORD, OF_TRAINING),
             "scores": read_record(results / layout.SCORES_RECORD),
-            "pairs": read_record(asked[0]) if asked else None,
+            "pairs": read_record(asked[0], {"settings?": QUESTIONS}) if asked else None,
         }
         records = {stage: record for stage, record in records.items() if record}
         if number and "files" not in records.get("dpo", {}):
@@ -67,11 +73,23 @@ def read_run(folder):
             "records": records,
             "scores": read_scores(results),
             "pairs": of_pairs,
-            "training": read_json_lines(log, "training log") if log and log.is_file() else [],
+            "training": read_json_lines(log, "training log", LOG_ENTRY) if log and log.is_file() else [],
         }
+    _check_bases(models)
     settings = _settings(models)
     name = folder.resolve().name.removesuffix(f"_seed_{settings['seed']}")
     return {"folder": folder, "name": name, "settings": settings, "models": models}
+
+
+def _check_bases(models):
+    made = [
+        (f"{stage} of M_{number}", record["inputs"]["model"]["base"])
+        for number, model in models.items()
+        for stage, record in model["records"].items()
+        if isinstance(record["inputs"].get("model", {}).get("base"), dict)
+    ]
+    for name, base in made[1:]:
+        check_inputs({"inputs": made[0][1]}, base, made[0][0], f"{name}: the base was replaced during the run")
 
 
 def _asked_questions(settings):

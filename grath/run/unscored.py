@@ -8,7 +8,7 @@ from shlex import quote
 from grath.common.defaults import TASKS
 from grath.common.errors import UserError
 from grath.common.layout import SAMPLES, SCORES_RECORD, TRAINING_RECORD, find_model, quote_path, results_path
-from grath.common.record import read_record
+from grath.common.record import OF_TRAINING, read_record
 from grath.modeling.precision import SERVER
 
 
@@ -29,7 +29,7 @@ def unscored_lines():
     trained = []
     while (folder := find_model(run, len(trained) + 1)) and (read_record(folder / TRAINING_RECORD) or {}).get("files"):
         trained.append(folder)
-    first = read_record(trained[0] / TRAINING_RECORD) if trained else {}
+    first = read_record(trained[0] / TRAINING_RECORD, OF_TRAINING) if trained else {}
     names = [first.get("incoming_adapter") or first["base_model"], *trained] if trained else []
     models = [(name, results_path(run, i)) for i, name in enumerate(names)]
     records = [read_record(folder / SCORES_RECORD) or {"inputs": {}} for _, folder in models]
