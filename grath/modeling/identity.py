@@ -34,7 +34,8 @@ def model_identity(name):
     if adapter:
         folder = Path(adapter)
         trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
-        if isinstance(trained, dict) and trained.keys() & found["base"].keys():  # a copy of a hub's model has other keys
+        if isinstance(trained, dict) and trained.keys() & found["base"].keys():
+            # The copy of a hub's model in a folder has other keys, and cannot be compared.
             check_inputs({"inputs": trained}, found["base"], f"the adapter {folder}", f"put its base back to {base}")
         found["adapter"] = {file: file_hash(folder / file) for file in (ADAPTER, ADAPTER_CONFIG)}
     return found
