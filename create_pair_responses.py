@@ -29,7 +29,7 @@ from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, sha256
 from grath.common.layout import pair_file_name, record_path
-from grath.common.record import read_record, recording
+from grath.common.record import locked, read_record, recording
 from grath.modeling.chat import MODEL_TYPES, TODAY, prompt_ids, template_for
 from grath.modeling.devices import init_distributed
 from grath.modeling.loading import check_vocabulary, load_tokenizer
@@ -38,7 +38,14 @@ from grath.pairs.files import write_pairs
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
 from grath.pairs.record import describe_pairs, is_finished, settings_of
-from grath.pairs.responses import load_responses, parse_response, parse_responses, remove_responses, save_responses
+from grath.pairs.responses import (
+    load_responses,
+    merge_responses,
+    parse_response,
+    parse_responses,
+    remove_responses,
+    save_responses,
+)
 from grath.pairs.stats import count_identical, mean_words
 from grath.pairs.truth import format_signal, truth_signal
 
@@ -121,8 +128,7 @@ def main():
     from grath.generation.select import open_generator
 
     state = init_distributed()
-    with state.main_process_first():
-        responses = load_responses(path, state.is_main_process) if earlier else {}
+    responses = load_responses(path) if earlier else {}
     if responses:
         state.print(f"{len(responses)} of {len(questions)} questions were answered before the interruption")
     left = [i for i in range(len(questions)) if i not in responses]
@@ -138,9 +144,13 @@ def main():
                     f"--max_new_tokens {args.max_new_tokens}: a prompt has {longest} tokens, and both together exceed "
                     f"the model's context window of {generator.window}"
                 )
+        state.wait_for_everyone()  # until all have loaded the saved responses
+        seen = None if args.overwrite else earlier or {}
+        stack.enter_context(locked(record_path(path), seen, state.is_main_process))
         if state.is_main_process:
-            args.save_dir.mkdir(parents=True, exist_ok=True)
-            if not earlier:
+            if earlier:
+                merge_responses(path, responses)
+            else:
                 remove_responses(path)
                 path.unlink(missing_ok=True)
         state.wait_for_everyone()

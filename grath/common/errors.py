@@ -37,6 +37,10 @@ def run_main(main):
             signal.signal(number, raise_on_signal)
     try:
         status = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`; the interpreter writes the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         status = 128 + signal.SIGINT
@@ -51,7 +55,9 @@ def run_main(main):
             raise
         if os.environ.get("GRATH_DEBUG") == "1":
             traceback.print_exception(error)
-        print(f"{name}: error: {line}", file=sys.stderr)
+        # A message may contain text from outside.
+        shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line[:1500])
+        print(f"{name}: error: {shown}", file=sys.stderr)
         status = BAD_INPUT if bad_input else 1
     torch = sys.modules.get("torch")
     # Left to the interpreter's exit, torch's process group sometimes aborts. After another error, NCCL could wait here.

@@ -68,19 +68,51 @@ def check_files(record, folder, advice):
 
 
 @contextmanager
-def recording(path, inputs, earlier=None, write=True, **content):
+def locked(path, seen, write=True):
+    """Hold the lock of the output whose record is the file `path`.
+
+    Args:
+        seen: the record that this start has read, {} if there was none; None if it does not matter.
+        write: False in all processes but the first, which lock nothing.
+
+    Raises:
+        UserError: another process has the lock, or has written the record since it was read.
+    """
+    if not write:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is writing {path.parent}: wait for it, or choose another output") from None
+    try:
+        if seen is not None and (read_record(path) or {}) != seen:
+            raise UserError(f"another process has just written {path}: run the same command again")
+        yield
+    finally:
+        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def recording(path, inputs, earlier=None, write=True, began=None, **content):
     """Write the record of a stage at its start, and add the seconds of this start when it ends, however it ends.
 
     Args:
         inputs: as in `check_inputs`.
         earlier: the record of an interrupted start, or None.
         write: False in all processes but the first.
+        began: what `time.monotonic` was when the stage began; None: now.
         content: what else to record.
 
     Yields:
         the record (dict). The stage adds "files" when its outputs are complete.
     """
-    earlier, began = earlier or {}, time.monotonic()
+    earlier, began = earlier or {}, began or time.monotonic()
     record = {"inputs": inputs, "starts": earlier.get("starts", 0) + 1, "seconds": earlier.get("seconds", 0)}
     record |= {"versions": versions(), "commit": commit(), **content}
     if write:

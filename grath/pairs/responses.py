@@ -6,7 +6,8 @@ from collections import Counter
 from contextlib import contextmanager
 from glob import escape
 
-from grath.common.files import atomic_write_text
+from grath.common.files import atomic_write_text, fits, parse_json
+from grath.modeling.devices import print_once
 
 CORRECT, INCORRECT = "Correct answer:", "Incorrect answer:"
 # The correct answer at the start of a line, then the incorrect one, mostly on the next line; labels may be in bold.
@@ -62,34 +63,28 @@ def _saved_files(path):
     return list(path.parent.glob(f"{escape(_saved_file(path).name)}*"))
 
 
-def load_responses(path, merge):
-    """Load the responses that an interrupted start saved.
-
-    Args:
-        path: the pair file.
-        merge: whether to merge the saved files into one; True in the first process, before the others load them.
-
-    Returns:
-        dict: index of the question -> response.
-    """
-    responses, merged, files = {}, _saved_file(path), _saved_files(path)
-    for file in files:
+def load_responses(path):
+    """Load the responses to the pair file `path` that were saved: dict, index of the question -> response."""
+    responses = {}
+    for file in _saved_files(path):
         try:
             # An interruption can cut the last line short: it has no line end then.
-            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-            found = dict(json.loads(line) for line in lines)
-            "".join(found.values()).encode()  # half of a surrogate pair could not be written
-            responses |= found
-        except (ValueError, TypeError, RecursionError):
-            if merge:
-                print("Discarding saved responses that are damaged; asking those questions again")
-    if merge and files:
-        lines = [json.dumps(item) for item in sorted(responses.items())]
-        atomic_write_text(merged, "".join(f"{line}\n" for line in lines))
-        for file in files:
-            if file != merged:
-                file.unlink()
+            rows = [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+            if not all(fits(index, int) and fits(text, str) for index, text in rows):
+                raise ValueError(file)
+            responses |= dict(rows)
+        except (ValueError, TypeError):
+            print_once("Discarding saved responses that are damaged; asking those questions again")
     return responses
+
+
+def merge_responses(path, responses):
+    """Write loaded responses to one file, and remove the others."""
+    lines = [json.dumps(item) for item in sorted(responses.items())]
+    atomic_write_text(_saved_file(path), "".join(f"{line}\n" for line in lines))
+    for file in _saved_files(path):
+        if file != _saved_file(path):
+            file.unlink()
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def test_the_responses_to_a_file_with_brackets_in_its_name(tmp_path):
     path = tmp_path / "a[1].json"
     with save_responses(path, 0) as save:
         save(0, "yes")
-    assert load_responses(path, merge=True) == {0: "yes"}
+    assert load_responses(path) == {0: "yes"}
     remove_responses(path)
     assert not list(tmp_path.iterdir())
 

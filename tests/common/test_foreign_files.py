@@ -1,0 +1,198 @@
+"""Files from outside that are not what they should be: one line and status 2 in every command that reads them."""
+
+import copy
+import json
+
+import pytest
+from filelock import FileLock
+from made_runs import put_pairs, put_run
+from support import BUNDLED, call_here, pair, rows, write_rows
+
+from grath.common.files import fits
+
+DEEP = "[" * 200_000
+OTHERS = (None, True, 7, "x", [1], {"x": [2]})
+
+
+def places(content, path=()):
+    """The paths of all values in parsed JSON, itself included."""
+    yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def changed(content, path, value):
+    """A copy of parsed JSON with another value at a path."""
+    if not path:
+        return value
+    content = copy.deepcopy(content)
+    at = content
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return content
+
+
+def broken(content):
+    """Texts of damaged files: every value is of another type in one of them, some twice."""
+    for number, path in enumerate(places(content)):
+        for value in (OTHERS[number % len(OTHERS)], OTHERS[(number + 2) % len(OTHERS)]):
+            yield json.dumps(changed(content, path, value))
+    text = json.dumps(content)
+    yield from (text[: len(text) // 2], DEEP, text.replace(":", ': "\\ud800",', 1), "")
+
+
+def assert_one_line(command, texts, file):
+    """Whatever the file contains, the command ends well, or with one line that names the file or what it was told."""
+    refused = 0
+    for text in texts:
+        file.write_text(text, encoding="utf-8")
+        done = call_here(*command, status=None)
+        assert done.returncode in (0, 2), (text[:200], done.stderr)
+        if done.returncode == 2:
+            refused += 1
+            assert len(done.stderr.strip().splitlines()) == 1 and len(done.stderr) < 800, (text[:200], done.stderr)
+    return refused
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "results/iter_1/settings.json", "results/iter_0/truthfulqa_mc1.json", "results/iter_0/samples.jsonl",
+        "models/*/grath.json", "models/*/training_log.jsonl", "data/*.record.json", "data/*True.json", "pairs.json",
+        "data/*.distance.json",
+    ],
+)  # fmt: skip
+def test_a_report_on_damaged_files(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("grath.report.pages.plot_scores", lambda *args: None)
+    run = put_run(tmp_path / "run", {0: [0.0, 1.0], 1: [1.0, 1.0]})
+    path = put_pairs(run, 0, [("q", "yes", "no"), ("r", "it", "not it")], data_path=str(BUNDLED))
+    path.with_suffix(".distance.json").write_text('{"distance": 0.5, "probe": 0.6}')
+    write_rows(run / "results" / "iter_0" / "samples.jsonl", [{"question": "q", "answer": "a"}])
+    call_here("grath.report", run)
+    for record in [run / "results" / "iter_0" / "settings.json", path.with_name(f"{path.name}.record.json")]:
+        if name != record.relative_to(run).as_posix() and "record" not in name:
+            record.unlink()  # it would refuse every other file
+    (file,) = run.glob(name)
+    content = rows(file)[0] if file.suffix == ".jsonl" or name == "data/*True.json" else json.loads(file.read_text())
+    assert assert_one_line(("grath.report", run), broken(content), file) > 4
+
+
+def test_a_combination_and_a_training_of_damaged_files(pair_file, tiny_llama, tmp_path):
+    file = tmp_path / "new.json"
+    command = ("combine_new_correct_ori_wrong.py", "--new_data_path", file, "--ori_data_path", pair_file)
+    assert assert_one_line(command, broken(rows(pair_file)[0]), file) > 4
+    config = tmp_path / "dpo.yaml"
+    flags = ("--model_name_or_path", "none", "--dataset_path", pair_file, "--output_dir", tmp_path / "d")
+    texts = (
+        DEEP,
+        "learning_rate: {a: 1}",
+        "max_steps: [1, 2]",
+        "beta: true",
+        "- 1",
+        "x: &a [*a]",
+        "seed: \ud7ff",
+        "1: 2",
+    )
+    assert assert_one_line(("dpo.py", "--config", config, *flags), texts, config) == len(texts)
+
+
+def test_questions_and_few_shot_examples_of_other_types(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    ask = (
+        "create_pair_responses.py",
+        "--model_name_or_path",
+        "none",
+        "--save_prefix",
+        "p",
+        "--save_dir",
+        tmp_path / "p",
+    )
+    question = rows(BUNDLED)[0]
+    assert assert_one_line((*ask, "--data_path", file), broken(question), file) > 4
+    string = {"question": "q", "choices": {"text": ["yes", "no"], "label": "AB"}, "answerKey": "AB"}
+    write_rows(file, [string])
+    assert "not in the ARC schema" in call_here(*ask, "--data_path", file, status=2).stderr
+    demo = dict.fromkeys(("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect"), "text")
+    demos = tmp_path / "demos.json"
+    command = (*ask, "--data_path", BUNDLED, "--useFS", "--demos", demos)
+    assert assert_one_line(command, broken([demo]), demos) > 4
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/model", "a" * 300, "a/" * 2500 + "a"])
+def test_names_that_no_file_system_takes(name, pair_file, tmp_path):
+    ask = ("--save_prefix", "p", "--save_dir", tmp_path / "p", "--data_path", BUNDLED)
+    for command in [
+        ("create_pair_responses.py", "--model_name_or_path", name, *ask),
+        ("create_pair_responses.py", "--model_name_or_path", tmp_path, "--tokenizer_name", name, *ask),
+        ("create_pair_responses.py", "--model_name_or_path", tmp_path, "--data_name", name, *ask[:4]),
+        ("dpo.py", "--model_name_or_path", name, "--dataset_path", pair_file, "--output_dir", tmp_path / "d"),
+        ("dpo.py", "--model_name_or_path", "none", "--dataset_path", name, "--output_dir", tmp_path / "d"),
+        ("dpo.py", "--model_name_or_path", "none", "--dataset_path", pair_file, "--output_dir", name),
+        ("grath.evaluation", name, tmp_path / "s", "--tasks", "grath_mc1"),
+        ("grath.export", name, tmp_path / "x"),
+        ("grath.report", name),
+    ]:
+        done = call_here(*command, status=2)
+        assert len(done.stderr.strip().splitlines()) == 1 and len(done.stderr) < 1600, (command, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_in_a_report_are_text(tmp_path):
+    run = put_run(tmp_path / "run", {0: [0.0, 1.0]})
+    answer = "<script>x</script> [a](http://b) ![c](//d) | `e` <!-- \\ &lt; **f**\n# g"
+    (run / "results" / "iter_0" / "settings.json").unlink()
+    write_rows(run / "results" / "iter_0" / "samples.jsonl", [{"question": "<b>q", "answer": answer}])
+    call_here("grath.report", run)
+    (line,) = (line for line in (run / "report.md").read_text().splitlines() if line.startswith("- M_0: "))
+    assert line == (
+        r"- M_0: &lt;script&gt;x&lt;/script&gt; \[a\](http://b) !\[c\](//d) \| \`e\` &lt;!-- \\ &amp;lt; \*\*f\*\* # g"
+    )
+    assert "**&lt;b&gt;q**" in (run / "report.md").read_text()
+
+
+def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):
+    ask = (
+        "--save_prefix",
+        "p",
+        "--save_dir",
+        tmp_path,
+        "--data_path",
+        BUNDLED,
+        "--num_query",
+        1,
+        "--precision",
+        "fp32",
+    )
+    train = ("--dataset_path", pair_file, "--output_dir", tmp_path / "d", "--max_steps", 1, "--precision", "fp32")
+    for record, command in {
+        "p_num_1_useGT_False_useFS_False.json.record.json": ("create_pair_responses.py", *ask),
+        "d/grath.json": ("dpo.py", *train),
+        "s/settings.json": (
+            "grath.evaluation",
+            tmp_path / "s",
+            "--tasks",
+            "grath_mc1",
+            "--limit",
+            1,
+            "--precision",
+            "fp32",
+        ),
+    }.items():
+        model = () if command[0] == "grath.evaluation" else ("--model_name_or_path",)
+        command = (command[0], *model, tiny_llama, *command[1:])
+        path = tmp_path / record
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            assert "another process is writing" in call_here(*command, status=2).stderr
+            assert not path.exists()
+        call_here(*command)
+        assert path.exists() and not list(path.parent.glob("*.lock"))
+
+
+def test_shapes():
+    assert fits({"a": 1, "c": [{}]}, {"a": int | float, "b?": str, "c": [dict]})
+    assert not fits({"a": True}, {"a": int}) and not fits({}, {"a": int}) and not fits({"b": 1}, {"b?": str})
+    assert fits(None, (type(None), [str])) and fits(["x"], (type(None), [str])) and not fits([1], (type(None), [str]))
+    assert fits({"x": 1}, {str: int}) and not fits({"x": "1"}, {str: int}) and fits(pair("q", "a", "b"), {str: str})
