@@ -111,8 +111,10 @@ def main():
     questions = questions[: args.num_query]
     path = args.save_dir / pair_file_name(args.save_prefix, len(questions), args.useGT, args.useFS)
     messages = [build_messages(question, args.seed, args.useGT, demos) for question in questions]
-    earlier = None if args.overwrite else read_record(record_path(path))
+    earlier = recorded = None if args.overwrite else read_record(record_path(path))
     inputs = describe_pairs(args, questions, messages, earlier)
+    if earlier and earlier["inputs"] != inputs and earlier.get("counts", {}).get("written") == 0:
+        earlier = None  # no response could be parsed, so other settings may follow
     if is_finished(path, earlier, inputs, args.overwrite):
         remove_responses(path)
         if os.environ.get("RANK", "0") == "0":
@@ -145,7 +147,7 @@ def main():
                     f"the model's context window of {generator.window}"
                 )
         state.wait_for_everyone()  # until all have loaded the saved responses
-        seen = None if args.overwrite else earlier or {}
+        seen = None if args.overwrite else recorded or {}
         stack.enter_context(locked(record_path(path), seen, state.is_main_process))
         if state.is_main_process:
             if earlier:
@@ -172,13 +174,12 @@ def main():
             record["files"] = {path.name: sha256(path)}
     if not state.is_main_process:
         return
-    remove_responses(path)
     if not rows:
-        record_path(path).unlink()
         raise UserError(
             f"none of {len(questions)} responses could be parsed, so {path} was not written: try "
             f"{'another --model_type' if args.useFS else '--useFS'}. The first response is {responses[0][:200]!r}"
         )
+    remove_responses(path)
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 

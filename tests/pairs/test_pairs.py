@@ -231,12 +231,16 @@ def test_combine(tmp_path):
 
 
 def test_unparsed_responses_are_dropped_and_counted(tmp_path, tiny_llama):
-    done = call_here(
-        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
-        tmp_path / "out", "--data_path", BUNDLED, "--num_query", "3", "--precision", "fp32", "--max_new_tokens", "5",
-        status=2,
-    )  # fmt: skip
+    def ask(*flags, status=2):
+        return call_here(
+            "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir",
+            tmp_path / "out", "--data_path", BUNDLED, "--num_query", "3", "--precision", "fp32", *flags, status=status,
+        )  # fmt: skip
+
+    done = ask("--max_new_tokens", "5")
     assert "dropped, no " in done.stdout
     assert "none of 3 responses could be parsed" in done.stderr and "try --useFS. The first response is" in done.stderr
-    assert not list((tmp_path / "out").iterdir())  # so that other settings can follow
     assert json.dumps(done.stderr).count("error") == 1
+    again = ask("--max_new_tokens", "5")
+    assert "3 of 3 questions were answered" in again.stdout and again.stderr == done.stderr.splitlines()[-1] + "\n"
+    assert "Wrote " in ask(status=0).stdout  # with other settings
