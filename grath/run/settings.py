@@ -38,7 +38,7 @@ class Setting:
         name: the environment variable.
         default: its value if it is not set or empty; None if it must be set.
         check: raises `ArgumentTypeError` or `UserError` for a value that is not valid.
-        stage: the first stage whose output the setting changes; None if it changes no output.
+        stage: the first stage that compares the setting with its record; None if none does.
         help: one line for docs/configuration.md.
         paper: the paper's value, if it has one.
         path: whether it is a path or a name, which must not look like an option.
@@ -60,12 +60,12 @@ GROUPS = {
         Setting("MODEL_NAME_OR_PATH", None, matching("(?s).+", "set; the presets run_*.sh set it"), EVERY_STAGE,
                 "required (the presets set it): hub name or folder of a model or an adapter",
                 "Llama-2-7b-chat-hf, zephyr-7b-beta", path=True),
-        Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), EVERY_STAGE,
+        Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), "pairs",
                 "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
         Setting("RUN_NAME", "grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)"), None,
                 "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
         Setting("RUNS_DIR", "runs", str, None, "folder of all runs", path=True),
-        Setting("SEED", "0", NATURAL, EVERY_STAGE, "seed of every random draw", "0"),
+        Setting("SEED", "0", NATURAL, "pairs", "seed of every random draw; of pairs, only with `USE_GT=1`", "0"),
         Setting("ITERATIONS", "2", matching("[1-9][0-9]{0,2}", "a whole number from 1 to 999"), None,
                 "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
         Setting("REFERENCE", "rolling", one_of("rolling", "fixed"), "dpo",
@@ -107,9 +107,9 @@ GROUPS = {
         Setting("SAVE_STEPS", defaults.SAVE_STEPS, COUNT, None, "steps between checkpoints", "100"),
         Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
                 "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
-        Setting("ACCELERATE_CONFIG", "", str, "dpo",
+        Setting("ACCELERATE_CONFIG", "", str, None,
                 "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
-                "parallel", path=True),
+                "parallel. Keep it during a training", path=True),
         Setting("REPORT_TO", "none", str, None,
                 "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
     ],
@@ -250,15 +250,17 @@ def configuration_page():
         "Every setting of the loop is an environment variable: `MAX_STEPS=500 ./run_llama2.sh`. A preset sets those of",
         "its model; what you set wins over the preset. An empty value is the default, except for `TASKS`.",
         "",
-        "*First affected* is the first stage whose output the setting changes. A stage that has started with another",
-        "value refuses to start again: the record next to its output names the difference. A dash means that the",
-        "setting is not compared, so you can change it between two starts of a run. Of `DPO_BATCH_SIZE`,",
-        "`GRADIENT_ACCUMULATION_STEPS` and `NUM_PROCESSES` only the pairs in a step count.",
+        "*Compared by* is the first stage that compares the setting with the record next to its output. If that stage",
+        "has started with another value, it refuses to start again and names the difference. A dash means that no",
+        "stage compares the setting, so you can change it between two starts of a run. It does not mean that every",
+        "output stays the same: in int8, responses depend on `PAIRS_BATCH_SIZE`, and scores on `EVAL_BATCH_SIZE`.",
+        "`RUN_NAME`, `RUNS_DIR` and `SEED` choose the run. Of `DPO_BATCH_SIZE`, `GRADIENT_ACCUMULATION_STEPS` and",
+        "`NUM_PROCESSES`, only the number of pairs in a step is compared.",
         "",
         "This page is generated: `python -m grath.run configuration > docs/configuration.md`.",
     ]
     for title, group in GROUPS.items():
-        lines += ["", f"## {title}", "", "| variable | default | paper | first affected | meaning |"]
+        lines += ["", f"## {title}", "", "| variable | default | paper | compared by | meaning |"]
         lines += ["| --- | --- | --- | --- | --- |"]
         for setting in group:
             default = f"`{setting.default}`" if setting.default else "empty"
