@@ -19,9 +19,16 @@ from grath.common.errors import PACKAGE, UserError, first_line
 from grath.common.files import check_writable
 from grath.common.layout import PROJECT, resolve_local, run_folder
 from grath.evaluation.tasks import get_task
-from grath.modeling.chat import template_for
+from grath.modeling.chat import prompt_ids, template_for
 from grath.modeling.devices import check_devices, describe_device
-from grath.modeling.loading import check_weights, load_tokenizer, resolve_base_and_adapter
+from grath.modeling.loading import (
+    check_tokenizer,
+    check_vocabulary,
+    check_weights,
+    load_tokenizer,
+    resolve_base_and_adapter,
+)
+from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_hub_split, load_questions
 from grath.run.settings import read_settings
 from grath.serving.served import describe_servers
@@ -123,10 +130,16 @@ def read_model(name):
     return f"{base}, {parameters / 1e6:,.0f} M parameters", config.get_text_config(), parameters
 
 
-def check_template(name, model_type):
-    """Check that the model's tokenizer has the chat template that pairs, DPO and sample answers need; describe it."""
-    template_for(load_tokenizer(name), model_type)
-    return "the tokenizer's own" if model_type == "auto" else model_type
+def check_template(values):
+    """Check that the tokenizer has a chat template that renders the prompts, and fits the model; describe it."""
+    name, demos = values["MODEL_NAME_OR_PATH"], load_demos(values["DEMOS"])
+    tokenizer = load_tokenizer(name)
+    template = template_for(tokenizer, values["MODEL_TYPE"])
+    turns = build_messages(demos[0], 0, False, demos if values["USE_FS"] == "1" else ())
+    check_vocabulary(name, tokenizer, [prompt_ids(tokenizer, turns, template)])
+    if values["TASKS"]:
+        check_tokenizer(tokenizer)
+    return "the tokenizer's own" if values["MODEL_TYPE"] == "auto" else values["MODEL_TYPE"]
 
 
 def check_data(values):
@@ -207,7 +220,7 @@ def check_run(titles):
         check("servers", describe_servers, model_name, values["SERVER_URL"].split(), SECONDS_TO_ANSWER, adapters)
     model = check("model", read_model, model_name)
     if model:
-        check("chat template", check_template, model_name, values["MODEL_TYPE"])
+        check("chat template", check_template, values)
     check("data", check_data, values)
     if model:
         check("disk", check_disk, model[1], values)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import BUNDLED, call_here
+from support import BUNDLED, call_here, check_here
 
 
 @pytest.fixture
@@ -83,6 +83,8 @@ def test_tokens_without_an_embedding_and_missing_weights_are_refused(model, pair
     heads = ("model.embed_tokens.weight", "lm_head.weight")
     configure(model, vocab_size=100)
     change_weights(model, lambda weights: weights | {name: weights[name][:100].clone() for name in heads})
+    env = {"MODEL_NAME_OR_PATH": str(model), "DATA_PATH": str(BUNDLED), "TASKS": "", "NUM_QUERY": "2"}
+    assert "FAIL  chat template: " in check_here(env, status=2).stdout
     for command in commands(model, pair_file, tmp_path):
         assert "has 100 embeddings and none for the token" in call_here(*command, status=2).stderr
     configure(model, vocab_size=len(whole["lm_head.weight"]))
