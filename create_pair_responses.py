@@ -31,7 +31,7 @@ from grath.common.files import check_writable, sha256
 from grath.common.layout import pair_file_name, record_path
 from grath.common.record import locked, read_record, recording
 from grath.modeling.chat import MODEL_TYPES, TODAY, prompt_ids, template_for
-from grath.modeling.devices import init_distributed
+from grath.modeling.devices import check_shared, init_distributed
 from grath.modeling.loading import check_vocabulary, load_tokenizer
 from grath.modeling.precision import PRECISIONS, SERVER
 from grath.pairs.files import write_pairs
@@ -115,7 +115,10 @@ def main():
     inputs = describe_pairs(args, questions, messages, earlier)
     if earlier and earlier["inputs"] != inputs and earlier.get("counts", {}).get("written") == 0:
         earlier = None  # no response could be parsed, so other settings may follow
-    if is_finished(path, earlier, inputs, args.overwrite):
+    finished = is_finished(path, earlier, inputs, args.overwrite)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        check_shared((finished, earlier is None), args.save_dir)
+    if finished:
         remove_responses(path)
         if os.environ.get("RANK", "0") == "0":
             print(f"{path} contains these pairs, finished; --overwrite writes them again")

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from zipfile import is_zipfile
 
-from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 
 from grath.common.errors import UserError
 from grath.common.files import read_json, sha256
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT, TRAINING_RECORD
 from grath.common.record import check_files, check_inputs, read_record
+from grath.modeling.devices import check_shared
 
 
 def agreed_state(inputs, settings):
@@ -29,8 +29,7 @@ def agreed_state(inputs, settings):
         UserError: the folder is not one of this training, or the given checkpoint is not complete.
     """
     state, record, checkpoint = _resume_state(inputs, settings)
-    if len(set(gather_object([(state, checkpoint)]))) > 1:
-        raise UserError(f"the processes see different files in {settings['output_dir']}: all machines must share it")
+    check_shared((state, checkpoint), settings["output_dir"])
     return state, record, checkpoint
 
 

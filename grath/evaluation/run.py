@@ -16,7 +16,7 @@ from grath.evaluation.results import EDITED, NO_SCORE, is_scored, read_scores, w
 from grath.evaluation.samples import MAX_NEW_TOKENS, write_samples
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.modeling.chat import template_for
-from grath.modeling.devices import init_distributed, print_once
+from grath.modeling.devices import check_shared, init_distributed, print_once
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import check_model, check_tokenizer, load_tokenizer
 from grath.modeling.precision import DTYPES, SERVER, resolve_precision
@@ -53,6 +53,8 @@ def score_model(args):
     elif precision == "auto":  # the precision that it was: to resolve it would take torch, which loads slowly
         precision = record["inputs"].get("precision")
     inputs = _inputs(args, tasks, precision, record["inputs"] if files else None)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        check_shared(tuple(files), args.output)
     if not (missing or sampled):
         if main_process:
             print(f"{args.output} is up to date ({' '.join(tasks)}); next: python -m grath.report {args.output}")

@@ -83,6 +83,15 @@ def init_distributed():
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
+def check_shared(seen, folder):
+    """Raise `UserError` if the processes of several machines have read different things (`seen`) in a folder."""
+    from accelerate.utils import gather_object
+
+    init_distributed()
+    if len(set(gather_object([seen]))) > 1:
+        raise UserError(f"the processes see different files in {folder}: all machines must share it")
+
+
 def print_once(text):
     """Print `text` in the main process only."""
     from accelerate import PartialState

@@ -60,8 +60,9 @@ def load_preferences(name, seed):
     if LABELED.fullmatch(name):
         return gold_pairs(name, seed)
     rows = load_hub_split(name, None, "train")
-    if not {"chosen", "rejected"} <= set(rows.column_names):
-        raise UserError(f"{name} is not in TRL's preference format: no columns chosen and rejected")
+    turns = (str, [dict])
+    if not len(rows) or not fits(rows[0], {"chosen": turns, "rejected": turns, "prompt?": turns}):
+        raise UserError(f"{name} is not in TRL's preference format: no texts or messages in chosen and rejected")
     return rows
 
 
