@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from support import PROJECT, pair, write_rows
+from support import BUNDLED, PROJECT, call_here, pair, write_rows
 from trainings import command, difference, interrupt, train
 
 from grath.dpo.checkpoints import last_checkpoint
@@ -159,3 +159,16 @@ def test_a_truncated_checkpoint_is_skipped(first_iteration, tmp_path, file):
     shutil.rmtree(tmp_path / "m" / "checkpoint-2")
     (tmp_path / "m" / "checkpoint-1" / file).unlink()
     assert (last_checkpoint(tmp_path / "m") is None) == (file not in ("optimizer.pt", "rng_state.pth"))
+
+
+def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, tmp_path):
+    """The model was replaced after it wrote the pairs."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    ask = ("--save_prefix", "p", "--save_dir", tmp_path, "--data_path", BUNDLED, "--num_query", "2", "--useFS")
+    call_here("create_pair_responses.py", "--model_name_or_path", model, *ask, "--precision", "fp32")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    source = ("--dataset_path", next(tmp_path.glob("p_*_useFS_True.json")))
+    done, _ = train(model, tmp_path / "d", source=source, status=2)
+    assert "was made with base config.json " in done.stderr and "write the pairs again" in done.stderr
+    train(tiny_llama, tmp_path / "d", source=source)  # another model may train on them
