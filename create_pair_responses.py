@@ -41,6 +41,7 @@ from grath.pairs.record import describe_pairs, is_finished, settings_of
 from grath.pairs.responses import (
     load_responses,
     merge_responses,
+    opens_reasoning,
     parse_response,
     parse_responses,
     remove_responses,
@@ -127,6 +128,7 @@ def main():
     template = template_for(tokenizer, args.model_type)
     prompts = [prompt_ids(tokenizer, turns, template) for turns in messages]
     check_vocabulary(args.model_name_or_path, tokenizer, prompts)
+    opened = opens_reasoning(tokenizer.decode(prompts[0]))
 
     from accelerate.utils import gather_object
 
@@ -162,15 +164,16 @@ def main():
         record = stack.enter_context(recording(record_path(path), inputs, earlier, state.is_main_process))
         start = time.monotonic()
         with state.split_between_processes(left) as mine:
-            responses |= gather_object(list((ask(generator, prompts, mine, path) if mine else {}).items()))
+            responses |= gather_object(list((ask(generator, prompts, mine, path, opened) if mine else {}).items()))
         seconds = time.monotonic() - start
         rows = []
         if state.is_main_process:
-            rows, dropped = parse_responses(questions, responses)
+            rows, dropped = parse_responses(questions, responses, opened)
             print_counts(rows, questions, dropped, len(left), seconds)
-            record |= {"model": args.model_name_or_path, "settings": settings_of(args), "rows": left and generator.rows}
-            record["chat_date"] = str(TODAY)
-            record["warnings"] = getattr(getattr(generator, "model", None), "load_warnings", [])
+            record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
+            if generator:
+                record["rows"] = generator.rows
+                record["warnings"] = getattr(getattr(generator, "model", None), "load_warnings", [])
             record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
         if rows:
             write_pairs(path, rows)
@@ -186,7 +189,7 @@ def main():
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(generator, prompts, indices, path):
+def ask(generator, prompts, indices, path, opened):
     """Generate responses to this process's prompts (`indices`), with a progress bar; save each response at once.
 
     Returns:
@@ -203,7 +206,7 @@ def ask(generator, prompts, indices, path):
         for position, response, count in generator.generate([prompts[i] for i in indices]):
             save(indices[position], response)
             responses[indices[position]] = response
-            parsed += parse_response(response)[0] is not None
+            parsed += parse_response(response, opened)[0] is not None
             tokens += count
             rate = tokens / (time.monotonic() - start)
             bar.set_postfix({"tokens/s": f"{rate:.0f}", "parsed": f"{parsed / len(responses):.0%}"}, refresh=False)

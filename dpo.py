@@ -29,7 +29,7 @@ from grath.common.record import check_inputs, locked, read_record, recording
 from grath.dpo import option
 from grath.modeling.adapters import LORA_SIZES, check_adapter
 from grath.modeling.chat import MODEL_TYPES, TODAY, template_for
-from grath.modeling.identity import model_identity
+from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import check_vocabulary, load_model, load_tokenizer, resolve_base_and_adapter
 from grath.pairs.files import read_pairs
 from grath.pairs.questions import LABELED_DATASETS, load_preferences
@@ -90,8 +90,8 @@ def identities(args):
     wrote = args.dataset_path and read_record(record_path(Path(args.dataset_path)))
     if wrote and wrote.get("model") == args.model_name_or_path:
         advice = "since then, the model has been replaced; write the pairs again"
-        check_inputs({"inputs": wrote["inputs"]["model"]}, found["model"], args.dataset_path, advice)
-    return found | ({"tokenizer": model_identity(args.tokenizer_name)["base"]} if args.tokenizer_name else {})
+        check_inputs({"inputs": wrote["inputs"].get("model", {})}, found["model"], args.dataset_path, advice)
+    return found | ({"tokenizer": tokenizer_identity(args.tokenizer_name)} if args.tokenizer_name else {})
 
 
 def main():

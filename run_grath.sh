@@ -20,8 +20,8 @@ if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0 && restarted=1
 
 saved() { # what the run has saved: its files, but those of every start, and the number of responses; 1 without a run
     if [[ -z $RUN ]]; then echo 1 && return; fi
-    find "$RUN" -type f ! -name '.*' ! -name '*.record.json' ! -name grath.json ! -name settings.json \
-        ! -name training_log.jsonl | sort
+    (cd -- "$RUN" && find . -type f ! -name '.*' ! -name '*.record.json' ! -name grath.json ! -name settings.json \
+        ! -name training_log.jsonl ! -path './models/*/runs/*' | sort) # runs/ is TensorBoard's
     find "$RUN" -name '.*.responses*' -exec cat {} + | wc -l
 }
 end() { # SIGNAL STATUS: end the stage's process group, requeue on USR1, say how to resume

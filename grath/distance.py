@@ -25,7 +25,7 @@ from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text, check_writable
 from grath.modeling.chat import MODEL_TYPES, answer_ids, template_for
 from grath.modeling.identity import model_identity
-from grath.modeling.loading import load_for_inference, load_tokenizer
+from grath.modeling.loading import check_vocabulary, load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import read_pairs
 from grath.pairs.stats import negated
@@ -103,6 +103,7 @@ def main():
         for side in ("correct", "incorrect"):
             turns = [([{"role": "user", "content": row["question"]}], row[side]) for row in rows]
             sequences = [answer_ids(tokenizer, turn, answer, template) for turn, answer in turns]
+            check_vocabulary(args.model_name_or_path, tokenizer, [sum(pair, []) for pair in sequences])
             sides.append(embed(model, sequences, args.batch_size))
         found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
         found["negated"] = [negated([row[side] for row in rows]) for side in ("correct", "incorrect")]

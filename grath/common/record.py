@@ -5,7 +5,9 @@ finished output), "starts", "seconds" (of all starts), "versions", "commit", and
 """
 
 import json
+import os
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -81,21 +83,26 @@ def locked(path, seen, write=True):
     if not write:
         yield
         return
-    from filelock import FileLock, Timeout
+    import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is writing {path.parent}: wait for it, or choose another output") from None
-    try:
-        if seen is not None and (read_record(path) or {}) != seen:
-            raise UserError(f"another process has just written {path}: run the same command again")
-        yield
-    finally:
-        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
-        lock.release()
+    lock, other = path.with_name(f".{path.name}.lock"), f"another process is writing {path.parent}"
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{other}: wait for it, or choose another output") from None
+        except OSError:
+            print("warning: no locks on this file system: do not start this twice", file=sys.stderr)
+        # The other process removes the file when it ends.
+        if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise UserError(f"{other}: run the same command again")
+        try:
+            if seen is not None and (read_record(path) or {}) != seen:
+                raise UserError(f"another process has just written {path}: run the same command again")
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def score_model(args):
             if main_process:
                 finish(write_results(args.output, group, results, args.log_samples))
         if sampled and main_process:
-            write_samples(generator, tokenizer, template, args.output / SAMPLES)
+            write_samples(args.model, generator, tokenizer, template, args.output / SAMPLES)
             finish([SAMPLES])
         record["batch_tokens"] = getattr(lm, "batch_tokens", None)
         record["warnings"] = getattr(lm.model, "load_warnings", [])

@@ -1,6 +1,7 @@
 """Which adapters every command takes: plain LoRA on linear layers, of any rank, as its training saved it."""
 
 import re
+from types import NoneType
 
 from grath.common.errors import UserError, first_line
 from grath.common.files import read_json
@@ -8,7 +9,17 @@ from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD
 from grath.common.record import NUMBER, check_files, read_record
 
 LORA_SIZES = ("r", "lora_alpha", "lora_dropout")
-CONFIG = {"base_model_name_or_path": str, "r?": int, "lora_alpha?": NUMBER, "lora_dropout?": NUMBER}
+LAYERS = (str, [str], NoneType)
+CONFIG = {
+    "base_model_name_or_path": str,
+    "r?": int,
+    "lora_alpha?": NUMBER,
+    "lora_dropout?": NUMBER,
+    **dict.fromkeys(("target_modules?", "exclude_modules?", "layers_pattern?"), LAYERS),
+    "layers_to_transform?": (int, [int], NoneType),
+    "rank_pattern?": (NoneType, {str: int}),
+    "alpha_pattern?": (NoneType, {str: NUMBER}),
+}
 # Options of PEFT's LoraConfig that change nothing but the shape and the scale of LoRA, or nothing at all. Every other
 # option changes the base's weights, or trains what TRL's copy of the reference would not have.
 TAKEN = {
@@ -34,13 +45,13 @@ def check_adapter(folder):
     if not config["base_model_name_or_path"]:
         raise UserError(f"{folder / ADAPTER_CONFIG} names no base model")
     if not (folder / ADAPTER).is_file():
-        raise UserError(f"{folder} has no {ADAPTER}: the adapter is incomplete")
+        raise UserError(f"{folder} has no {ADAPTER}: the adapter is incomplete, or pickled, which is never loaded")
     if record := read_record(folder / TRAINING_RECORD):
         check_files(record, folder, "train the adapter again")
     if config.get("peft_type") != "LORA" or config.get("task_type") not in ("CAUSAL_LM", None):
         kind = "/".join(str(config.get(name)) for name in ("peft_type", "task_type"))
         raise UserError(f"the adapter {folder} is {kind}, not LoRA for a causal language model: {MERGE}")
-    if config.get("revision") not in (None, "main"):
+    if config.get("revision") not in (None, "", "main"):
         raise UserError(f"the adapter {folder} needs the revision {config['revision']!r} of its base: {MERGE}")
     for name, value in config.items():
         if value and name not in TAKEN and value not in PLAIN.get(name, ()):

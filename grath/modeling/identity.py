@@ -8,14 +8,19 @@ from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD
 from grath.common.record import check_inputs, read_record
 from grath.modeling.loading import resolve_base_and_adapter
 
-FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*token*.json", "vocab.json",
+    "chat_template.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt",
+    "vocab.txt",
+)  # fmt: skip
 
 
-def model_identity(name):
+def model_identity(name, of_hub="config.json"):
     """Identify a model, or an adapter and its base, by all that its outputs depend on.
 
     Args:
         name: hub name, model folder or adapter folder.
+        of_hub: a file that the repository on the hub has.
 
     Returns:
         dict: "base" and, for an adapter, "adapter", each a dict of file name -> SHA-256 in hexadecimal. For a hub name,
@@ -27,10 +32,13 @@ def model_identity(name):
     """
     base, adapter = resolve_base_and_adapter(name)
     if (folder := Path(base)).is_dir():
-        files = sorted({file for pattern in FILES for file in folder.glob(pattern) if not file.name.startswith(".")})
-        found = {"base": {file.name: file_hash(file) for file in files}}
+        found = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
+        files = [file for file in found if not file.name.startswith(".") and any(map(file.match, FILES))]
+        if lost := [file for file in files if not file.exists()]:
+            raise UserError(f"{lost[0]} is a link to a file that does not exist: copy the model with its files (cp -L)")
+        found = {"base": {str(file.relative_to(folder)): file_hash(file) for file in files if file.is_file()}}
     else:
-        found = {"base": {"hub": base, "commit": _commit(base)}}
+        found = {"base": {"hub": base, "commit": _commit(base, of_hub)}}
     if adapter:
         folder = Path(adapter)
         trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
@@ -41,10 +49,15 @@ def model_identity(name):
     return found
 
 
-def _commit(name):
+def _commit(name, file):
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, "config.json")).parent.name
+        return Path(hf_hub_download(name, file)).parent.name
     except Exception as error:  # the hub client raises many kinds
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from error
+
+
+def tokenizer_identity(name):
+    """Identify a tokenizer of its own, as `model_identity` does a base model: dict."""
+    return model_identity(name, "tokenizer_config.json")["base"]

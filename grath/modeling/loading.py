@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from grath.common.errors import UserError, explain_system_error, first_line
-from grath.common.files import read_json
+from grath.common.errors import UserError, explain_system_error, first_line, printable
+from grath.common.files import fits, read_json
 from grath.common.layout import ADAPTER_CONFIG, resolve_local
 from grath.modeling.adapters import check_adapter, check_layers
 from grath.modeling.devices import print_once, this_device
@@ -66,7 +66,7 @@ def check_vocabulary(name, tokenizer, sequences):
 
     base = resolve_base_and_adapter(name)[0]
     size = _load(AutoConfig, base, "model").get_text_config().vocab_size
-    if (largest := max(map(max, sequences), default=0)) >= size:
+    if (largest := max((max(ids) for ids in sequences if ids), default=0)) >= size:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(f"{base} has {size} embeddings and none for the token {token!r}: use the model's own tokenizer")
     if tokenizer.pad_token_id >= size:
@@ -111,7 +111,8 @@ def load_model(name, precision, trainable=False):
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{base} lacks {len(missing)} weights, starting with {missing[0]}: download it again")
     if unexpected := sorted(info["unexpected_keys"]):
-        model.load_warnings = [f"{base} has {len(unexpected)} unused weights, starting with {unexpected[0]}"]
+        first = printable(unexpected[0])[:100]
+        model.load_warnings = [f"{base} has {len(unexpected)} unused weights, starting with {first}"]
         print_once(f"Warning: {model.load_warnings[0]}")
     if adapter:
         from peft import PeftModel
@@ -119,7 +120,7 @@ def load_model(name, precision, trainable=False):
         try:
             # Without a device, PEFT opens a CUDA context on the first GPU in every process.
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=this_device())
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # PEFT raises many kinds for a configuration that does not fit
             if explain_system_error(error):
                 raise
             raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from error
@@ -202,13 +203,16 @@ def eos_token_ids(model, tokenizer):
     else:
         config = model.generation_config
     configured = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if not all(token is None or fits(token, int) for token in configured):
+        raise UserError(f"the model's generation configuration is damaged: eos_token_id is {configured!r}"[:300])
     return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
 def _load(auto_class, source, what, **options):
     folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{source} is a folder without a {what} (no config.json)")
+    needed = "tokenizer_config.json" if what == "tokenizer" else "config.json"
+    if folder.is_dir() and not (folder / needed).is_file():
+        raise UserError(f"{source} is a folder without a {what} (no {needed})")
     try:
         # Without an explicit False, transformers asks on the terminal whether it may run the model's own code.
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)

@@ -7,7 +7,7 @@ from grath.common.errors import UserError
 from grath.common.files import hash_of
 from grath.common.layout import PROJECT
 from grath.common.record import check_files, check_inputs
-from grath.modeling.identity import model_identity
+from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.precision import AUTO, SERVER, resolve_precision
 
 SETTINGS = ("data_path", "data_name", "subdata_name", "split", "useFS", "useGT", "demos", "seed", "engine")
@@ -23,7 +23,7 @@ def describe_pairs(args, questions, messages, earlier):
     """
     inputs = {"model": model_identity(args.model_name_or_path)}
     if args.tokenizer_name:
-        inputs["tokenizer"] = model_identity(args.tokenizer_name)["base"]
+        inputs["tokenizer"] = tokenizer_identity(args.tokenizer_name)
     inputs |= {"precision": _precision(args, earlier or {}), "model_type": args.model_type}
     inputs |= {"max_new_tokens": args.max_new_tokens}
     inputs |= {"demos": args.demos} if args.useFS else {}

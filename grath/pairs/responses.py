@@ -9,32 +9,42 @@ from glob import escape
 from grath.common.files import atomic_write_text, fits, parse_json
 from grath.modeling.devices import print_once
 
-CORRECT, INCORRECT = "Correct answer:", "Incorrect answer:"
-# The correct answer at the start of a line, then the incorrect one, mostly on the next line; labels may be in bold.
-PAIR = re.compile(rf"^[ \t]*\**{CORRECT}\**\s*(.*?)\s*\**{INCORRECT}\**[ \t]*(.*)", re.MULTILINE)
-ASKED = re.compile(r"^[ \t]*\**Question:(.*)", re.MULTILINE)
-# What a reasoning model puts around its reasoning, as <think> and </think>.
-REASONING = re.compile(r"[<\[](/?)\s*(?:think|thought|reason|reflect|analysis|scratchpad)\w*\s*[>\]]", re.IGNORECASE)
+QUESTION, CORRECT, INCORRECT = "Question:", "Correct answer:", "Incorrect answer:"
+# What a reasoning model puts around its reasoning: <think>, [THINK], <|begin_of_thought|>, and how it ends.
+_KIND = r"(?:think|thought|reason|reflect|analysis|scratchpad)\w*\|?[>\]]"
+OPENING = re.compile(rf"^[ \t]*[<\[]\|?(?:begin_of_)?{_KIND}", re.IGNORECASE | re.MULTILINE)
+CLOSING = re.compile(rf"[<\[]\|?(?:/|end_of_){_KIND}", re.IGNORECASE)
 
 
-def parse_response(response):
+def opens_reasoning(prompt):
+    """Return the tag with which a prompt (str) begins the model's reasoning, or an empty string."""
+    last = prompt.rstrip().rpartition("\n")[2]
+    return last if OPENING.fullmatch(last) else ""
+
+
+def parse_response(response, opened=""):
     """Extract the two answers from a response: its last pair of lines about the question, after any reasoning.
+
+    Args:
+        opened: what `opens_reasoning` returned for the prompt.
 
     Returns:
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
-    response = re.sub(r"\r\n?", "\n", response)
-    tags = list(REASONING.finditer(response))
-    if tags and not tags[-1][1]:
+    response = f"{opened}\n{response}"
+    start = max((tag.end() for tag in CLOSING.finditer(response)), default=0)
+    if OPENING.search(response, start):
         return None, "reasoning without an end"
-    text = response[tags[-1].end() :] if tags else response
-    first = PAIR.search(text)
-    if not first:
-        return None, "no incorrect answer after the correct one" if CORRECT in text else "no correct answer"
+    lines = [line.strip().lstrip("*") for line in re.split(r"[\r\n]", response[start:]) if line.strip()]
+    pairs = [(number, *found) for number in range(len(lines)) if (found := _pair_at(lines, number))]
+    if not pairs:
+        found = any(CORRECT in line for line in lines)
+        return None, "no incorrect answer after the correct one" if found else "no correct answer"
     # A model may go on with a question of its own.
-    asked = ASKED.findall(text[: first.start()])[-1:]
-    others = (found.start() for found in ASKED.finditer(text, first.end()) if [found[1]] != asked)
-    correct, incorrect = (answer.strip() for answer in PAIR.findall(text[: next(others, None)])[-1])
+    asked = [number for number, line in enumerate(lines) if line.startswith(QUESTION)]
+    own = next((lines[number] for number in reversed(asked) if number < pairs[0][0]), None)
+    end = next((number for number in asked if number > pairs[0][0] and lines[number] != own), len(lines))
+    correct, incorrect = next(answers for number, *answers in reversed(pairs) if number < end)
     if not correct or not incorrect:
         return None, "empty answer"
     if any(label in answer for label in (CORRECT, INCORRECT) for answer in (correct, incorrect)):
@@ -42,11 +52,26 @@ def parse_response(response):
     return (correct, incorrect), None
 
 
-def parse_responses(questions, responses):
+def _pair_at(lines, number):
+    """Return the answers of the pair that begins in a line, or None; both can be in one line."""
+    if not lines[number].startswith(CORRECT):
+        return None
+    correct, label, incorrect = lines[number].removeprefix(CORRECT).partition(INCORRECT)
+    following = lines[number + 1 : number + 3]
+    if not label:
+        if not correct.strip("* ") and following and not following[0].startswith(INCORRECT):
+            correct = following.pop(0)
+        if not following or not following[0].startswith(INCORRECT):
+            return None
+        incorrect = following[0].removeprefix(INCORRECT)
+    return correct.lstrip("*").strip(), incorrect.lstrip("*").strip()
+
+
+def parse_responses(questions, responses, opened=""):
     """Parse the responses to questions; return the rows of the pair file, and why others were dropped (Counter)."""
     rows, dropped = [], Counter()
     for i, question in enumerate(questions):
-        answers, reason = parse_response(responses[i])
+        answers, reason = parse_response(responses[i], opened)
         if answers:
             rows.append({"question": question["question"], "correct": answers[0], "incorrect": answers[1]})
         else:

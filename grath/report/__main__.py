@@ -10,7 +10,7 @@ Scores are read from all JSON files that lm-evaluation-harness wrote, whatever t
 from pathlib import Path
 
 from grath.common.arguments import Parser
-from grath.common.errors import UserError, run_main
+from grath.common.errors import UserError, printable, run_main
 from grath.evaluation.results import read_scores
 from grath.report.pages import write_comparison, write_report
 from grath.report.runs import group_runs, is_run, read_run
@@ -22,14 +22,15 @@ def main():
     parser.add_argument("folders", type=Path, nargs="+", help="run folders, or a folder of result files")
     folders = parser.parse_args().folders
     if len(folders) > 1:
-        print(write_comparison(folders[0].resolve().parent, group_runs([read_run(folder) for folder in folders])))
+        text = write_comparison(folders[0].resolve().parent, group_runs([read_run(folder) for folder in folders]))
     elif is_run(folders[0]):
-        print(write_report(read_run(folders[0])))
+        text = write_report(read_run(folders[0]))
     else:
         rows = [(folders[0].name, read_scores(folders[0]))]
         if not rows[0][1]:
             raise UserError(f"{folders[0]} contains neither a run nor results of lm-evaluation-harness")
-        print(score_tables(rows, [{}])[1], score_footer(rows), sep="\n")
+        text = f"{score_tables(rows, [{}])[1]}\n{score_footer(rows)}"
+    print(printable(text))
 
 
 if __name__ == "__main__":

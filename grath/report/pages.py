@@ -46,7 +46,7 @@ def write_report(run, note=""):
     pairs = {number: model["pairs"] for number, model in models.items() if model["pairs"]}
     atomic_write_text(folder / PAIR_STATS, json.dumps(pairs, indent=2) + "\n")
     files = [REPORT, PAIR_STATS]
-    parts = [f"# {folder.resolve().name}", f"Base model: {base}", page, *sentences]
+    parts = [f"# {folder.resolve().name}", f"Base model: {html.escape(base, quote=False)}", page, *sentences]
     if tasks := tasks_of(rows):
         plots = ["iterations.png", "iterations.svg"]
         plot_scores({run["name"]: models}, tasks, *(folder / plot for plot in plots))
@@ -55,7 +55,7 @@ def write_report(run, note=""):
     parts += [f"The paper reports for this base: {PAPER[name]}." for name in PAPER if name in base.lower()]
     parts += ["## Pairs and training", _iterations_table(models)]
     records = [(number, stage, record) for number in models for stage, record in models[number]["records"].items()]
-    parts += [f"- M_{number}: {text}" for number, _, record in records for text in record.get("warnings", [])]
+    parts += [f"- M_{number}: {plain(text)}" for number, _, record in records for text in record.get("warnings", [])]
     if records:
         stages = [
             [TITLES[stage].format(number, number + 1), round(record["seconds"]), record["starts"]]
@@ -64,9 +64,13 @@ def write_report(run, note=""):
         parts += ["## Stages", table(["stage", "seconds, all starts", "starts"], stages)]
     parts += _samples(folder, models)
     hidden = {name for name in run["settings"] if name.startswith("dpo ")} - {f"dpo {name}" for name in DPO_SETTINGS}
-    shown = [[name, value] for name, value in run["settings"].items() if value and name not in hidden]
+    shown = [
+        [name, html.escape(value, quote=False)]
+        for name, value in run["settings"].items()
+        if value and name not in hidden
+    ]
     if shown:
-        parts += ["## Settings", table(["setting", "value"], shown, numbers=False)]
+        parts += ["## Settings", html.escape(table(["setting", "value"], shown, numbers=False), quote=False)]
     parts.append(_made_with([record for *_, record in records]))
     atomic_write_text(folder / REPORT, "\n\n".join(part for part in parts if part) + "\n")
     return "\n".join([terminal, *sentences, f"Wrote {', '.join(files)} in {folder}"])

@@ -132,10 +132,10 @@ def read_model(name):
 
 def check_template(values):
     """Check that the tokenizer has a chat template that renders the prompts, and fits the model; describe it."""
-    name, demos = values["MODEL_NAME_OR_PATH"], load_demos(values["DEMOS"])
+    name, demos = values["MODEL_NAME_OR_PATH"], load_demos(values["DEMOS"]) if values["USE_FS"] == "1" else []
     tokenizer = load_tokenizer(name)
     template = template_for(tokenizer, values["MODEL_TYPE"])
-    turns = build_messages(demos[0], 0, False, demos if values["USE_FS"] == "1" else ())
+    turns = build_messages({"question": "What is ice?"}, 0, False, demos)
     check_vocabulary(name, tokenizer, [prompt_ids(tokenizer, turns, template)])
     if values["TASKS"]:
         check_tokenizer(tokenizer)

@@ -1,10 +1,10 @@
 """Files from outside that are not what they should be: one line and status 2 in every command that reads them."""
 
 import copy
+import fcntl
 import json
 
 import pytest
-from filelock import FileLock
 from made_runs import put_pairs, put_run
 from support import BUNDLED, call_here, pair, rows, write_rows
 
@@ -184,7 +184,8 @@ def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):
         command = (command[0], *model, tiny_llama, *command[1:])
         path = tmp_path / record
         path.parent.mkdir(exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             assert "another process is writing" in call_here(*command, status=2).stderr
             assert not path.exists()
         call_here(*command)

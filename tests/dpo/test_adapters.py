@@ -127,8 +127,15 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny_llama, pair_file,
     for base, reason in {"/nowhere/llama": "put it back there", str(adapter): "is an adapter itself"}.items():
         (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
         assert reason in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "r": "8"}))
-    assert "r is '8'" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
+    for name, value in {
+        "r": "8", "target_modules": 5, "exclude_modules": 7, "rank_pattern": "abc", "alpha_pattern": {"q_proj": "x"},
+        "layers_to_transform": "x", "lora_dropout": [0.5],
+    }.items():  # fmt: skip
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, name: value}))
+        assert "is damaged" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
+    for name, value in {"target_modules": "(q_proj", "rank_pattern": {"(": 4}}.items():
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, name: value}))
+        assert "does not fit its base" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
 
 
 def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(tiny_llama, pair_file, tmp_path):

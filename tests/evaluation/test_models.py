@@ -7,6 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 from support import BUNDLED, call_here, check_here
+from transformers import AutoTokenizer
 
 
 @pytest.fixture
@@ -103,3 +104,51 @@ def test_weights_that_are_not_used_are_a_warning_in_the_record(model, pair_file,
         assert f"Warning: {warning}" in call_here(*command, *flags).stdout
     for record in ("p/p_num_1_useGT_False_useFS_False.json.record.json", "d/grath.json", "s/settings.json"):
         assert warning in json.loads((tmp_path / record).read_text())["warnings"]
+
+
+def test_a_token_that_only_the_chat_template_has(model, pair_file, tmp_path):
+    """Its id is one after the last embedding. Scores without the template are possible, sample answers are not."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|ask|>"]})
+    tokenizer.chat_template = "<|ask|>{{ messages[0].content }}"
+    tokenizer.save_pretrained(model)
+    shutil.copy(pair_file, tmp_path / "pairs.json")
+    for command in [
+        ("grath.evaluation", model, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1, "--samples"),
+        ("grath.distance", tmp_path / "pairs.json", "--model_name_or_path", model),
+    ]:
+        assert "none for the token '<|ask|>'" in call_here(*command, status=2).stderr
+    assert (tmp_path / "s" / "grath_mc1.json").is_file() and not (tmp_path / "s" / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "reason"),
+    [
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is ['x']"),
+        ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id is [[1]]"),
+        ("tokenizer_config.json", {"chat_template": 5}, "no chat template"),
+    ],
+)
+def test_files_of_a_model_with_other_types(model, tmp_path, file, change, reason):
+    (model / "chat_template.jinja").unlink()
+    content = json.loads((model / file).read_text()) if (model / file).is_file() else {}
+    chat = {"chat_template": "{{ messages[0].content }}"} if file == "generation_config.json" else {}
+    if chat:
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps(settings | chat))
+    (model / file).write_text(json.dumps(content | change))
+    assert reason in call_here(*commands(model, None, tmp_path)[0], status=2).stderr
+
+
+def test_what_belongs_to_a_model(model, tmp_path):
+    """Results in its folder do not; a link to nothing is said; a tokenizer of its own needs no model."""
+    ask = commands(model, None, tmp_path)[0]
+    flags = ("--useFS", "--tokenizer_name", shutil.copytree(model, tmp_path / "tokenizer"))
+    for file in ("config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / "tokenizer" / file).unlink()
+    call_here(*ask, *flags)
+    (model / "grath_mc1.json").write_text("{}")
+    (model / "logs.json").mkdir()
+    assert "finished" in call_here(*ask, *flags).stdout
+    (model / "merges.txt").symlink_to("nowhere")
+    assert "merges.txt is a link to a file that does not exist" in call_here(*ask, *flags, status=2).stderr

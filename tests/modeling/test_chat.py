@@ -78,14 +78,15 @@ def test_a_system_turn_in_the_llama2_template(llama_tokenizer):
 
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+OTHER_DAYS = "gives other prompts on other days, or at random"
 FAILING = {
     "{% for m in messages %}{{ m.content.parts }}{% endfor %}": "leaves out or changes the question 'What is ice",
     "{% for m in messages %}{{ m.content | lower }}{% endfor %}": "leaves out or changes the question",
     "{{ messages[1].content }}": "the chat template fails",
     "{% if": "the chat template fails",
     PLAIN + "{{ 1 // 0 }}": "the chat template fails",
-    PLAIN + "{{ range(99) | random }}": "gives other prompts on other days, or at random",
-    PLAIN + "{% set format = '%d' %}{{ strftime_now(format) }}": "gives other prompts on other days, or at random",
+    PLAIN + "{% if add_generation_prompt %}{{ range(99)|random }}{% endif %}": OTHER_DAYS,
+    PLAIN + "{% set format = '%d' %}{{ strftime_now(format) }}": OTHER_DAYS,
 }
 
 

@@ -11,7 +11,9 @@ import pytest
 from support import BUNDLED, HUB, PROJECT, call, call_here, needs_hub, pair, rows, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
-from grath.pairs.responses import load_responses, parse_response, remove_responses, save_responses
+from grath.pairs.responses import load_responses, opens_reasoning, parse_response, remove_responses, save_responses
+
+DRAFT, FINAL = "Correct answer: maybe\nIncorrect answer: never", "Correct answer: yes\nIncorrect answer: no"
 
 
 def ask(model, folder, *flags, cwd=None):
@@ -169,6 +171,13 @@ def test_an_unsupported_model_falls_back_to_generate(tiny_llama, tmp_path):
     assert plain.read_bytes() == engine.read_bytes()
 
 
+def test_reasoning_that_the_prompt_begins_must_end():
+    opened = opens_reasoning("<|im_start|>assistant\n<think>\n")
+    assert opened == "<think>" and opens_reasoning("<think>\n</think>\n\n") == opens_reasoning("user: <think>") == ""
+    assert parse_response(FINAL, opened) == (None, "reasoning without an end")
+    assert parse_response(f"{DRAFT}</think>\n{FINAL}", opened)[0] == ("yes", "no")
+
+
 def test_candidates_depend_only_on_seed_and_question():
     questions = load_questions(data_path=BUNDLED)
     drawn = [draw_candidates(question, 0) for question in questions]
@@ -178,9 +187,6 @@ def test_candidates_depend_only_on_seed_and_question():
         assert correct == question["choices"][question["answer"]]
         assert incorrect in question["choices"]
         assert incorrect != correct
-
-
-DRAFT, FINAL = "Correct answer: maybe\nIncorrect answer: never", "Correct answer: yes\nIncorrect answer: no"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +217,12 @@ DRAFT, FINAL = "Correct answer: maybe\nIncorrect answer: never", "Correct answer
         (f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
         (f"{FINAL}\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
         ("Correct answer: Correct answer: yes\nIncorrect answer: no", (None, "a label in an answer")),
+        ("Correct answer: yes\nIncorrect answer: no\n\nThe [thought] of <reason>", (("yes", "no"), None)),
+        (f"<|begin_of_thought|>\n{DRAFT}\n<|end_of_thought|>\n{FINAL}", (("yes", "no"), None)),
+        (f"<|begin_of_thought|>\n{DRAFT}", (None, "reasoning without an end")),
+        ("Correct answer:" + " " * 10**5 + "x", (None, "no incorrect answer after the correct one")),
+        ("Correct answer:" + "\n" * 10**5 + "x", (None, "no incorrect answer after the correct one")),
+        ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, (None, "no correct answer")),
         ("**Correct answer:** yes\n**Incorrect answer:** no", (("yes", "no"), None)),
     ],
 )
