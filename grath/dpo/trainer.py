@@ -18,7 +18,7 @@ from grath.dpo.dataset import filter_pairs, pair_lengths, training_order
 from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
 from grath.modeling.devices import halve_if_out_of_memory, print_once, this_device
-from grath.modeling.loading import check_vocabulary, resolve_base_and_adapter
+from grath.modeling.loading import check_tokens, resolve_base_and_adapter
 
 
 class GrathDPOTrainer(DPOTrainer):
@@ -41,7 +41,7 @@ class GrathDPOTrainer(DPOTrainer):
     def __init__(self, *args, reference, **kwargs):
         config, incoming = kwargs["args"], kwargs["model"].named_parameters()
         incoming = {name: weight.data for name, weight in incoming if weight.requires_grad}
-        self.source = kwargs["model"].config.name_or_path
+        self.embeddings = kwargs["model"].get_input_embeddings().weight.shape[0]
         precompute, config.precompute_ref_log_probs = config.precompute_ref_log_probs, False
         super().__init__(*args, **kwargs)
         config.precompute_ref_log_probs = precompute
@@ -74,7 +74,7 @@ class GrathDPOTrainer(DPOTrainer):
         if "prompt_ids" not in dataset.column_names:
             dataset = super()._prepare_dataset(dataset, processing_class, args, name)
             sequences = [row[f"{part}_ids"] for row in dataset for part in ("prompt", "chosen", "rejected")]
-            check_vocabulary(self.source, processing_class, sequences)
+            check_tokens(processing_class, sequences, self.embeddings)
         dataset, self.counts = filter_pairs(dataset, args.max_length)
         return dataset
 

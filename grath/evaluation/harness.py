@@ -11,7 +11,7 @@ from tqdm import tqdm
 from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 from grath.generation.attention import unsupported_reason
 from grath.modeling.devices import halve_if_out_of_memory
-from grath.modeling.loading import check_vocabulary, load_for_inference, load_model, load_tokenizer
+from grath.modeling.loading import check_tokens, load_for_inference, load_model, load_tokenizer
 
 # Requests that are tokenized in one call.
 TOKENIZER_BATCH = 1024
@@ -24,12 +24,9 @@ def load_local(backend, model, precision, batch_size=None):
     # `HFLM` warns of a loaded model, as it would be scored by every process.
     logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)
     if backend == "hf":
-        lm = SplitLM(load_model(model, precision), tokenizer=load_tokenizer(model), batch_size=batch_size or 16)
-    else:
-        rows = batch_size if isinstance(batch_size, int) else None
-        lm = SharedContextLM(load_for_inference(model, precision), load_tokenizer(model), rows)
-    lm.source = model
-    return lm
+        return SplitLM(load_model(model, precision), tokenizer=load_tokenizer(model), batch_size=batch_size or 16)
+    rows = batch_size if isinstance(batch_size, int) else None
+    return SharedContextLM(load_for_inference(model, precision), load_tokenizer(model), rows)
 
 
 def split_over_processes(method):
@@ -63,7 +60,8 @@ class SplitLM(HFLM):
     def inspect(self, pairs):
         """Count the contexts that will be cut, and check the tokens of `pairs`: (context, answer), lists of ids."""
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for context, answer in pairs)
-        check_vocabulary(self.source, self.tokenizer, [ids for pair in pairs for ids in pair if ids])
+        embeddings = self.model.get_input_embeddings().weight.shape[0]
+        check_tokens(self.tokenizer, [ids for pair in pairs for ids in pair], embeddings)
 
     def _loglikelihood_tokens(self, requests, *args, **options):
         self.inspect([ids for _, *ids in requests])

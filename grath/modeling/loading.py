@@ -58,18 +58,24 @@ def check_tokenizer(tokenizer):
 
 
 def check_vocabulary(name, tokenizer, sequences):
-    """Raise `UserError` if a model has no embedding for a token of `sequences` (lists of ids), before it is loaded.
-
-    A padding token without an embedding is replaced by the EOS token.
-    """
+    """Do what `check_tokens` does for the model `name`, before it is loaded."""
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
-    size = _load(AutoConfig, base, "model").get_text_config().vocab_size
-    if (largest := max((max(ids) for ids in sequences if ids), default=0)) >= size:
+    check_tokens(tokenizer, sequences, _load(AutoConfig, base, "model").get_text_config().vocab_size)
+
+
+def check_tokens(tokenizer, sequences, embeddings):
+    """Raise `UserError` if a token of `sequences` (lists of ids) is not one of a model's `embeddings` (int).
+
+    A padding token without an embedding is replaced by the EOS token.
+    """
+    if (largest := max((max(ids) for ids in sequences if ids), default=0)) >= embeddings:
         token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(f"{base} has {size} embeddings and none for the token {token!r}: use the model's own tokenizer")
-    if tokenizer.pad_token_id >= size:
+        raise UserError(
+            f"the model has {embeddings} embeddings and none for the token {token!r}: use the model's own tokenizer"
+        )
+    if (tokenizer.pad_token_id or 0) >= embeddings:
         tokenizer.pad_token = tokenizer.eos_token
 
 
