@@ -1,5 +1,6 @@
 """`hf-shared` gives what `hf` gives, and computes less."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, tiny
 
 from grath.common.local_data import load_dataset
@@ -191,7 +193,8 @@ def test_the_evaluation_benchmark(tiny_llama, tmp_path):
     assert [line[1] for line in table] == list(ways)
     assert all(0 <= float(line[7]) < 2e-4 for line in table)
     assert done.stdout.count("scores equal") == len(table)
-    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_llama}"}}')
-    (tmp_path / "adapter_model.safetensors").touch()
+    config = {"base_model_name_or_path": str(tiny_llama), "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({}, tmp_path / "adapter_model.safetensors")
     done = call(*script, *ways, "--model", tmp_path, env=VLLM_ENV, status=2)
     assert done.stderr.endswith("the way vllm needs a model, not an adapter\n") and done.stderr.count("\n") == 1

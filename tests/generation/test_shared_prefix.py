@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from greedy import make_prompts, plain, same, shared
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from support import FAMILIES, tiny
 
 from grath.evaluation.loglikelihood import loglikelihoods
@@ -182,8 +182,3 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_thet
 def test_models_that_the_engine_does_not_support(family, changes, reason):
     found = unsupported_reason(tiny(family, **changes), 100)
     assert found is None if reason is None else found.startswith(reason)
-
-
-def test_an_adapter_of_virtual_tokens_is_not_supported():
-    adapted = get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert unsupported_reason(adapted, 100) == "its adapter adds virtual tokens"
