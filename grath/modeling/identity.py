@@ -10,8 +10,7 @@ from grath.modeling.loading import resolve_base_and_adapter
 
 FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*token*.json", "vocab.json",
-    "chat_template.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt",
-    "vocab.txt",
+    "chat_template.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
 )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def test_the_commands_of_the_page(tmp_path):
     """Dry runs of all, and the comparison names the runs that they make."""
     settings, controls, others, comparison = commands()
     script = "\n".join([settings, "export DRY_RUN=1", *controls, *others])
-    done = call("bash", "-ec", script, env={"folder": str(HUB), "RUNS_DIR": "runs"})
+    done = call("bash", "-ec", script, env={"folder": str(tmp_path), "RUNS_DIR": "runs"})
     trained = [line for line in done.stdout.splitlines() if line.startswith("accelerate launch") and "dpo.py" in line]
     assert ["--dataset_name truthful_qa" in line for line in trained] == [True] * 6 + [False] * 11
     folders = {Path(line.split("--output_dir ")[1].split()[0]).parent.parent.name for line in trained}
