@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.files import atomic_write_text, read_json, sha256
+from grath.common.files import atomic_write_text, file_hash, read_json
 from grath.common.layout import PROJECT
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes")
@@ -64,7 +64,7 @@ def check_files(record, folder, advice):
     """Return whether a record names finished outputs, and all are in `folder`; raise `UserError` if one was changed."""
     files = {Path(folder) / name: digest for name, digest in record.get("files", {}).items()}
     for file, digest in files.items():
-        if file.is_file() and sha256(file) != digest:
+        if file.is_file() and file_hash(file) != digest:
             raise UserError(f"{file} is not the file that was written: {advice}")
     return bool(files) and all(file.is_file() for file in files)
 

@@ -122,17 +122,16 @@ def mend_underflow(samples, results):
     """Compute MC2 in place where the harness has 0 / 0, because the probabilities of all answers are below 1e-324."""
     from lm_eval.api.metrics import mean, mean_stderr
 
-    for task in [task for task in samples if task == "truthfulqa_mc2"]:
-        rows = samples[task]
-        for row in rows:
-            logs = [log_likelihood for log_likelihood, _ in row["filtered_resps"]]
-            if math.isnan(row["acc"]) and all(map(math.isfinite, logs)):
-                row["acc"] = mc2(logs, row["doc"]["mc2_targets"]["labels"])
+    task = "truthfulqa_mc2"
+    rows, underflow = samples.get(task, ()), False
+    for row in rows:
+        logs = [log_likelihood for log_likelihood, _ in row["filtered_resps"]]
+        if math.isnan(row["acc"]) and all(map(math.isfinite, logs)):
+            row["acc"], underflow = mc2(logs, row["doc"]["mc2_targets"]["labels"]), True
+    if underflow:
         scores = [row["acc"] for row in rows]
-        results[task] |= {
-            "acc,none": mean(scores),
-            "acc_stderr,none": mean_stderr(scores) if len(scores) > 1 else "N/A",
-        }
+        results[task]["acc,none"] = mean(scores)
+        results[task]["acc_stderr,none"] = mean_stderr(scores) if len(scores) > 1 else "N/A"
 
 
 def tasks_of(rows):

@@ -31,8 +31,8 @@ def model_identity(name, of_hub="config.json"):
     """
     base, adapter = resolve_base_and_adapter(name)
     if (folder := Path(base)).is_dir():
-        found = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
-        files = [file for file in found if not file.name.startswith(".") and any(map(file.match, FILES))]
+        entries = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
+        files = [file for file in entries if not file.name.startswith(".") and any(map(file.match, FILES))]
         if lost := [file for file in files if not file.exists()]:
             raise UserError(f"{lost[0]} is a link to a file that does not exist: copy the model with its files (cp -L)")
         found = {"base": {str(file.relative_to(folder)): file_hash(file) for file in files if file.is_file()}}

@@ -64,11 +64,7 @@ def write_report(run, note=""):
         parts += ["## Stages", table(["stage", "seconds, all starts", "starts"], stages)]
     parts += _samples(folder, models)
     hidden = {name for name in run["settings"] if name.startswith("dpo ")} - {f"dpo {name}" for name in DPO_SETTINGS}
-    shown = [
-        [name, html.escape(value, quote=False)]
-        for name, value in run["settings"].items()
-        if value and name not in hidden
-    ]
+    shown = [[name, value] for name, value in run["settings"].items() if value and name not in hidden]
     if shown:
         parts += ["## Settings", html.escape(table(["setting", "value"], shown, numbers=False), quote=False)]
     parts.append(_made_with([record for *_, record in records]))

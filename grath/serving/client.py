@@ -16,7 +16,7 @@ from base64 import b64encode
 from functools import cache
 from urllib.parse import urlsplit
 
-from grath.common.errors import UserError
+from grath.common.errors import UserError, printable
 
 KEY = "OPENAI_API_KEY"
 # Seconds before a request is sent again: doubled from the first to the second value.
@@ -62,7 +62,7 @@ def server_urls(urls):
 def show(text):
     """Return a server's text for a message: one short line, without the API key, control characters escaped."""
     line = hide_key(" ".join(text.split())) if isinstance(text, str) else type(text).__name__
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line[:MOST_SHOWN])
+    return printable(line[:MOST_SHOWN])
 
 
 def hide_key(text):

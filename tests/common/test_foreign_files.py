@@ -140,7 +140,7 @@ def test_names_that_no_file_system_takes(name, pair_file, tmp_path):
 
 
 def test_answers_in_a_report_are_text(tmp_path):
-    run = put_run(tmp_path / "run", {0: [0.0, 1.0]})
+    run = put_run(tmp_path / "run", {0: [0.0, 1.0], 1: [0.0, 1.0]}, dataset_name="<i>x")
     answer = "<script>x</script> [a](http://b) ![c](//d) | `e` <!-- \\ &lt; **f**\n# g"
     (run / "results" / "iter_0" / "settings.json").unlink()
     write_rows(run / "results" / "iter_0" / "samples.jsonl", [{"question": "<b>q", "answer": answer}])
@@ -150,6 +150,7 @@ def test_answers_in_a_report_are_text(tmp_path):
         r"- M_0: &lt;script&gt;x&lt;/script&gt; \[a\](http://b) !\[c\](//d) \| \`e\` &lt;!-- \\ &amp;lt; \*\*f\*\* # g"
     )
     assert "**&lt;b&gt;q**" in (run / "report.md").read_text()
+    assert "| &lt;i&gt;x " in (run / "report.md").read_text()  # a setting, escaped once
 
 
 def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):
