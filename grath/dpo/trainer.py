@@ -9,11 +9,12 @@ from functools import partial
 from math import ceil
 
 import torch
-from accelerate.utils import gather_object, send_to_device, tqdm
+from accelerate.utils import gather_object, send_to_device
 from peft import LoraConfig
 from trl import DPOTrainer
 
 from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R
+from grath.common.progress import progress_bar
 from grath.dpo.dataset import filter_pairs, pair_lengths, training_order
 from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
@@ -114,7 +115,8 @@ class GrathDPOTrainer(DPOTrainer):
                 del left[:batch]
 
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        with tqdm(total=len(left), desc="Reference log-probabilities") as progress:
+        options = {"desc": "Reference log-probabilities", "unit": " pairs", "shown": self.is_world_process_zero()}
+        with progress_bar(total=len(left), **options) as progress:
             halve_if_out_of_memory(compute, size)
         _, chosen, rejected = zip(*sorted(gather_object(found)), strict=True)
         return pairs.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)

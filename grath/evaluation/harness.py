@@ -6,8 +6,8 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
+from grath.common.progress import progress_bar
 from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 from grath.generation.attention import unsupported_reason
 from grath.modeling.devices import halve_if_out_of_memory
@@ -83,7 +83,7 @@ class SharedContextLM(SplitLM):
         pairs = [request.args for request in requests]
         reason = "a context is empty"
         if all(context for context, _ in pairs):
-            tokenized = self.tokenize(pairs, disable_tqdm)
+            tokenized = self.tokenize(pairs)
             windows = [truncate_window(*ids, self.max_length) for ids in tokenized]
             reason = unsupported_reason(self.model, max(len(context) + len(answer) for context, answer in windows))
             if not all(context and answer for context, answer in windows):
@@ -95,10 +95,10 @@ class SharedContextLM(SplitLM):
         self.inspect(tokenized)
         return self.score(windows, disable_tqdm)
 
-    def tokenize(self, pairs, disable_tqdm=False):
+    def tokenize(self, pairs):
         """Tokenize (context, answer) pairs of text in large batches; the ids are those of `HFLM`: list of two lists."""
         tokenized, context_ids = [], {}
-        for start in tqdm(range(0, len(pairs), TOKENIZER_BATCH), disable=disable_tqdm, desc="Tokenizing requests"):
+        for start in range(0, len(pairs), TOKENIZER_BATCH):
             batch = pairs[start : start + TOKENIZER_BATCH]
             # As in `HFLM`, the spaces at the end of a context belong to the answer.
             contexts = [context.rstrip() for context, _ in batch]
@@ -142,8 +142,10 @@ class SharedContextLM(SplitLM):
             for places, result in window_loglikelihoods(self.model, unfinished, batch_tokens, self.max_rows):
                 for place in places:
                     results[left[place]] = result
-                bar.update(len(places))
+                bar.update(len(places) * tokens[left[places[0]]])
 
-        with tqdm(total=len(windows), disable=disable_tqdm, desc="Scoring requests") as bar:
+        tokens = [len(context) + len(answer) for context, answer in windows]
+        options = {"desc": "Scoring", "unit": " tokens", "unit_scale": True}
+        with progress_bar(total=sum(tokens), shown=not disable_tqdm, **options) as bar:
             halve_if_out_of_memory(score_rest, self.batch_tokens, MIN_TOKENS)
         return results

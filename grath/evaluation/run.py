@@ -171,7 +171,7 @@ def _template(args, tokenizer):
 
 def _task_manager(tasks):
     """Prepare the harness; return its `TaskManager`. Raise `UserError` if one of the tasks is not known."""
-    os.environ.setdefault("LMEVAL_LOG_LEVEL", "WARNING")
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import datasets
     import lm_eval.tasks

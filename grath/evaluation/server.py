@@ -4,10 +4,10 @@ import copy
 from functools import cache
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from tqdm import tqdm
 from transformers import AutoConfig
 
 from grath.common.errors import UserError
+from grath.common.progress import progress_bar
 from grath.modeling.loading import load_tokenizer, resolve_base_and_adapter
 from grath.serving.completions import request_completions
 from grath.serving.served import compare_with_local
@@ -69,7 +69,7 @@ class ServerLM(LocalCompletionsAPI):
         bodies = [self._create_payload([ids], generate=generate, **copy.deepcopy(kwargs)) for ids in requests]
         answers = [None] * len(requests)
         found = request_completions(self.served, bodies, self.in_flight, text_of)
-        for index, response in tqdm(found, total=len(requests), desc="Scoring requests"):
+        for index, response in progress_bar(found, total=len(requests), desc="Scoring", unit=" requests"):
             if generate:
                 answers[index] = self.parse_generations(response)
             else:

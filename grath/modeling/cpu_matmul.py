@@ -3,6 +3,7 @@
 A way is one of `WAYS`. Products of 16-bit numbers are exact in float32, so the ways differ in the order of summation.
 """
 
+import os
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -25,9 +26,10 @@ MIN_ROWS = 64
 
 
 def choose_way(model):
-    """Choose one of the `WAYS` to multiply by the linear layers of a model, and print it: `plain` on a GPU.
+    """Choose one of the `WAYS` to multiply by the linear layers of a model: `plain` on a GPU.
 
-    On a CPU the first process times the products of the largest layer but the LM head, and chooses for all processes.
+    On a CPU the first process times the products of the largest layer but the LM head, and chooses for all processes;
+    `GRATH_DEBUG=1` prints them.
     """
     head = model.get_output_embeddings()
     weights = [layer.weight.detach() for layer in _linear_layers(model) if layer is not head]
@@ -39,7 +41,8 @@ def choose_way(model):
         milliseconds = time_products(weight)
         chosen = [min(milliseconds, key=lambda way: sum(milliseconds[way]))]
         times = ", ".join(f"{way} {batch:.2f} and {row:.2f} ms" for way, (batch, row) in milliseconds.items())
-        print(f"Matrix products of {str(weight.dtype)[6:]} weights: {chosen[0]}; 128 rows and 1 row take {times}")
+        if os.environ.get("GRATH_DEBUG") == "1":
+            print(f"Matrix products of {str(weight.dtype)[6:]} weights: {chosen[0]}; 128 rows and 1 row take {times}")
     return broadcast_object_list(chosen)[0]
 
 

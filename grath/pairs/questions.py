@@ -90,25 +90,31 @@ def draw_candidates(question, seed):
     return question["choices"][question["answer"]], drawn
 
 
-def gold_pairs(name, seed):
-    """Make pairs from a set that matches `LABELED`: the gold answer is correct; `seed` draws the incorrect one."""
+def load_labeled(name):
+    """Load the questions of a name that matches `LABELED`, those of TruthfulQA with MC1's choices."""
     found = LABELED.fullmatch(name)
     hub_name, configuration, split = LABELED_DATASETS[found[1]]
     where = (hub_name, configuration, split + (found[2] or ""))
+    if found[1] != TRUTHFULQA:
+        return load_questions(*where)
+    questions = []
+    for row in load_hub_split(*where):
+        if not fits(row, {"question": str, "mc1_targets": {"choices": [str], "labels": [int]}}):
+            raise UserError(f"{hub_name} is not TruthfulQA: a row has no question with mc1_targets")
+        targets = row["mc1_targets"]
+        gold = targets["labels"].index(1)
+        questions.append({"question": row["question"], "choices": targets["choices"], "answer": gold})
+    return questions
+
+
+def gold_pairs(name, seed):
+    """Make pairs from a set that matches `LABELED`: the gold answer is correct; `seed` draws the incorrect one."""
     if name.startswith(TRUTHFULQA):
         print(
             "warning: truthful_qa is the TruthfulQA test set: scores on what was trained on mean nothing",
             file=sys.stderr,
         )
-        questions = []
-        for row in load_hub_split(*where):
-            if not fits(row, {"question": str, "mc1_targets": {"choices": [str], "labels": [int]}}):
-                raise UserError(f"{hub_name} is not TruthfulQA: a row has no question with mc1_targets")
-            targets = row["mc1_targets"]
-            gold = targets["labels"].index(1)
-            questions.append({"question": row["question"], "choices": targets["choices"], "answer": gold})
-    else:
-        questions = load_questions(*where)
+    questions = load_labeled(name)
     drawn = [draw_candidates(question, seed) for question in questions]
     return [
         {"question": question["question"], "correct": correct, "incorrect": incorrect}

@@ -69,7 +69,7 @@ def write_report(run, note=""):
         parts += ["## Settings", html.escape(table(["setting", "value"], shown, numbers=False), quote=False)]
     parts.append(_made_with([record for *_, record in records]))
     atomic_write_text(folder / REPORT, "\n\n".join(part for part in parts if part) + "\n")
-    return "\n".join([terminal, *sentences, f"Wrote {', '.join(files)} in {folder}"])
+    return "\n".join([terminal, *best_iteration(rows), f"Wrote {', '.join(files)} in {folder}"])
 
 
 def _iterations_table(models):

@@ -21,8 +21,14 @@ NOT_COMPARED = UNCOMPARED - {"tokenizer_name"} | {"batch_size", "seed"}
 PAIR_STATS = {str: {"truth": (NoneType, dict), "signal": str | None}}
 LOG_ENTRY = {"step?": int, **dict.fromkeys(("loss?", "rewards/margins?", "rewards/accuracies?"), NUMBER)}
 QUESTIONS = {"data_path": str | None, "data_name": str, "subdata_name": str | None, "split": str}
-# Settings of pairs that their record has among its inputs.
-RESOLVED = ("precision", "max_new_tokens")
+# What a report takes for the settings of a stage, from the stage's record.
+OF_STAGE = {
+    "pairs": lambda record: record.get("settings", {}) | {
+        name: record["inputs"].get(name) for name in ("precision", "max_new_tokens")
+    },
+    "dpo": lambda record: record["settings"] | {"pairs in a step": record["inputs"].get("effective_batch")},
+    "scores": lambda record: record["inputs"],
+}  # fmt: skip
 
 
 def is_run(folder):
@@ -34,11 +40,11 @@ def read_run(folder):
     """Read the folder of a run.
 
     Returns:
-        dict: "folder" (Path); "name", that of the folder without the seed; "settings", a dict: "STAGE NAME" -> text, of
-        the first pairs and scores and the last training, and "base model", a hub name or folder; "models", a dict:
-        i -> {"records", a dict of those that there are: "dpo" trained M_i, "scores" scored it, and with "pairs" it
-        wrote pairs; "scores": what `read_scores` returned; "pairs": what `pair_stats` returned, or None; "training":
-        entries of the training log}.
+        dict: "folder" (Path); "name", that of the folder without the seed; "settings", a dict: "STAGE NAME" -> text,
+        with every value and its models if they differ, "seed", and "base model", a hub name or folder; "models", a
+        dict: i -> {"records", a dict of those that there are: "dpo" trained M_i, "scores" scored it, and with "pairs"
+        it wrote pairs; "scores": what `read_scores` returned; "pairs": what `pair_stats` returned, or None;
+        "training": entries of the training log}.
 
     Raises:
         UserError: the folder is not that of a run, a record is damaged, a file was edited, or the stages had different
@@ -104,22 +110,21 @@ def _asked_questions(settings):
 
 
 def _settings(models):
-    first, dpo = models[0]["records"], models[max(models)]["records"].get("dpo")
-    pairs, scores = first.get("pairs"), first.get("scores")
-    start = dpo and models[1]["records"]["dpo"]
-    found = {
-        "base model": start and (start.get("incoming_adapter") or start["base_model"]),
-        "seed": dpo and dpo["settings"].get("seed"),
-    }
-    stages = {
-        "pairs": pairs and pairs.get("settings", {}) | {name: pairs["inputs"].get(name) for name in RESOLVED},
-        "dpo": dpo and dpo["settings"] | {"pairs in a step": dpo["inputs"].get("effective_batch")},
-        "scores": scores and scores["inputs"],
-    }
-    for stage, settings in stages.items():
-        for name, value in (settings or {}).items():
-            if name not in NOT_COMPARED and not isinstance(value, dict):
-                found[f"{stage} {name}"] = value
+    records = {number: model["records"] for number, model in models.items()}
+    trained = [of_model["dpo"] for of_model in records.values() if "dpo" in of_model]
+    start = trained[0] if trained else {}
+    found = {"base model": start.get("incoming_adapter") or start.get("base_model")}
+    found["seed"] = trained[-1]["settings"].get("seed") if trained else None
+    values = {}
+    for stage, settings_of in OF_STAGE.items():
+        for number, of_model in records.items():
+            for name, value in settings_of(of_model[stage]).items() if stage in of_model else ():
+                if name not in NOT_COMPARED and not isinstance(value, dict):
+                    text = "" if value is None else str(value)
+                    values.setdefault(f"{stage} {name}", {}).setdefault(text, []).append(f"M_{number}")
+    for name, models_of in values.items():
+        differing = ", ".join(f"{text or 'none'} ({' '.join(names)})" for text, names in models_of.items())
+        found[name] = next(iter(models_of)) if len(models_of) == 1 else differing
     return {name: "" if value is None else str(value) for name, value in found.items()}
 
 

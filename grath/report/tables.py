@@ -20,7 +20,7 @@ def score_tables(rows, bases):
         for (name, scores), base in zip(rows, bases, strict=True)
     ]
     header = ["model", *(get_task(task).title for task in tasks)]
-    return [table(header, body, numbers=False, style=style) for style in ("github", "simple")]
+    return [table(header, body, numbers=False, style=style) for style in ("github", "plain")]
 
 
 def score_cell(score, base):

@@ -146,7 +146,7 @@ OTHER_VARIABLES = {
     "DATASETS_ROOT": "folder that `prefetch.sh` has filled with models and data sets; the hub is not used",
     "DEVICE": "`cpu`: use the CPU even if there is a GPU",
     "OPENAI_API_KEY": "key of the servers in `SERVER_URL`, if they want one; it is never recorded",
-    "GRATH_DEBUG": "1: print the traceback of every error",
+    "GRATH_DEBUG": "1: print the traceback of every error, and how fast each way to multiply matrices is on this CPU",
 }
 STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
 
@@ -223,9 +223,9 @@ def check_start(values):
 def shell_lines(values):
     """Return the settings as lines for bash, quoted: all settings, and the paths of the run.
 
-    RUN is the run's folder, MACHINE describes the device. PREFIXES, PAIRS, COMBINED, MODELS and RESULTS are arrays with
-    an element for each M_i: the prefix and the path of the pair file that it writes, the combined file, its name or
-    folder, the folder of its scores.
+    RUN is the run's folder, MACHINE describes the device, OTHERS names the settings that are not the defaults.
+    PREFIXES, PAIRS, COMBINED, MODELS and RESULTS are arrays with an element for each M_i: the prefix and the path of
+    the pair file that it writes, the combined file, its name or folder, the folder of its scores.
     """
     run, *asked = run_and_asked(values)
     numbers = range(int(values["ITERATIONS"]) + 1)
@@ -237,7 +237,10 @@ def shell_lines(values):
         "MODELS": [values["MODEL_NAME_OR_PATH"], *(layout.model_path(run, i, *asked) for i in numbers[1:])],
         "RESULTS": [layout.results_path(run, i) for i in numbers],
     }
-    lines = [f"{name}={quote(value)}\n" for name, value in values.items()] + [f"RUN={layout.quote_path(run)}\n"]
+    differing = [name for name, setting in SETTINGS.items() if values[name] != str(setting.default or "")]
+    others = " ".join(f"{name}={quote(values[name])}" for name in differing)
+    lines = [f"{name}={quote(value)}\n" for name, value in [*values.items(), ("OTHERS", others)]]
+    lines.append(f"RUN={layout.quote_path(run)}\n")
     lines += [f"{name}=({' '.join(map(layout.quote_path, paths))})\n" for name, paths in arrays.items()]
     return "".join(lines)
 

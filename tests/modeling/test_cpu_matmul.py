@@ -122,6 +122,7 @@ def test_a_quantized_or_trained_model_is_left_alone(monkeypatch):
 
 
 def test_every_start_measures_and_prints_its_choice(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRATH_DEBUG", "1")
     for way in ("plain", "float32"):
         prefer(monkeypatch, way)
         ask = ("--save_prefix", way, "--save_dir", tmp_path, "--data_path", BUNDLED, "--num_query", 2)

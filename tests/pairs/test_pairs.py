@@ -103,7 +103,7 @@ def test_a_kill_loses_no_finished_question_and_other_settings_are_refused_then(t
     assert "max_new_tokens 100, not 50" in done.stderr and kept.exists()
     done = call_here(*command)
     assert f"{finished} of 60 questions were answered before the interruption" in done.stdout
-    assert ["asked", "now", str(60 - finished)] in [line.split() for line in done.stdout.splitlines()]
+    assert f"\n{60 - finished} questions in " in done.stdout
     record = f"{expected.name}.record.json"
     assert {file.name for file in kept.parent.iterdir()} == {expected.name, record, others.name}
     written, whole = (path.read_text().splitlines() for path in (kept.parent / expected.name, expected))

@@ -90,10 +90,8 @@ def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
         "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir", tmp_path,
         "--data_path", write_rows(tmp_path / "q.jsonl", data), "--precision", "fp32",
     )  # fmt: skip
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["gold", "among", "6", "decided", "correct", "answers", "0.500"] in lines
-    assert ["gold", "among", "6", "decided", "incorrect", "answers", "0.500"] in lines
-    assert any(line[:2] == ["truth", "signal"] and line[-3] == "+0.000" for line in lines)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("truth signal +0.000 [")]
+    assert "0.500 of 6 correct answers and 0.500 of 6 incorrect answers mean" in line
 
 
 def test_it_is_of_the_pairs_that_dpo_trains_on(tmp_path):

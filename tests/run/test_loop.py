@@ -262,7 +262,7 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "500", "DATA_PATH": str(BUNDLED), "TASKS": ""}
     done = call("run_llama2.sh", env={**env, "RUNS_DIR": str(tmp_path)}, status=2)
     assert "there are only 160 questions" in done.stderr
-    assert " EVAL_PRECISION=" in done.stdout and "MACHINE='the CPU (DEVICE=cpu)'" in done.stdout
+    assert " NUM_QUERY=500 " in done.stdout and "on the CPU (DEVICE=cpu)" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: iteration 1: M_0 writes pairs failed")
     env = {**env, "NUM_QUERY": "2", "MAX_LENGTH": "2", "RUNS_DIR": str(tmp_path)}
     done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=1)  # accelerate's, for the script's 2
