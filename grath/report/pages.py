@@ -63,13 +63,18 @@ def write_report(run, note=""):
         ]
         parts += ["## Stages", table(["stage", "seconds, all starts", "starts"], stages)]
     parts += _samples(folder, models)
-    hidden = {name for name in run["settings"] if name.startswith("dpo ")} - {f"dpo {name}" for name in DPO_SETTINGS}
-    shown = [[name, value] for name, value in run["settings"].items() if value and name not in hidden]
-    if shown:
-        parts += ["## Settings", html.escape(table(["setting", "value"], shown, numbers=False), quote=False)]
-    parts.append(_made_with([record for *_, record in records]))
+    if any(run["settings"].values()):
+        parts += ["## Settings", settings_table(run["settings"])]
+    parts.append(made_with([record for *_, record in records]))
     atomic_write_text(folder / REPORT, "\n\n".join(part for part in parts if part) + "\n")
     return "\n".join([terminal, *best_iteration(rows), f"Wrote {', '.join(files)} in {folder}"])
+
+
+def settings_table(settings):
+    """Format the settings of a run (dict of str) as a table, without those of DPO that the paper does not name."""
+    hidden = {name for name in settings if name.startswith("dpo ")} - {f"dpo {name}" for name in DPO_SETTINGS}
+    shown = [[name, value] for name, value in settings.items() if value and name not in hidden]
+    return html.escape(table(["setting", "value"], shown, numbers=False), quote=False)
 
 
 def _iterations_table(models):
@@ -103,7 +108,7 @@ def plain(text):
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _made_with(records):
+def made_with(records):
     """Name the commits and library versions in records."""
     commits = dict.fromkeys(record["commit"] for record in records if record.get("commit"))
     found = {}

@@ -110,22 +110,31 @@ def _asked_questions(settings):
 
 
 def _settings(models):
-    records = {number: model["records"] for number, model in models.items()}
-    trained = [of_model["dpo"] for of_model in records.values() if "dpo" in of_model]
+    trained = [model["records"]["dpo"] for model in models.values() if "dpo" in model["records"]]
     start = trained[0] if trained else {}
-    found = {"base model": start.get("incoming_adapter") or start.get("base_model")}
-    found["seed"] = trained[-1]["settings"].get("seed") if trained else None
+    found = {
+        "base model": start.get("incoming_adapter") or start.get("base_model"),
+        "seed": trained[-1]["settings"].get("seed") if trained else None,
+    }
     values = {}
-    for stage, settings_of in OF_STAGE.items():
-        for number, of_model in records.items():
-            for name, value in settings_of(of_model[stage]).items() if stage in of_model else ():
-                if name not in NOT_COMPARED and not isinstance(value, dict):
-                    text = "" if value is None else str(value)
-                    values.setdefault(f"{stage} {name}", {}).setdefault(text, []).append(f"M_{number}")
-    for name, models_of in values.items():
-        differing = ", ".join(f"{text or 'none'} ({' '.join(names)})" for text, names in models_of.items())
+    for number, model in models.items():
+        for name, value in settings_of(model["records"]).items():
+            values.setdefault(name, {}).setdefault(value, []).append(f"M_{number}")
+    for name, models_of in sorted(values.items(), key=lambda entry: list(OF_STAGE).index(entry[0].partition(" ")[0])):
+        differing = ", ".join(f"{value or 'none'} ({' '.join(names)})" for value, names in models_of.items())
         found[name] = next(iter(models_of)) if len(models_of) == 1 else differing
     return {name: "" if value is None else str(value) for name, value in found.items()}
+
+
+def settings_of(records):
+    """Return the settings of the stages of a model (dict: stage -> record): "STAGE NAME" -> text."""
+    return {
+        f"{stage} {name}": "" if value is None else str(value)
+        for stage, settings in OF_STAGE.items()
+        if stage in records
+        for name, value in settings(records[stage]).items()
+        if name not in NOT_COMPARED and not isinstance(value, dict)
+    }
 
 
 def group_runs(runs):
