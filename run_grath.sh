@@ -56,7 +56,7 @@ settings=$(python -m grath.run settings "$HERE") || {
     exit 2
 }
 eval "$settings" # all settings, RUN, MACHINE and, by iteration: PREFIXES PAIRS COMBINED MODELS RESULTS
-echo "GRATH: $ITERATIONS iteration(s) in $RUN, on $MACHINE"
+echo "GRATH: $ITERATIONS iteration(s) in $RUN${MACHINE:+, on $MACHINE}"
 if [[ $DRY_RUN == 0 && $MODEL_NAME_OR_PATH == "$HERE/models/smollm2" && ! -f $MODEL_NAME_OR_PATH/config.json ]]; then
     python -m grath.modeling.smollm2
 fi

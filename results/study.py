@@ -3,11 +3,13 @@
     python results/study.py RUN_DIR              the report of a run
     python results/study.py RUN_DIR RUN_DIR ...  the comparison, with negations, summary.png, signal.png, correlations
 
-A control trains on gold answers (results/control.sh). If these are TruthfulQA's, it is scored on the questions that it
-has not trained on, and controls that differ only in disjoint rows (truthful_qa[:200], truthful_qa[200:]) count as one.
+A control trains on gold answers (results/control.sh). A run about questions of TruthfulQA, gold answers or its own, is
+scored on the questions that it has not trained on, and runs that differ only in disjoint rows (truthful_qa[:200] and
+truthful_qa[200:], in the name of the data set, of the question file or of the pair file) count as one.
 """
 
 import math
+import re
 from pathlib import Path
 
 from figures import plot_signal, plot_summary
@@ -24,6 +26,8 @@ from grath.report.paired import paired_difference, pool
 from grath.report.runs import common_name, group_runs, model_label, read_run
 
 DATASET = "dpo dataset_name"
+SOURCES = {DATASET, "pairs data_path"}
+ROWS = re.compile(rf"{TRUTHFULQA}(?:\[(\d*):(\d*)\])?")
 # More than any data set with gold answers has.
 MOST_ROWS = 10**5
 
@@ -33,19 +37,26 @@ def is_control(settings):
     return LABELED.fullmatch(settings.get(DATASET, "").partition(", ")[0]) is not None
 
 
+def source(run):
+    """Return the name of what a run trains on: a data set, a question file or a pair file."""
+    training = run["models"].get(1, {"records": {}})["records"].get("dpo", {})
+    settings = run["settings"]
+    return settings.get(DATASET) or Path(settings.get("pairs data_path") or training.get("pair_file") or "").name
+
+
 def is_fold(run):
-    """Return whether a run trains on gold answers of TruthfulQA."""
-    return is_control(run["settings"]) and run["settings"][DATASET].startswith(TRUTHFULQA)
+    """Return whether a run trains on pairs about questions of TruthfulQA."""
+    return ROWS.search(source(run)) is not None
 
 
 def rows_of(run):
-    """Return the numbers of the questions that a control trains on: set of int."""
-    first, _, end = (LABELED.fullmatch(run["settings"][DATASET])[2] or "[:]")[1:-1].partition(":")
+    """Return the numbers of the questions that a fold trains on: set of int."""
+    first, end = ROWS.search(source(run)).groups()
     return set(range(int(first or 0), int(end or MOST_ROWS)))
 
 
 def hold_out(run):
-    """Leave the questions that a control trains on out of its scores; return how many are left, or None.
+    """Leave the questions that a fold trains on out of its scores; return how many are left, or None.
 
     A task of TruthfulQA without scores of single questions is left out. Other runs stay as they are.
 
@@ -69,7 +80,7 @@ def hold_out(run):
 
 
 def merge_folds(runs):
-    """Replace controls that differ only in disjoint rows of TruthfulQA by one run with the held-out scores of all."""
+    """Replace runs that differ only in disjoint rows of TruthfulQA by one run with the held-out scores of all."""
     merged = []
     for run in runs:
         for folds in merged:
@@ -82,15 +93,19 @@ def merge_folds(runs):
 
 
 def _complements(run, other):
-    def rest(settings):
-        return {name: value for name, value in settings.items() if name != DATASET}
+    def rest(one):
+        return ROWS.sub("", source(one)), {name: one["settings"].get(name) for name in one["settings"].keys() - SOURCES}
 
-    return is_fold(other) and rest(run["settings"]) == rest(other["settings"]) and not rows_of(run) & rows_of(other)
+    return is_fold(other) and rest(run) == rest(other) and not rows_of(run) & rows_of(other)
 
 
 def _merged(folds):
     folds = sorted(folds, key=lambda run: min(rows_of(run)))
-    names = ", ".join(run["settings"][DATASET] for run in folds)
+    names = {
+        name: ", ".join(run["settings"][name] for run in folds)
+        for name in SOURCES
+        if all(run["settings"].get(name) for run in folds)
+    }
     models = {}
     for number in sorted({number for run in folds for number in run["models"]}):
         having = [run["models"][number] for run in folds if number in run["models"]]
@@ -98,8 +113,9 @@ def _merged(folds):
     return {
         **folds[0],
         "name": common_name(folds),
-        "settings": folds[0]["settings"] | {DATASET: names},
+        "settings": folds[0]["settings"] | names,
         "models": models,
+        "pairs": [run["models"][0]["pairs"] for run in folds if run["models"][0]["pairs"]],
     }
 
 
@@ -174,7 +190,11 @@ def compare(runs, folder):
     """Write the comparison of runs and its plots into a folder; return the text for the terminal."""
     for run in runs:
         hold_out(run)
-    groups = group_runs(merge_folds(runs))
+    runs = merge_folds(runs)
+    groups = group_runs(runs)
+    of_folds = {run["name"]: run["pairs"] for run in runs if run.get("pairs")}
+    for group in groups:
+        group["models"][0]["pairs"] = of_folds.get(group["name"], group["models"][0]["pairs"])
     text = write_comparison(folder, groups)
     rows, bases = score_rows(groups)
     tasks = tasks_of(rows)

@@ -41,12 +41,18 @@ def write_report(run, note=""):
     folder, models = run["folder"], run["models"]
     rows = [(model_name(number), model["scores"]) for number, model in models.items()]
     page, terminal = score_tables(rows, [rows[0][1]] * len(rows) if len(rows) > 1 else [{}])
-    sentences = [text for text in (score_footer(rows), note, *best_iteration(rows)) if text]
+    sentences = [text for text in (note, *best_iteration(rows)) if text]
     base = run["settings"]["base model"] or "not known yet"
     pairs = {number: model["pairs"] for number, model in models.items() if model["pairs"]}
     atomic_write_text(folder / PAIR_STATS, json.dumps(pairs, indent=2) + "\n")
     files = [REPORT, PAIR_STATS]
-    parts = [f"# {folder.resolve().name}", f"Base model: {html.escape(base, quote=False)}", page, *sentences]
+    parts = [
+        f"# {folder.resolve().name}",
+        f"Base model: {html.escape(base, quote=False)}",
+        page,
+        score_footer(rows),
+        *sentences,
+    ]
     if tasks := tasks_of(rows):
         plots = ["iterations.png", "iterations.svg"]
         plot_scores({run["name"]: models}, tasks, *(folder / plot for plot in plots))
@@ -67,7 +73,7 @@ def write_report(run, note=""):
         parts += ["## Settings", settings_table(run["settings"])]
     parts.append(made_with([record for *_, record in records]))
     atomic_write_text(folder / REPORT, "\n\n".join(part for part in parts if part) + "\n")
-    return "\n".join([terminal, *best_iteration(rows), f"Wrote {', '.join(files)} in {folder}"])
+    return "\n".join([terminal, *sentences, f"Wrote {', '.join(files)} in {folder}"])
 
 
 def settings_table(settings):

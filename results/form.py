@@ -1,0 +1,31 @@
+"""Leave out the pairs in which only one answer contains a negation: how much of a change is the form of the answers.
+
+    python results/form.py PAIRS OUT --only incorrect     without those in which only the incorrect answer denies
+    python results/form.py PAIRS OUT --only correct       the mirror image
+
+It is an analysis, not a recipe: it says nothing about the truth of what is left.
+"""
+
+from pathlib import Path
+
+from grath.common.arguments import Parser
+from grath.common.errors import run_main
+from grath.pairs.files import read_pairs, write_pairs
+from grath.pairs.stats import negated
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("pairs", type=Path, help="pair file")
+    parser.add_argument("out", type=Path, help="pair file to write")
+    parser.add_argument("--only", choices=("correct", "incorrect"), required=True, help="the answer that denies alone")
+    args = parser.parse_args()
+    other = {"correct": "incorrect", "incorrect": "correct"}[args.only]
+    rows = [row for row in read_pairs(args.pairs) if row["correct"] != row["incorrect"]]
+    kept = [row for row in rows if not negated([row[args.only]]) > negated([row[other]])]
+    write_pairs(args.out, kept)
+    print(f"Kept {len(kept)} of {len(rows)} pairs with different answers in {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
