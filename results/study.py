@@ -1,33 +1,40 @@
 """Report on the runs of our study: the project's report, and what only the study needs.
 
     python results/study.py RUN_DIR              the report of a run
-    python results/study.py RUN_DIR RUN_DIR ...  the comparison, with negations, summary.png, signal.png, correlations
+    python results/study.py RUN_DIR RUN_DIR ...  the comparison, with negations, and summary.png
 
 A control trains on gold answers (results/control.sh). A run about questions of TruthfulQA, gold answers or its own, is
 scored on the questions that it has not trained on, and runs that differ only in disjoint rows (truthful_qa[:200] and
 truthful_qa[200:], in the name of the data set, of the question file or of the pair file) count as one.
 """
 
-import math
 import re
 from pathlib import Path
 
-from figures import plot_signal, plot_summary
+from figures import plot_changes
 from subsets import negation_section, restrict
 
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text
 from grath.evaluation.results import QUESTIONS, tasks_of
-from grath.evaluation.tasks import get_task
 from grath.pairs.questions import LABELED, TRUTHFULQA
 from grath.report.pages import COMPARISON, score_rows, write_comparison, write_report
 from grath.report.paired import paired_difference, pool
-from grath.report.runs import common_name, group_runs, model_label, read_run
+from grath.report.runs import common_name, group_runs, read_run
 
 DATASET = "dpo dataset_name"
 SOURCES = {DATASET, "pairs data_path"}
 ROWS = re.compile(rf"{TRUTHFULQA}(?:\[(\d*):(\d*)\])?")
+# Of the figure: its tasks, the titles of its groups, the names of models, and settings that go without saying.
+MAIN_TASKS = ("truthfulqa_mc1", "truthfulqa_mc2")
+KINDS = {
+    "gold": "gold answers of TruthfulQA",
+    "False": "pairs of their own",
+    "True": "pairs of their own, with ground-truth candidates",
+}
+SIZES = {"smollm2": "135M", "qwen2.5-coder-0.5b": "0.5B", "qwen2.5-coder-1.5b": "1.5B"}
+DEMOS, USUAL_STEPS = "truthfulqa", "40"
 # More than any data set with gold answers has.
 MOST_ROWS = 10**5
 
@@ -130,60 +137,27 @@ def gains(group, number, tasks):
     return {task: gain for task, gain in found.items() if gain}
 
 
-def signal_points(groups, tasks):
-    """Collect for each group the truth signal of the pairs that M_1 was trained on, and the gains of M_1.
+def figure_groups(groups, tasks):
+    """Sort the changes of models with the usual examples and the rolling reference: title -> list of (label, gains)."""
+    found = {title: [] for title in KINDS.values()}
+    sizes = list(SIZES)
 
-    Returns:
-        list of dict: "name", "gold", "signal" (value, low, high, averaged over the group's different pairs; a control's
-        is 1 by definition), "gains" (as in `gains`). Groups without either, or with those of another, are left out.
-    """
-    points = []
-    for group in groups:
-        found = gains(group, 1, tasks) if 1 in group["models"] else {}
-        of_runs = [stats["truth"] for stats in group["models"].get(0, {"pairs": ()})["pairs"] if stats["truth"]]
-        of_runs = [(truth["signal"], *truth["interval"]) for truth in of_runs]
-        gold = is_control(group["settings"])
-        signal = (1.0, 1.0, 1.0) if gold else tuple(sum(part) / len(part) for part in zip(*of_runs, strict=True))
-        # M_1 is the same with either reference.
-        same = any((signal, found) == (point["signal"], point["gains"]) for point in points)
-        if found and signal and not same:
-            points.append({"name": group["name"], "gold": gold, "signal": signal, "gains": found})
-    return points
+    def size_of(group):
+        name = Path(group["settings"]["base model"]).name
+        return sizes.index(name) if name in SIZES else len(sizes), SIZES.get(name, name)
 
-
-def correlation(pairs):
-    """Return Pearson's correlation of (x, y) pairs and its 95 % interval by Fisher's transformation.
-
-    Returns:
-        tuple of three floats; None with fewer than four pairs, or if one side does not vary.
-    """
-    import numpy
-
-    xs, ys = numpy.array(pairs, dtype=float).reshape(-1, 2).T
-    if len(xs) < 4 or not xs.std() or not ys.std():
-        return None
-    r = float(numpy.corrcoef(xs, ys)[0, 1])
-    middle, half = math.atanh(min(max(r, -1 + 1e-12), 1 - 1e-12)), 1.96 / math.sqrt(len(xs) - 3)
-    return r, math.tanh(middle - half), math.tanh(middle + half)
-
-
-def correlation_lines(points, tasks):
-    """Say how the truth signal of the pairs and the gain of M_1 correlate over runs, without and with the controls."""
-    lines = []
-    for kept, what in (
-        (False, "the runs on a model's own pairs"),
-        (True, "these runs and the controls on gold answers"),
-    ):
-        for task in tasks:
-            chosen = [point for point in points if task in point["gains"] and (kept or not point["gold"])]
-            found = correlation([(point["signal"][0], point["gains"][task][0]) for point in chosen])
-            if found and (not kept or any(point["gold"] for point in chosen)):
-                r, low, high = found
-                lines.append(
-                    f"Over {what} ({len(chosen)}), the correlation of the truth signal and the change of "
-                    f"{get_task(task).title} in M_1 is {r:.2f} [{low:.2f}, {high:.2f}]."
-                )
-    return lines
+    for group in sorted(groups, key=size_of):
+        settings, gold = group["settings"], is_control(group["settings"])
+        if not gold and (settings.get("pairs demos") != DEMOS or settings.get("dpo reference") != "rolling"):
+            continue
+        about = "" if gold or not settings.get("pairs data_path") else ", about TruthfulQA"
+        steps = "" if settings.get("dpo max_steps") == USUAL_STEPS else f", {settings.get('dpo max_steps')} steps"
+        title = KINDS["gold" if gold else settings["pairs useGT"]]
+        for number in range(1, len(group["models"])):
+            iteration = f", iteration {number}" if number > 1 else ""
+            label = f"{size_of(group)[1]}{about}{steps}{iteration}"
+            found[title].append((label, gains(group, number, tasks)))
+    return found
 
 
 def compare(runs, folder):
@@ -197,36 +171,13 @@ def compare(runs, folder):
         group["models"][0]["pairs"] = of_folds.get(group["name"], group["models"][0]["pairs"])
     text = write_comparison(folder, groups)
     rows, bases = score_rows(groups)
-    tasks = tasks_of(rows)
-    if not tasks:
+    if not tasks_of(rows):
         return text
-    changes = [
-        {"name": name, "gold": is_control(group["settings"]), "gains": found}
-        for group in groups
-        for name, found in first_and_last(group, tasks)
-    ]
-    pairs = [(group["name"], stats) for group in groups for stats in group["models"][0]["pairs"][:1]]
-    plot_summary(changes, pairs, tasks, folder / "summary.png")
-    files, parts = ["summary.png"], ["![pairs of the first iteration, and changes of the scores](summary.png)"]
-    points = signal_points(groups, tasks)
-    if len(points) > 1:
-        plot_signal(points, tasks, folder / "signal.png")
-        files.append("signal.png")
-        parts += ["![truth signal and gain](signal.png)", *correlation_lines(points, tasks)]
+    plot_changes(figure_groups(groups, MAIN_TASKS), MAIN_TASKS, folder / "summary.png")
     page = folder / COMPARISON
-    parts = [page.read_text(encoding="utf-8").rstrip(), *negation_section(rows, bases), *parts]
+    parts = [page.read_text(encoding="utf-8").rstrip(), *negation_section(rows, bases)]
     atomic_write_text(page, "\n\n".join(parts) + "\n")
-    return f"{text}\nWrote {', '.join(files)} in {folder}"
-
-
-def first_and_last(group, tasks):
-    """Return (name, gains) of the first model that has gains over the base, and of the last one."""
-    found = [
-        (model_label(group, number), of_model)
-        for number in sorted(group["models"])
-        if number and (of_model := gains(group, number, tasks))
-    ]
-    return found if len(found) < 2 else [found[0], found[-1]]
+    return f"{text}\nWrote summary.png in {folder}"
 
 
 def main():

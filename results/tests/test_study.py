@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 from made_runs import put_pairs, put_run
-from study import correlation
-from support import BUNDLED, HUB, PROJECT, call, call_here, cells_of, make_tokenizer, needs_hub, tiny
+from study import figure_groups
+from support import HUB, PROJECT, call, call_here, cells_of, make_tokenizer, needs_hub, tiny
 
 BASE = [0.0] * 8
 # Each fold gains all questions that it trained on and one of the others.
@@ -49,29 +48,50 @@ def test_only_seeds_and_disjoint_folds_are_pooled(tmp_path):
     assert labels(tmp_path / "comparison.md") == ["c", "c_overlap", "x"]
 
 
-def test_the_comparison_has_the_figures_and_correlations_of_the_study(tmp_path):
-    questions = [json.loads(line) for line in BUNDLED.read_text(encoding="utf-8").splitlines()[:6]]
+def test_own_pairs_about_truthfulqa_are_folds_too(tmp_path):
+    """The rows are in the name of the question file, or of the pair file; pairs of another kind are another run."""
     runs = []
-    for number in range(4):
-        run = put_run(
-            tmp_path / f"run_{number}", {0: BASE, 1: [1.0] * (2 + number) + [0.0] * (6 - number)}, beta=number
-        )
-        pairs = []
-        for at, row in enumerate(questions):
-            texts = row["choices"]["text"]
-            gold = row["choices"]["label"].index(row["answerKey"])
-            sides = texts[gold], texts[gold - 1]
-            pairs.append((row["question"], *(sides if at <= number else sides[::-1])))
-        put_pairs(run, 0, pairs, data_path=str(BUNDLED))
+    for at, (rows, after) in enumerate(FOLDS.items()):
+        run = put_run(tmp_path / f"own_{at}_seed_0", {0: BASE, 1: after})
+        put_pairs(run, 0, [("q", "a", "b")], data_path=f"runs/truthful_qa{rows}.jsonl")
         runs.append(run)
-    runs += [put_fold(tmp_path / f"control_{at}", *fold) for at, fold in enumerate(FOLDS.items())]
-    done = call_here("study", *runs)
-    assert "Wrote summary.png, signal.png in" in done.stdout
-    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
-    assert "Over the runs on a model's own pairs (4), the correlation of the truth signal and the change of MC1" in text
-    assert "Over these runs and the controls on gold answers (5)" in text
-    for name in ("summary.png", "signal.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        for kind in ("x", "y"):
+            run = put_run(tmp_path / f"{kind}_{at}_seed_0", {0: BASE, 1: after})
+            record = next(run.glob("models/*/grath.json"))
+            content = {"pair_file": f"runs/without_{kind}_truthful_qa{rows}.json"}
+            record.write_text(json.dumps(json.loads(record.read_text()) | content))
+            runs.append(run)
+    assert "TruthfulQA: the 4 questions that the run has not trained on." in call_here("study", runs[0]).stdout
+    call_here("study", *sorted(runs))
+    cells = cells_of((tmp_path / "comparison.md").read_text())
+    found = [row for row in cells if len(row) == 2 and ": M_1" in row[0]]
+    assert [name for name, _ in found] == ["own: M_1", "x: M_1", "y: M_1"]
+    assert all(score.startswith("25.00 (+25.00 [") for _, score in found)
+    assert len([row for row in cells if row[:2] == ["own", "M_0"]]) == 2  # the pairs of both
+
+
+def test_the_figure_has_a_group_for_each_kind_of_pairs(tmp_path):
+    usual = {"pairs demos": "truthfulqa", "pairs useGT": "False", "dpo reference": "rolling", "dpo max_steps": "40"}
+    usual["base model"] = "models/qwen2.5-coder-1.5b"
+    gold, about = "dpo dataset_name", "pairs data_path"
+    kinds = [usual | {about: "runs/truthful_qa[:4].jsonl"}, usual, usual | {"pairs useGT": "True"}]
+    kinds += [{**usual, "dpo max_steps": "160"}, {**usual, "pairs demos": "halueval"}]
+    kinds += [{**usual, "dpo reference": "fixed"}, {gold: "truthful_qa", **usual, "base model": "models/smollm2"}]
+    model = {"scores": {}, "base": {}}
+    groups = [{"settings": settings, "models": {0: model, 1: model, 2: model}} for settings in kinds]
+    found = {title: [label for label, _ in changes] for title, changes in figure_groups(groups, ()).items()}
+    assert found == {
+        "gold answers of TruthfulQA": ["135M", "135M, iteration 2"],
+        "pairs of their own": [
+            f"1.5B{what}{iteration}"
+            for what in (", about TruthfulQA", "", ", 160 steps")
+            for iteration in ("", ", iteration 2")
+        ],
+        "pairs of their own, with ground-truth candidates": ["1.5B", "1.5B, iteration 2"],
+    }
+    runs = [put_fold(tmp_path / f"control_{at}", *fold) for at, fold in enumerate(FOLDS.items())]
+    assert "Wrote summary.png in" in call_here("study", *runs).stdout
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_comparison_shows_negated_gold_answers_apart(tmp_path):
@@ -86,17 +106,6 @@ def test_the_comparison_shows_negated_gold_answers_apart(tmp_path):
     assert row[1].startswith("37.50 (+37.50 [") and row[2].startswith("37.50 (+12.50 [")
     call_here("study", runs[0])
     assert "negation" not in (runs[0] / "report.md").read_text()
-
-
-def test_correlation_and_its_interval():
-    import numpy
-
-    draw = numpy.random.default_rng(0)
-    xs = draw.normal(size=400)
-    r, low, high = correlation(list(zip(xs, 3 * xs + 4 * draw.normal(size=400), strict=True)))
-    # r is 0.6; the standard error of atanh(r) is 1 / sqrt(397).
-    assert abs(r - 0.6) < 0.1 and low < r < high and high - low == pytest.approx(2 * 1.96 * (1 - r**2) / 397**0.5, 0.05)
-    assert correlation([(0, 1), (1, 0), (2, 0)]) is None and correlation([(1, y) for y in range(9)]) is None
 
 
 def test_an_interval_of_equal_values_can_be_plotted():
