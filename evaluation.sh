@@ -5,7 +5,7 @@
 #   ./evaluation.sh                                 score what the newest run has not scored yet, with its settings
 #
 # Settings (docs/configuration.md has all of them):
-#   TASKS           tasks, separated by blanks   (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
+#   TASKS           tasks, separated by spaces   (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
 #   EVAL_PRECISION  auto, fp32, fp16, bf16; with hf-shared also int8, nf4, fp4    (auto: fp16 on a GPU, fp32 on a CPU)
 #   EVAL_BATCH_SIZE contexts at once, at most    (as many as make a batch of tokens)
 #   LIMIT           questions of each task       (all)

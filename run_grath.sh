@@ -8,8 +8,8 @@
 #   FRESH=1 ./run_llama2.sh                                    move an old run of that name aside and start again
 #
 # Every setting is an environment variable: see docs/configuration.md. What you set wins over the preset.
-# After an interruption, run the same command again: every stage resumes, skips what is finished, and refuses other
-# settings or edited files by the record next to its output. SIGHUP, SIGINT, SIGTERM and SIGUSR1 end every process of the
+# After an interruption, run the same command again: every stage resumes, skips what is finished, and refuses
+# settings or files that differ from the record next to its output. SIGHUP, SIGINT, SIGTERM and SIGUSR1 end every process of the
 # stage, with status 128 + signal; in a Slurm job, SIGUSR1 also requeues the job.
 set -euo pipefail
 
@@ -18,7 +18,7 @@ if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv
 RUN='' restarted=0
 if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0 && restarted=1; fi # a requeued job resumes
 
-saved() { # what the run has saved: its files, but those of every start, and the number of responses; 1 without a run
+saved() { # what the run has saved: its files, apart from those of every start, and the number of responses; 1 without a run
     if [[ -z $RUN ]]; then echo 1 && return; fi
     (cd -- "$RUN" && find . -type f ! -name '.*' ! -name '*.record.json' ! -name grath.json ! -name settings.json \
         ! -name training_log.jsonl ! -path './models/*/runs/*' | sort) # runs/ is TensorBoard's
@@ -144,7 +144,7 @@ if [[ $DRY_RUN$CHECK == 00 ]]; then
     fi
     mkdir -p -- "$RUN"
     saved_before=$(saved)
-    find "$RUN" \( -name '.*.tmp' -o -name '.*partial' \) -prune -exec rm -rf {} + # what a kill has left
+    find "$RUN" \( -name '.*.tmp' -o -name '.*partial' \) -prune -exec rm -rf {} + # left by a kill
 fi
 score 0
 for ((i = 0; i < ITERATIONS; i++)); do

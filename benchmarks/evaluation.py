@@ -4,7 +4,7 @@
     VLLM_PYTHON=vllm-env/bin/python python benchmarks/evaluation.py --ways vllm hf-shared --tasks letters
 
 The table shows the seconds until the model is loaded, the seconds of the log-likelihood requests after that, and the
-scores. The load of vLLM includes its imports and its end, the other loads include neither. The first way is the
+scores. The load of vLLM includes its imports and its shutdown; the other loads include neither. The first way is the
 baseline of the ratios, of the largest difference of a log-likelihood and of the scores. The task `letters` has the form
 of MMLU: the same five few-shot examples for every question, and the answers A to D. `vllm` reads vLLM's
 log-probabilities of the prompts, for which vLLM does not use its prefix cache; benchmarks/generation.py describes its

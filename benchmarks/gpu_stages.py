@@ -3,7 +3,7 @@
     DATASETS_ROOT=../shared/hub python benchmarks/gpu_stages.py
 
 The model has Llama-2-7B's shape, the vocabulary of the tokenizer and random weights. It is saved in a temporary folder
-and loaded from there. Its completions mean nothing, so their lengths are drawn: 40 to 100 tokens, and no drafted token
+and loaded from there. Its completions mean nothing, so their lengths are random: 40 to 100 tokens, and no drafted token
 is accepted. Everything else is what a stage does, tokenization included. `minutes` is for all questions of the
 published task, or for the paper's 1,000 steps; `peak` is the GPU's memory.
 
@@ -59,7 +59,7 @@ def save_model(folder, layers, tokenizer):
 
 @contextmanager
 def drawn_lengths(model):
-    """Give the shared-prefix engine completions of drawn lengths. The model computes its tokens nevertheless.
+    """Give the shared-prefix engine completions of drawn lengths. The model still computes its tokens.
 
     A completion begins with the drawn number of tokens that follow, counts down to 0, and ends with the last token of
     the vocabulary, which is the EOS.
@@ -134,7 +134,7 @@ def measure_peer(add_row, model, load, prompts):
     list(copied(model, prompts[:8], 2, ROWS, eos_ids))
     _, seconds = timed(lambda: list(copied(model, prompts, LONGEST, ROWS, eos_ids)))
     minutes = seconds / len(prompts) * QUESTIONS["pairs"] / 60
-    # The completions that the rows need, of batches as long as their longest one.
+    # Only the tokens that the rows need: a batch takes as long as its longest completion.
     tokens = len(prompts) * (SHORTEST + LONGEST) / 2
     add_row("pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
 

@@ -59,7 +59,7 @@ def mmlu_requests(count, words, shots=5):
     """Make requests of MMLU's lengths: in each subject five examples of its own length, and the answers A to D."""
     draw, requests = random.Random(0), []
     for subject in range(SUBJECTS):
-        # From 40 words a question (most subjects) to 400 (law, history).
+        # From 40 words per question (most subjects) to 400 (law, history).
         length = int(40 * 10 ** draw.betavariate(1, 3))
         ask = lambda length=length: text(draw, words, draw.randint(length // 2, length * 3 // 2)) + "\nAnswer:"  # noqa: E731
         head = text(draw, words, 10) + "\n\n" + "".join(f"{ask()} {draw.choice('ABCD')}\n\n" for _ in range(shots))

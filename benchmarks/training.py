@@ -3,13 +3,13 @@
     python benchmarks/training.py --dataset_path PAIRS --dtype bf16 --steps 16
     python benchmarks/training.py --dataset_path PAIRS --dtype fp32 --steps 4 --same_order
 
-`trl`: TRL's `DPOTrainer` with a `peft_config`. `second_model`: the same, with a second model as the reference. `ours`:
-`grath.dpo.trainer`. TRL turns gradient checkpointing on by default. The sequences are short and need none, so `trl` and
-`second_model` train without it, as `ours` does; --gradient_checkpointing compares with TRL's own default.
+`trl`: TRL's `DPOTrainer` with a `peft_config`. `precomputed`: the same, with the reference's log-probabilities computed
+before training. `ours`: `grath.dpo.trainer`. TRL turns gradient checkpointing on by default. The sequences are short
+and need none, so TRL trains without it, as `ours` does; --gradient_checkpointing compares with TRL's own default.
 
-`before` is the time until the first step, with the reference pass of `ours` over the pairs of the steps; TRL computes
-the reference in every step. `ratio` compares the steps, `iteration` the paper's 1,000 steps with the reference pass
-over 1,119 pairs, as computed from these figures. The peak memory contains what earlier ways have left. With
+`before` is the time until the first step, with the reference pass over the pairs of the steps; `trl` computes the
+reference in every step. `ratio` compares the steps, `iteration` the paper's 1,000 steps with the reference pass
+over 1,119 pairs, as computed from these figures. The peak memory includes what earlier ways have left allocated. With
 --same_order, every way takes the pairs in the order of their file, so that the losses can be compared step by step.
 """
 
@@ -36,7 +36,7 @@ from grath.modeling.precision import DTYPES
 from grath.pairs.files import read_pairs
 from grath.pairs.questions import LABELED_DATASETS, gold_pairs
 
-WAYS = ("trl", "second_model", "ours")
+WAYS = ("trl", "precomputed", "ours")
 PAPER_PAIRS, PAPER_STEPS = 1119, 1000
 
 
@@ -71,7 +71,6 @@ def train(way, args, tokenizer, pairs, folder):
         "save_strategy": "no", "disable_tqdm": True,
     } | ({"train_sampling_strategy": "sequential"} if args.same_order else {})  # fmt: skip
     model = load_model(args.model, args.dtype)
-    second = load_model(args.model, args.dtype) if way == "second_model" else None
     common = {"model": model, "train_dataset": pairs, "processing_class": tokenizer, "peft_config": lora_config()}
     start = time.perf_counter()
     with fp32_cpu_matmul(model) if way == "ours" else nullcontext():
@@ -81,8 +80,11 @@ def train(way, args, tokenizer, pairs, folder):
         else:
             cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
             bf16 = {"bf16": False} if args.dtype == "fp32" else {}
-            config = DPOConfig(**settings, **cpu, **bf16, gradient_checkpointing=args.gradient_checkpointing)
-            trainer = PlainTrainer(args=config, ref_model=second, **common)
+            own = {
+                "gradient_checkpointing": args.gradient_checkpointing,
+                "precompute_ref_log_probs": way == "precomputed",
+            }
+            trainer = PlainTrainer(args=DPOConfig(**settings, **cpu, **bf16, **own), **common)
         before = time.perf_counter() - start
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -112,7 +114,7 @@ def main():
     add("--pairs", type=positive_int, default=256, help="maximum number of pairs")
     add("--steps", type=positive_int, default=16, help="optimizer steps of 16 pairs")
     add("--same_order", action="store_true", help="take the pairs in the order of their file")
-    checkpointing = "train with gradient checkpointing in `trl` and `second_model`, which is TRL's own default"
+    checkpointing = "train with gradient checkpointing in `trl` and `precomputed`, which is TRL's own default"
     add("--gradient_checkpointing", action="store_true", help=checkpointing)
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare")
     args = parser.parse_args()

@@ -14,7 +14,7 @@ import psutil
 
 
 def main():
-    # By default vLLM keeps a core free, on two cores half of the machine.
+    # By default vLLM keeps a core free: on two cores, half of the machine.
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     # GiB of keys and values; the default is 92 % of the memory, and fails if that is not free.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")

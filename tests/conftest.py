@@ -25,7 +25,7 @@ from support import (
 
 
 def pytest_collection_modifyitems(items):
-    """Order the tests so that two processes end together and wait little for what the other one makes.
+    """Order the tests so that two processes end together and wait little for each other's files.
 
     One makes the whole run, whose readers come later. The other begins with slow tests that need no tiny model.
     """

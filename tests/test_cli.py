@@ -215,7 +215,7 @@ SCRIPTS = [
     ([*SCORED, "--precision", "nf4", "--backend", "hf"], "BACKEND=hf scores in fp32, fp16, bf16 only, not nf4: use hf-shared"),
     ([*SCORED, "--backend", "hf", "--server_url", "http://127.0.0.1:9"], "--server_url needs --backend server"),
     ([*SCORED, "--backend", "server"], "BACKEND=server (--backend server) needs SERVER_URL=http://host:port (--server_url)*"),
-    ([*SCORED, "--server_url", "localhost:8000"], "*no address of a server*"),
+    ([*SCORED, "--server_url", "localhost:8000"], "*is not a server's address*"),
 ]
 # fmt: on
 

@@ -28,7 +28,7 @@ def test_the_constraints_name_every_package_that_is_needed():
     for wanted in pinned:
         if not wanted.marker or wanted.marker.evaluate():
             assert here[canonicalize_name(wanted.name)] == wanted.specifier, wanted
-    # What these need in turn, as this environment has it: each has its line, but for what belongs to one CUDA.
+    # What these need in turn, as installed here: each has its line, apart from packages for one CUDA version.
     missing, waiting, seen = [], [wanted.name for wanted in pinned], set()
     while waiting:
         name = canonicalize_name(waiting.pop())

@@ -1,4 +1,4 @@
-"""Every command of the README is run by a test, and what the pages say of the code is true."""
+"""Every command of the README is run by a test, and what the pages say about the code is true."""
 
 import itertools
 import re
@@ -56,7 +56,7 @@ ELSEWHERE = {
 
 
 def quoted_commands(page):
-    """Return the lines of the code blocks without a language, but for `export` lines."""
+    """Return the lines of the code blocks without a language, apart from `export` lines."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", (PROJECT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     lines = [line for language, block in blocks if not language for line in block.splitlines()]
     return [line for line in lines if not line.startswith("export ")]

@@ -29,7 +29,7 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
 
 
 def matching(pattern, what, convert=str):
-    """Return an `argparse` type for text that matches the regular expression `pattern`; `what` says so in words."""
+    """Return an `argparse` type for text that matches the regular expression `pattern`; `what` describes it."""
 
     def check(text):
         if not re.fullmatch(pattern, text):

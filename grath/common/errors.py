@@ -30,7 +30,7 @@ def run_main(main):
     hide_library_bars()
     # Libraries warn about each other's code, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # It warns at every forward pass of an int8 layer.
+    # bitsandbytes warns at every forward pass of an int8 layer.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name = program_name()
     end_with_launcher()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from grath.common.errors import UserError, first_line
 
-# Bytes of a file whose hash is kept in the user's cache.
+# The hashes of files with at least so many bytes are kept in the user's cache.
 CACHED_FROM = 10_000_000
 
 
 def parse_json(text):
-    """Parse JSON from outside; raise `ValueError` also if it is nested too deeply, or could not be written again."""
+    """Parse JSON from outside; raise `ValueError` also if it is nested too deeply or could not be written again."""
     try:
         content = json.loads(text)
         json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair has no bytes
@@ -23,7 +23,7 @@ def parse_json(text):
 
 
 def fits(content, shape):
-    """Tell whether parsed JSON has a shape.
+    """Return whether parsed JSON has a shape.
 
     Args:
         shape: a type or a union of types; a tuple of shapes, one of which must fit; a list of one shape, for lists; a
@@ -86,7 +86,7 @@ def read_json_lines(path, what, shape=dict):
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object")
         if not fits(row, shape):
-            raise UserError(f"{where}: a value is missing, or of another type than expected")
+            raise UserError(f"{where}: a value is missing or has the wrong type")
         rows.append(row)
     if not rows:
         raise UserError(f"{what} {path} is empty")

@@ -31,12 +31,12 @@ def resolve_local(name):
     """Return the folder of a hub name in `DATASETS_ROOT`, or the name itself, a local path with its `~` expanded.
 
     Raises:
-        UserError: the file system takes no such name.
+        UserError: the file system does not accept the name.
     """
     try:
         name = str(Path(name).expanduser())
         is_local = Path(name).exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, `~` of a user that there is not
+    except (OSError, RuntimeError) as error:  # a name that is too long, `~` of a user who does not exist
         raise UserError(f"there is no model or data set {name[:100]!r}: {error}"[:300]) from None
     if is_local or not DATASETS_ROOT:
         return name

@@ -1,4 +1,4 @@
-"""Progress bars: one for each long piece of work of ours, and none of the libraries'."""
+"""Progress bars: one for each long task of ours, and none from the libraries."""
 
 import os
 import sys

@@ -19,7 +19,7 @@ from grath.common.layout import PROJECT
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes")
 NUMBER = int | float
-# Of a record, what is read again; a stage may add more.
+# What is read again from a record; a stage may add more.
 RECORD = {
     "inputs": {"model?": {str: (str, {str: str})}, "data?": {str: str}, "precision?": str | None},
     "files?": {str: str},
@@ -31,7 +31,7 @@ RECORD = {
     "counts?": {str: int},
     "model?": str,
 }
-# Of the record of a training, besides.
+# What is also read from the record of a training.
 OF_TRAINING = {"base_model": str, "incoming_adapter": str | None, "settings": dict, "pairs": {str: int}}
 
 

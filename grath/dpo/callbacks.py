@@ -42,7 +42,7 @@ class TrainingLog(TrainerCallback):
         self.warnings, self.steps_per_epoch, self.checked = {}, steps_per_epoch, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # A resumed training has the intervals of its checkpoint; those that were given now count.
+        # A resumed training would use the intervals of its checkpoint; those given now apply.
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):

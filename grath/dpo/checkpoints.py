@@ -39,7 +39,9 @@ def _resume_state(inputs, settings):
     if overwrite and chosen:
         raise UserError("--overwrite_output_dir removes the checkpoints that --resume_from_checkpoint needs")
     if chosen and not _is_complete(Path(chosen)):
-        raise UserError(f"--resume_from_checkpoint {chosen} is no complete checkpoint (--output_dir has checkpoint-N)")
+        raise UserError(
+            f"--resume_from_checkpoint {chosen} is not a complete checkpoint (--output_dir has checkpoint-N)"
+        )
     if folder.resolve() == Path(settings["model_name_or_path"]).expanduser().resolve():
         raise UserError(f"--output_dir {folder} is the model that the training starts from: choose another folder")
     if (folder / "config.json").is_file():
@@ -65,7 +67,7 @@ def last_checkpoint(output_dir):
 
 
 def _is_complete(checkpoint):
-    """Tell whether no file of a checkpoint is missing or truncated. `trainer_state.json` is written last."""
+    """Return whether no file of a checkpoint is missing or truncated. `trainer_state.json` is written last."""
     try:
         read_json(checkpoint / "trainer_state.json", "trainer state", {"global_step": int, "log_history": [dict]})
         with safe_open(checkpoint / ADAPTER, "pt"):

@@ -33,11 +33,11 @@ class GrathDPOConfig(DPOConfig):
     optim: str = option("auto", "auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP")
     per_device_train_batch_size: int | None = option(
         None,
-        f"pairs per device and forward pass; by default as many as the GPU's memory takes, at most {PAIRS_PER_STEP}; "
+        f"pairs per device and forward pass; by default as many as fit in the GPU's memory, at most {PAIRS_PER_STEP}; "
         "4 on a CPU or with --gradient_accumulation_steps",
     )
     gradient_accumulation_steps: int | None = option(
-        None, f"forward passes per step; by default so many that all devices together use {PAIRS_PER_STEP} pairs"
+        None, f"forward passes per step; by default chosen so that all devices together use {PAIRS_PER_STEP} pairs"
     )
     max_steps: int = option(defaults.MAX_STEPS, "optimizer steps")
     max_length: int | None = option(defaults.MAX_LENGTH, "drop pairs with more tokens")
@@ -51,7 +51,7 @@ class GrathDPOConfig(DPOConfig):
     )
     precompute_ref_log_probs: bool = option(True, "compute the reference's log-probabilities once, before training")
     precompute_ref_batch_size: int | None = option(
-        16, "pairs per forward pass of that; half as many each time that the memory is full"
+        16, "pairs per forward pass of that; halved each time the memory is full"
     )
     logging_first_step: bool = option(True, "log the first step; its margin shows which model is the reference")
     save_steps: float = option(defaults.SAVE_STEPS, "steps between checkpoints")
@@ -82,7 +82,7 @@ class GrathDPOConfig(DPOConfig):
             quantized = self.precision not in DTYPES
             self.bf16 = quantized and not self.fp16 and compute_dtype() == torch.bfloat16
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantized and not self.bf16)
-        # A user's configuration of accelerate may say otherwise; what is recorded here is computed.
+        # A user's accelerate configuration may differ; what is recorded here is used.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # --torch_compile sets it again
         super().__post_init__()

@@ -26,7 +26,7 @@ class GrathDPOTrainer(DPOTrainer):
     """`DPOTrainer` that accepts tokenized pairs and an explicit choice of the reference model.
 
     TRL adds a frozen copy `ref` of the adapter to an incoming `PeftModel`, and evaluates the reference inside its
-    constructor. A fixed reference requires that `ref` is deleted first, so this class evaluates it later. TRL also
+    constructor. A fixed reference requires that `ref` be deleted first, so this class evaluates it later. TRL also
     rounds the policy's adapter to bf16 on a quantized base, but not `ref`; this class keeps it in float32. Its training
     set contains the pairs of all steps in their order, as one epoch.
 
@@ -147,7 +147,7 @@ class GrathDPOTrainer(DPOTrainer):
         self.model.zero_grad()
         self._train_batch_size = args.per_device_train_batch_size = batch
         args.gradient_accumulation_steps = own // batch
-        print_once(f"{batch} pairs per forward pass, as many as the memory takes, and {own // batch} passes per step")
+        print_once(f"{batch} pairs per forward pass, as many as fit in memory, and {own // batch} passes per step")
 
     def _collate(self, pairs, rows):
         return send_to_device(self.data_collator([pairs[row] for row in rows]), self.accelerator.device)

@@ -1,4 +1,4 @@
-"""Stage 4 of GRATH: score a model on tasks of lm-evaluation-harness, one result file a task.
+"""Stage 4 of GRATH: score a model on tasks of lm-evaluation-harness, one result file per task.
 
     python -m grath.evaluation MODEL OUTPUT --tasks truthfulqa_mc1 truthfulqa_mc2
 

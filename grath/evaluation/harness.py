@@ -21,7 +21,7 @@ CPU_TOKENS, GPU_TOKENS, MIN_TOKENS = 4096, 16384, 512
 
 def load_local(backend, model, precision, batch_size=None):
     """Load a model (hub name, model folder or adapter folder) as the harness's model of `hf-shared` or `hf`."""
-    # `HFLM` warns of a loaded model, as it would be scored by every process.
+    # `HFLM` warns about a loaded model, which every process would score.
     logging.getLogger(HFLM.__module__).setLevel(logging.ERROR)
     if backend == "hf":
         return SplitLM(load_model(model, precision), tokenizer=load_tokenizer(model), batch_size=batch_size or 16)
@@ -120,7 +120,7 @@ class SharedContextLM(SplitLM):
         return encoded
 
     def score(self, windows, disable_tqdm=False):
-        """Compute the log-likelihoods of windows; each time that the GPU's memory is full, halve `batch_tokens`.
+        """Compute the log-likelihoods of windows; each time the GPU's memory is full, halve `batch_tokens`.
 
         Args:
             windows: list of (context, answer), tuples of token ids.

@@ -22,7 +22,7 @@ LOGITS_CHUNK = 512
 def truncate_window(context, answer, max_length):
     """Truncate a context and its answer (lists of token ids) on the left, as `HFLM` does; return them as tuples.
 
-    The model's input has at most `max_length` tokens. The last token of the answer is no input.
+    The model's input has at most `max_length` tokens. The last token of the answer is not an input.
     """
     kept = (context + answer)[-(max_length + 1) :]
     return tuple(kept[: -len(answer)]), tuple(answer)

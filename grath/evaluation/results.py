@@ -25,7 +25,7 @@ RESULT = {
 }
 EDITED = "remove it, and score the model again"
 NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
-# What the names of metrics between 0 and 1 contain; they are shown in percent.
+# Parts of the names of metrics between 0 and 1, which are shown in percent.
 SHARES = ("acc", "exact_match", "f1", "pass", "mcc")
 
 
@@ -56,7 +56,7 @@ def read_scores(folder):
             if task in subtasks or key is None:
                 continue
             if not fits(values[key], NUMBER) or not abs(values[key]) < 1e300:
-                raise UserError(f"{file} is damaged: {key} of {task} is no number")
+                raise UserError(f"{file} is damaged: {key} of {task} is not a number")
             stderr = values.get(key.replace(",", "_stderr,"))
             scale = 100 if any(part in key.partition(",")[0] for part in SHARES) else 1
             scores[task] = {
@@ -141,7 +141,7 @@ def tasks_of(rows):
 
 
 def write_results(folder, tasks, results, log_samples):
-    """Write the harness's results of some tasks, one file a task; return the names of the files.
+    """Write the harness's results of some tasks, one file per task; return the names of the files.
 
     Args:
         log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.

@@ -28,7 +28,7 @@ ADVICE = "choose another folder, or remove it"
 
 
 def score_model(args):
-    """Score a model on tasks and write one result file a task; what the folder's record names is not scored again.
+    """Score a model on tasks and write one result file per task; what the folder's record names is not scored again.
 
     `args` are the flags of `python -m grath.evaluation`.
 
@@ -50,7 +50,7 @@ def score_model(args):
         template = _template(args, tokenizer)
         sampled = sampled and template is not None
         manager = _task_manager(missing)
-    elif precision == "auto":  # the precision that it was: to resolve it would take torch, which loads slowly
+    elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
         precision = record["inputs"].get("precision")
     inputs = _inputs(args, tasks, precision, record["inputs"] if files else None)
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -59,7 +59,7 @@ def score_model(args):
         if main_process:
             print(f"{args.output} is up to date ({' '.join(tasks)}); next: python -m grath.report {args.output}")
         return
-    # MC1 and MC2 of a data set ask the same, so they are scored together. Every other task is saved on its own.
+    # MC1 and MC2 of a data set ask the same questions, so they are scored together. Other tasks are saved on their own.
     groups = {}
     for task in missing:
         groups.setdefault(re.sub(r"_mc[12]$", "", task), []).append(task)
@@ -124,7 +124,7 @@ def _finished_files(folder, record, tasks):
     """Return the recorded files that are there: name -> SHA-256. Raise `UserError` for an edited or unrecorded one."""
     if not record:
         if unknown := [task for task in tasks if (folder / f"{task}.json").exists()]:
-            raise UserError(f"{folder / unknown[0]}.json has no {SCORES_RECORD} beside it: {ADVICE}")
+            raise UserError(f"{folder / unknown[0]}.json has no {SCORES_RECORD} next to it: {ADVICE}")
         return {}
     check_files(record, folder, EDITED)
     return {name: digest for name, digest in record.get("files", {}).items() if (folder / name).is_file()}

@@ -89,7 +89,7 @@ def _cpu_attention(query, key, value, scaling, bias=None):
 
 
 def fused_kernels_differ(device, dtype, key_heads, head_size):
-    """Return how `fused_attention` differs from `explicit_attention` on random input, or None within the rounding."""
+    """Return how `fused_attention` differs from `explicit_attention` on random input, or None within rounding."""
     generator = torch.Generator(device).manual_seed(0)
     draw = {"generator": generator, "device": device, "dtype": dtype}
     # Neither length is a multiple of the kernels' blocks.

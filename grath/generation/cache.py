@@ -19,7 +19,7 @@ class SharedPrefixCache:
         rows: maximum number of rows.
         capacity: maximum number of own tokens per row that are kept between calls of `forward`.
 
-    Shapes: n active rows, N new tokens of all rows, L new tokens of the row that has most, P prefix tokens, T own
+    Shapes: n active rows, N new tokens of all rows, L new tokens of the row that has the most, P prefix tokens, T own
     tokens; H query heads, K key heads, G = H / K, D head size.
     """
 
@@ -72,9 +72,9 @@ class SharedPrefixCache:
         return self._run(model, ids, depths, (order <= order[:, None]) & (order[:, None] < ends))
 
     def _upload(self, device, counts, *fields):
-        """Upload lists of N ints, and what pads rows of `counts` tokens and undoes it, at once; return their tensors.
+        """Upload lists of N ints, and the indices that pad rows of `counts` tokens and undo it; return the tensors.
 
-        The latter are the token in each place of the padded rows, n * L, and the place of each token in them, N. A row
+        The indices are the token in each place of the padded rows, n * L, and the place of each token in them, N. A row
         is padded with its last token. Both are empty if the numbers of tokens are equal.
         """
         longest, token_at, place_of = max(counts), [], []

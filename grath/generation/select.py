@@ -1,7 +1,7 @@
 """Greedy completions behind one interface: of a model on this machine, or of one on inference servers.
 
-Of both generators, `generate(prompts)` takes lists of token ids; it yields the index, the text and the number of tokens
-of each completion, as it is done. `window` is the context window in tokens, or None if it is not known. `rows` is the
+In both generators, `generate(prompts)` takes lists of token ids; it yields the index, the text and the number of tokens
+of each completion once it is done. `window` is the context window in tokens, or None if it is not known. `rows` is the
 number of rows of a batch, None on servers.
 """
 
@@ -26,7 +26,7 @@ ROWS, GPU_ROWS = 64, 256
 
 
 class LocalGenerator:
-    """Greedy completions of a loaded model. Each time that the memory is full, half of the rows remain.
+    """Greedy completions of a loaded model. Each time the memory is full, half of the rows remain.
 
     Args:
         max_new_tokens: maximum number of tokens of a completion.
@@ -67,7 +67,7 @@ class LocalGenerator:
                 self.rows = used // 2
                 print(f"The memory is full with {used} questions in a batch: going on with {self.rows}", flush=True)
             left = [i for i in left if i not in done]
-            # Not while the error is handled: its traceback keeps the batch.
+            # Not while the error is handled: its traceback keeps the batch in memory.
             gc.collect()
             torch.cuda.empty_cache()
 

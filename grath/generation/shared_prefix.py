@@ -12,7 +12,7 @@ from grath.generation.prompt_lookup import LONGEST_DRAFT, NgramIndex
 
 # Prompts in a prefill.
 PREFILL_BATCH = 16
-# A step drafts at most so many tokens, or one for each row if these are more.
+# A step drafts at most this many tokens, or one for each row if there are more rows.
 DRAFT_TOKENS = 64
 
 
@@ -28,7 +28,7 @@ def generate_shared_prefix(model, prompts, max_new_tokens, batch_size, eos_ids):
         eos_ids: token ids that end a completion.
 
     Yields:
-        for each completion, as it is done: the index of its prompt and the list of its token ids, without the EOS.
+        for each completion, once it is done: the index of its prompt and the list of its token ids, without the EOS.
     """
     length = common_prefix_length(prompts)
     capacity = max(map(len, prompts)) - length + max_new_tokens
@@ -86,7 +86,7 @@ class _ActiveBatch:
 
     def _greedy_tokens(self, hidden):
         """Return the most likely next tokens after last hidden states (N, d): list of N ids."""
-        # The first of equal maxima, as `argmax`, which takes 4 times as long for 16-bit numbers on a CPU.
+        # The first of equal maxima, like `argmax`, which takes 4 times as long for 16-bit numbers on a CPU.
         return lm_head_logits(self.model, hidden).max(-1).indices.tolist()
 
     def _append_tokens(self, first, generated):

@@ -59,12 +59,12 @@ def check_adapter(folder):
     for name in _weight_names(folder):
         found = LORA_WEIGHT.fullmatch(name)
         if not found or found[1].endswith(("lm_head", "embed_out")):
-            raise UserError(f"the adapter {folder} has {name}, no LoRA on an inner linear layer: {MERGE}"[:500])
+            raise UserError(f"the adapter {folder} has {name}, not LoRA on an inner linear layer: {MERGE}"[:500])
     return config
 
 
 def check_layers(model, folder):
-    """Raise `UserError` if a `PeftModel` has LoRA not only on inner linear layers, or other weights than its file."""
+    """Raise `UserError` if a `PeftModel` has LoRA not only on inner linear layers, or weights other than its file's."""
     import torch
     from peft import get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -72,7 +72,7 @@ def check_layers(model, folder):
     head = model.get_output_embeddings()
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and (layer is head or not isinstance(layer.get_base_layer(), torch.nn.Linear)):
-            raise UserError(f"the adapter {folder} has LoRA on {name}, which is no inner linear layer: {MERGE}")
+            raise UserError(f"the adapter {folder} has LoRA on {name}, which is not an inner linear layer: {MERGE}")
     differing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ _weight_names(folder)
     if differing:
         raise UserError(f"the adapter {folder} does not fit its base: {min(differing)} is only in one of the two")

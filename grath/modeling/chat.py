@@ -29,7 +29,7 @@ TEMPLATES = {
     ),
 }
 MODEL_TYPES = ("auto", *TEMPLATES)
-# What a template that asks for the date gets, so that the same command asks the same prompts on every day.
+# What a template that asks for the date gets, so that the same command uses the same prompts every day.
 TODAY = date(2024, 1, 22)
 ASKS_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 OTHER_TEMPLATE = f"set --model_type (MODEL_TYPE) to {', '.join(TEMPLATES)}, or choose another --tokenizer_name"
@@ -58,7 +58,7 @@ def template_for(tokenizer, model_type):
     template = ASKS_DATE.sub(lambda found: repr(TODAY.strftime(found[2])), template)
     code = re.sub(r"{#.*?#}", "", template, flags=re.DOTALL)
     if re.search(r"strftime_now\b(?!\s+is\s)|\|\s*random\b", code):
-        raise UserError(f"the chat template gives other prompts on other days, or at random: {OTHER_TEMPLATE}")
+        raise UserError(f"the chat template gives different prompts on different days, or at random: {OTHER_TEMPLATE}")
     for begins_answer in (True, False):
         probe = [{"role": "user", "content": "What is ice?"}]
         _render(tokenizer, probe, template, add_generation_prompt=begins_answer)
@@ -69,7 +69,7 @@ def _render(tokenizer, messages, template, **options):
     """Render a conversation: str. Raise `UserError` if the template fails, or a user's turn is not in the result."""
     try:
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
-    except Exception as error:  # a template can raise everything
+    except Exception as error:  # a template can raise anything
         raise UserError(f"the chat template fails ({first_line(error)[:200]}): {OTHER_TEMPLATE}") from error
     found = "".join(text.split())
     for turn in messages:

@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: which way is the fastest, by a measurement, and frozen weights prepared for it once.
+"""Matrix products on a CPU: measure which way is the fastest, and prepare frozen weights for it once.
 
 A way is one of `WAYS`. Products of 16-bit numbers are exact in float32, so the ways differ in the order of summation.
 """
@@ -28,7 +28,7 @@ MIN_ROWS = 64
 def choose_way(model):
     """Choose one of the `WAYS` to multiply by the linear layers of a model: `plain` on a GPU.
 
-    On a CPU the first process times the products of the largest layer but the LM head, and chooses for all processes;
+    On a CPU the first process times the products of the largest layer, apart from the LM head, and chooses for all;
     `GRATH_DEBUG=1` prints them.
     """
     head = model.get_output_embeddings()
@@ -89,7 +89,7 @@ def prepare_linear_layers(model):
     """Prepare the linear layers of a model for inference in the way that `choose_way` finds; return the model.
 
     A LoRA adapter is merged into float32 weights, and the base model is returned. The weights in torch's layout are
-    freed, but the LM head's, which the input embeddings can share: the model can neither be trained nor saved.
+    freed, apart from the LM head's, which the input embeddings can share: the model can neither be trained nor saved.
     """
     way = choose_way(model)
     if way == "plain":
@@ -131,7 +131,7 @@ def fp32_cpu_matmul(model):
 
 
 def _linear_layers(model):
-    """List the linear layers of a model on a CPU, without a LoRA adapter's, which are in a `ModuleDict` of theirs."""
+    """List the linear layers of a model on a CPU, without a LoRA adapter's, which are in a `ModuleDict`."""
     parents = (parent for parent in model.modules() if not isinstance(parent, torch.nn.ModuleDict))
     layers = dict.fromkeys(layer for parent in parents for layer in parent.children() if type(layer) is torch.nn.Linear)
     return [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.is_floating_point()]

@@ -12,7 +12,8 @@ from grath.common.errors import UserError, first_line
 if os.environ.get("DEVICE") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["ACCELERATE_USE_CPU"] = "true"
-# Without all that a launcher sets, this is the only process: what MPI, Slurm or a pod have set is of another job.
+# Unless a launcher's variables are all set, this is the only process: what MPI, Slurm or a pod has set is for another
+# job.
 if not {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
     for _name in [*os.environ]:
         if re.fullmatch(r"(OMPI_COMM|PMIX?|MV2_COMM|MPI)_.*|MPI_LOCALRANKID|(LOCAL_)?(WORLD_SIZE|RANK)", _name):
@@ -108,7 +109,7 @@ def this_device():
 
 
 def halve_if_out_of_memory(function, size, least=1):
-    """Return `function(size)`; halve `size` (int) each time that the memory is full, but not below `least`."""
+    """Return `function(size)`; halve `size` (int) each time the memory is full, but not below `least`."""
     import torch
 
     while True:
@@ -118,6 +119,6 @@ def halve_if_out_of_memory(function, size, least=1):
             if size // 2 < least:
                 raise
         size //= 2
-        # Not while the error is handled: its traceback keeps the batch.
+        # Not while the error is handled: its traceback keeps the batch in memory.
         gc.collect()
         torch.cuda.empty_cache()

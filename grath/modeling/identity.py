@@ -15,7 +15,7 @@ FILES = (
 
 
 def model_identity(name, of_hub="config.json"):
-    """Identify a model, or an adapter and its base, by all that its outputs depend on.
+    """Identify a model, or an adapter and its base, by everything that its outputs depend on.
 
     Args:
         name: hub name, model folder or adapter folder.
@@ -53,7 +53,7 @@ def _commit(name, file):
 
     try:
         return Path(hf_hub_download(name, file)).parent.name
-    except Exception as error:  # the hub client raises many kinds
+    except Exception as error:  # the hub client raises many kinds of errors
         raise UserError(f"cannot load the model {name}: {first_line(error)}") from error
 
 

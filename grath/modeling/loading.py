@@ -18,8 +18,8 @@ def resolve_base_and_adapter(name):
         becomes an absolute path, so that a record next to an adapter is valid from every working directory.
 
     Raises:
-        UserError: the adapter is not one that we take, see `grath.modeling.adapters`; or its base is not named, or not
-            there.
+        UserError: the adapter is not one that we accept, see `grath.modeling.adapters`; or its base is not named or
+            not there.
     """
     name = resolve_local(str(name))
     folder = Path(name)
@@ -88,7 +88,7 @@ def load_model(name, precision, trainable=False):
         trainable: whether the adapter's weights require gradients.
 
     Raises:
-        UserError: the model cannot be loaded or lacks weights, or the adapter is not one that we take, see
+        UserError: the model cannot be loaded or lacks weights, or the adapter is not one that we accept, see
             `grath.modeling.adapters`, or does not fit its base model. Unused weights are only a warning: the model's
             attribute `load_warnings` (list of str), for the record.
     """
@@ -126,7 +126,7 @@ def load_model(name, precision, trainable=False):
         try:
             # Without a device, PEFT opens a CUDA context on the first GPU in every process.
             model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=this_device())
-        except Exception as error:  # PEFT raises many kinds for a configuration that does not fit
+        except Exception as error:  # PEFT raises many kinds of errors if the two do not fit
             if explain_system_error(error):
                 raise
             raise UserError(f"the adapter {adapter} does not fit its base {base}: {first_line(error)}") from error

@@ -6,7 +6,7 @@ from grath.modeling.devices import check_devices
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "nf4", "fp4")
 # Stage: (precision on a CUDA GPU, precision on a CPU). The paper generates in 8 bits and trains in 4 bits.
 AUTO = {"pairs": ("int8", "bf16"), "dpo": ("fp4", "bf16"), "scores": ("fp16", "fp32")}
-# Instead of a precision, where inference servers score: they decide it.
+# Instead of a precision, where inference servers score: they choose it.
 SERVER = "server"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

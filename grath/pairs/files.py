@@ -12,7 +12,7 @@ FIELDS = ("question", "correct", "incorrect")
 
 
 def is_combined(path):
-    """Tell from its name whether a pair file is a combined one."""
+    """Return whether a pair file is a combined one, by its name."""
     return path.stem.endswith(COMBINED)
 
 

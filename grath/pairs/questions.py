@@ -41,7 +41,7 @@ def load_hub_split(data_name, subdata_name, split):
 
     try:
         return load_dataset(data_name, subdata_name or None, split=split)
-    except Exception as error:  # the hub client, the file readers and the builders raise classes of their own
+    except Exception as error:  # the hub client, the file readers and the builders raise errors of their own
         if explain_system_error(error):
             raise
         name = " ".join(part for part in (data_name, subdata_name) if part)

@@ -36,7 +36,7 @@ def _precision(args, earlier):
         return SERVER
     recorded = earlier.get("inputs", {}).get("precision")
     same = args.precision == recorded or (args.precision == "auto" and recorded in AUTO["pairs"])
-    # A finished file needs no look at the devices, for which torch is imported.
+    # A finished file needs no check of the devices, which would import torch.
     return recorded if same and earlier.get("files") else resolve_precision(args.precision, "pairs")
 
 

@@ -80,7 +80,7 @@ def parse_responses(questions, responses, opened=""):
 
 
 def _saved_file(path, process=""):
-    """Return the file of the responses to a pair file: of one process, or the merged one. A line: [index, response]."""
+    """Return the file of the responses to a pair file: of one process, or merged. Each line: [index, response]."""
     return path.with_name(f".{path.name}.responses{process}")
 
 

@@ -32,7 +32,7 @@ def negated(answers):
 
 
 def pair_stats(path, questions=()):
-    """Read what is known of the pairs of an iteration, by the file, its record, and what else was made of it.
+    """Read what is known about the pairs of an iteration: from the file, its record, and what was made from it.
 
     Args:
         path: the pair file that the iteration's model wrote. Its combined and distance files are read if they exist.

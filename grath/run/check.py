@@ -66,7 +66,7 @@ def check_packages():
         except PackageNotFoundError:
             raise UserError(f"{requirement.name} is missing: {PACKAGE}") from None
         if found.partition("+")[0] not in requirement.specifier:
-            differing.append(f"{requirement.name} is {found}, tested is {str(requirement.specifier).lstrip('=')}")
+            differing.append(f"{requirement.name} is {found}, tested with {str(requirement.specifier).lstrip('=')}")
     if torch.cuda.is_available():
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
             raise UserError(
@@ -119,7 +119,7 @@ def read_model(name):
             weights = get_local_safetensors_metadata(folder)
         except (FileNotFoundError, NotASafetensorsRepoError):  # not downloaded, or not all of them
             weights = get_safetensors_metadata(base)
-    except Exception as error:  # the hub client raises many kinds
+    except Exception as error:  # the hub client raises many kinds of errors
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
     parameters = sum(weights.parameter_count.values())
@@ -159,7 +159,7 @@ def check_data(values):
             continue
         try:
             HfApi().dataset_info(name, timeout=10)
-        except Exception as error:  # the hub client raises many kinds
+        except Exception as error:  # the hub client raises many kinds of errors
             raise UserError(f"{name}: {first_line(error)} (fetch it with prefetch.sh and set DATASETS_ROOT)") from None
     return f"{found} questions; tasks: {values['TASKS'] or 'none'}"
 

@@ -9,7 +9,7 @@ lock() {
         exit 2
     fi
     if ! command -v flock >/dev/null; then
-        echo "warning: there is no program flock: do not start a run twice" >&2
+        echo "warning: flock is not installed: do not start a run twice" >&2
         return
     fi
     exec {lock_fd}>>"$file"

@@ -65,7 +65,7 @@ GROUPS = {
         Setting("RUN_NAME", "grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)"), None,
                 "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
         Setting("RUNS_DIR", "runs", str, None, "folder of all runs", path=True),
-        Setting("SEED", "0", NATURAL, "pairs", "seed of every random draw; of pairs, only with `USE_GT=1`", "0"),
+        Setting("SEED", "0", NATURAL, "pairs", "seed of every random draw; for pairs, only with `USE_GT=1`", "0"),
         Setting("ITERATIONS", "2", matching("[1-9][0-9]{0,2}", "a whole number from 1 to 999"), None,
                 "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
         Setting("REFERENCE", "rolling", one_of("rolling", "fixed"), "dpo",
@@ -87,7 +87,7 @@ GROUPS = {
                 path=True),
         Setting("MAX_NEW_TOKENS", defaults.MAX_NEW_TOKENS, COUNT, "pairs", "maximum tokens of a response", "100"),
         Setting("PAIRS_BATCH_SIZE", "", COUNT, None,
-                "questions at once; empty: 256 on a GPU, halved while they do not fit into its memory; 64 on a CPU; "
+                "questions at once; empty: 256 on a GPU, halved while they do not fit in its memory; 64 on a CPU; "
                 "512 at each server. In int8, responses depend on it", "1"),
         Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
                 "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
@@ -99,17 +99,17 @@ GROUPS = {
         Setting("LEARNING_RATE", defaults.LEARNING_RATE, POSITIVE, "dpo", "peak learning rate", "5e-4"),
         Setting("BETA", defaults.BETA, POSITIVE, "dpo", "DPO's beta", "0.1"),
         Setting("DPO_BATCH_SIZE", "", COUNT, "dpo",
-                "pairs in a forward pass of each process; empty: the most of 16, 8, 4, 2 and 1 that fit into the GPU's "
+                "pairs in a forward pass of each process; empty: the most of 16, 8, 4, 2 and 1 that fit in the GPU's "
                 "memory; 4 on a CPU, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
         Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT, "dpo",
                 "forward passes in a step; empty: as many as give at most 16 pairs over all processes", "4"),
         Setting("MAX_LENGTH", defaults.MAX_LENGTH, COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
         Setting("SAVE_STEPS", defaults.SAVE_STEPS, COUNT, None, "steps between checkpoints", "100"),
         Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
-                "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bit"),
+                "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bits"),
         Setting("ACCELERATE_CONFIG", "", str, None,
                 "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
-                "parallel. Keep it during a training", path=True),
+                "parallel. Do not change it during a training", path=True),
         Setting("REPORT_TO", "none", str, None,
                 "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
     ],
@@ -130,7 +130,7 @@ GROUPS = {
     "Inference servers": [
         Setting("SERVER_URL", "", lambda urls: server_urls(urls.split()), None,
                 "servers with the OpenAI completions API for pairs and scores, separated by spaces; empty: this "
-                "machine. A run that has started stays with servers, or without"),
+                "machine. A run uses servers from start to end, or not at all"),
         Setting("SERVER_TIMEOUT", defaults.SERVER_TIMEOUT, COUNT, None,
                 "seconds to wait for a server that does not respond"),
     ],
@@ -145,7 +145,7 @@ SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in gr
 OTHER_VARIABLES = {
     "DATASETS_ROOT": "folder that `prefetch.sh` has filled with models and data sets; the hub is not used",
     "DEVICE": "`cpu`: use the CPU even if there is a GPU",
-    "OPENAI_API_KEY": "key of the servers in `SERVER_URL`, if they want one; it is never recorded",
+    "OPENAI_API_KEY": "key of the servers in `SERVER_URL`, if they need one; it is never recorded",
     "GRATH_DEBUG": "1: print the traceback of every error, and how fast each way to multiply matrices is on this CPU",
 }
 STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
@@ -197,7 +197,7 @@ def run_and_asked(values):
 
 
 def check_start(values):
-    """Check at the start of a run what needs more than a look at the value: files, the run's folder, devices, trackers.
+    """Check at the start of a run what a setting's value alone does not show: files, folder, devices, trackers.
 
     Returns:
         The settings, with the precisions that `auto` means on this machine, and MACHINE, which describes its device.
@@ -223,7 +223,7 @@ def check_start(values):
 def shell_lines(values):
     """Return the settings as lines for bash, quoted: all settings, and the paths of the run.
 
-    RUN is the run's folder, MACHINE describes the device, OTHERS names the settings that are not the defaults.
+    RUN is the run's folder, MACHINE describes the device, OTHERS names the settings that differ from the defaults.
     PREFIXES, PAIRS, COMBINED, MODELS and RESULTS are arrays with an element for each M_i: the prefix and the path of
     the pair file that it writes, the combined file, its name or folder, the folder of its scores.
     """

@@ -26,7 +26,7 @@ SILENT_WAIT = 10
 # HTTP statuses of a server that is busy, starting or broken; every other one from 400 on refuses the request.
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 NOT_FOUND = 404
-# Bytes of a response, at most; of a completion, see `completions`. Characters of a server's text in a message.
+# Maximum bytes of a response; for a completion, see `completions`. Characters of a server's text in a message.
 MOST_BYTES, MOST_SHOWN = 2**21, 300
 
 
@@ -54,7 +54,7 @@ def server_urls(urls):
         except ValueError:
             sound = False
         if not sound or parts.query or parts.fragment:
-            raise UserError(f"{hide_key(url)!r} is no address of a server: it looks like http://host:8000")
+            raise UserError(f"{hide_key(url)!r} is not a server's address, such as http://host:8000")
         checked.append(url.rstrip("/").removesuffix("/v1"))
     return tuple(dict.fromkeys(checked))
 
@@ -106,7 +106,7 @@ def open_session(timeout):
 
 
 async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
-    """Send one request: POST with a JSON body, or GET without one. Return the JSON of the response; None if it is none.
+    """Send one request: POST with a JSON body, or GET without one. Return the response's JSON; None if it is not JSON.
 
     Raises:
         Unavailable: no response, or one with a status of `try_again`.
@@ -159,7 +159,7 @@ async def send_all(senders, count, timeout, on_done):
     """Call `on_done` with the index and the response of each of `count` requests, as they come.
 
     A request that fails is sent again, by the sender that is free first. Each may take long while its server sends
-    responses to others; one whose server has sent no whole response for `timeout` seconds since, fails.
+    responses to others; it fails if its server meanwhile sends no complete response for `timeout` seconds.
 
     Args:
         senders: list of (url, function of a request's index that sends it); each has one request in flight.

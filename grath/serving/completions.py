@@ -19,14 +19,14 @@ from grath.serving.client import Refused, Unavailable, send_until, show
 
 # Requests in flight at each server; those that the server refuses as too many wait.
 MOST_IN_FLIGHT = 512
-# Bytes of a response, at most: so many, and so many for each token in it. vLLM sends up to 300 for a token's
+# Maximum bytes of a response: a fixed number, and a number for each token in it. vLLM sends up to 300 for a token's
 # log-probabilities.
 BYTES, BYTES_PER_TOKEN = 2**18, 2**11
-# What vLLM, SGLang, llama.cpp and TGI call the end of a completion that is whole; the first two: older servers.
+# What vLLM, SGLang, llama.cpp and TGI call the end of a complete completion; the first two are from older servers.
 FINISHED = (None, "", "stop", "length", "eos_token")
 # vLLM's API to load adapters while it runs.
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-# The last option keeps LoRA off the LM head, where vLLM 0.32 fails at several requests for log-probabilities at once.
+# The last option keeps LoRA off the LM head, where vLLM 0.32 fails on several requests for log-probabilities at once.
 START = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and `vllm serve BASE --enable-lora --lora-target-modules q_proj k_proj v_proj`"
 )
@@ -123,19 +123,19 @@ async def _request(session, served, bodies, text_of, url, loading, index):
 
 
 def _check(response, served, ids, text_of):
-    """Return what makes a response no answer to a request for a completion of the tokens `ids`, or None.
+    """Return why a response does not answer a request for a completion of the tokens `ids`, or None.
 
     Raises:
-        Unavailable: there is no completion; there may be one at the next try.
+        Unavailable: there is no completion; there may be one on the next try.
     """
     choices = response.get("choices") if isinstance(response, dict) else None
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-        raise Unavailable("the response is no JSON with a completion")
+        raise Unavailable("the response is not JSON with a completion")
     choice, model, usage = choices[0], response.get("model"), response.get("usage")
     if choice.get("finish_reason") not in FINISHED:
         raise Unavailable(f"a completion has ended early: {show(choice['finish_reason'])}")
     if len(choices) > 1 or choice.get("index") not in (None, 0):
-        return "sends other completions than the one that was asked for"
+        return "sends completions other than the one requested"
     choice["index"] = 0
     if model is not None and not is_named(model, {served.name, *served.names}):
         return f"answers with another model, {show(model)}, not {show(served.name)}"
@@ -144,7 +144,7 @@ def _check(response, served, ids, text_of):
         read = show(str(read) if type(read) is int else read)
         return f"has not read the {len(ids)} tokens of a prompt ({read}): start it so that it cuts none"
     if not isinstance(choice.get("text"), str):
-        return "sends a completion that is no text"
+        return "sends a completion that is not text"
     if text_of:
         return _check_logprobs(choice.get("logprobs"), [*map(text_of, ids), None])
     return "sends the API key in a completion" if client.has_key(choice["text"]) else None
@@ -162,7 +162,7 @@ def _check_logprobs(logprobs, texts):
         return "returns a log-probability that is missing, or no number up to 0"
     tokens = [token.strip() if isinstance(token, str) else None for token in tokens]
     same = all(text in (None, token) for token, text in zip(tokens, texts, strict=True))
-    return None if same else "returns log-probabilities of other tokens than those that were sent"
+    return None if same else "returns log-probabilities of tokens other than those sent"
 
 
 def is_logprob(value):
@@ -194,7 +194,7 @@ async def load_adapter(session, url, served, timeout):
     """Load a model's LoRA adapter on a server, unless the server has it.
 
     Raises:
-        Refused: the server cannot; the message says how to start it so that it can.
+        Refused: the server cannot do this; the message says how to start one that can.
     """
     body = {"lora_name": served.name, "lora_path": served.adapter}
     try:

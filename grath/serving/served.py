@@ -24,7 +24,7 @@ PROBE = (
 # Mean absolute difference of the probe's log-probabilities in nats. SmolLM2-135M in bf16 differs from itself in fp32 by
 # 0.07.
 SAME_MODEL = 0.25
-# Local tokens that the token that a server generates must be among.
+# The token that a server generates must be among this many best local ones.
 BEST = 5
 # Seconds of the first attempt to reach the servers.
 FIRST_TIMEOUT = 10
@@ -52,7 +52,7 @@ def serve(model, urls, timeout):
     found = asyncio.run(_entries(base, server_urls(urls), timeout))
     windows = [own["window"] for own in found.values() if own["window"]]
     name = f"grath-{sha256(Path(adapter) / ADAPTER)[:12]}" if adapter else next(iter(found.values()))["id"]
-    # An answer with the name of its base is no answer of an adapter.
+    # An answer with the name of its base does not come from the adapter.
     names = () if adapter else frozenset().union(*(own["names"] for own in found.values()))
     served = Served(tuple(found), name, adapter, min(windows, default=None), timeout, names)
     try:
@@ -147,7 +147,8 @@ async def _entry(session, url, base, timeout):
 def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
     """Compare the model on every server with the local one: a probe's tokens and their log-probabilities.
 
-    Where the local weights are not on this machine, only the tokens are compared. Return a line that says what was.
+    Where the local weights are not on this machine, only the tokens are compared. Return a line that says what was
+    compared.
 
     Args:
         served: what `serve` yielded for `model`.
@@ -168,7 +169,7 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
             )
         # A server that returns nothing for the prompt may return the token that it generated.
         if whole and [text for text, _ in probe[:-1]] != [text.strip() for text in map(tokenizer.decode, ids)]:
-            raise UserError(f"{url} has another vocabulary than {model}: serve the same model there")
+            raise UserError(f"{url} has a different vocabulary from {model}: serve the same model there")
         if local is None or not probe or not is_logprob(probe[-1][1]):
             continue
         of_prompt, best = local
@@ -177,7 +178,7 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
         mean = sum(abs(one - other) for one, other in zip(ours, theirs, strict=True)) / len(ours)
         if not mean <= SAME_MODEL:
             raise UserError(
-                f"{url} has other weights than {model}: the log-probabilities of a probe differ by {mean:.2f} on "
+                f"{url} has different weights from {model}: the log-probabilities of a probe differ by {mean:.2f} on "
                 "average; serve the same model there"
             )
         compared.append((mean, len(ours)))

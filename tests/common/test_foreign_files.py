@@ -44,7 +44,7 @@ def broken(content):
 
 
 def assert_one_line(command, texts, file):
-    """Whatever the file contains, the command ends well, or with one line that names the file or what it was told."""
+    """Whatever the file contains, the command succeeds, or ends with status 2 and one short line."""
     refused = 0
     for text in texts:
         file.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from grath.dpo import checkpoints
 
 
 def test_accelerate_launch_gives_the_same_adapter(first_iteration, tiny_llama, pair_file, tmp_path):
-    """Whatever the user's configuration of accelerate says, and what another job has left in the environment."""
+    """Whatever the user's accelerate configuration says, and whatever another job has left in the environment."""
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate" / "default_config.yaml").write_text(
         "{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', mixed_precision: bf16, num_processes: 1, "

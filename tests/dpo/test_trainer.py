@@ -94,7 +94,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_llama, pair_file, tmp_path, pa
     passes.sizes.clear()
     passes.limit = 4
     done = start("probed")
-    assert "4 pairs per forward pass, as many as the memory takes, and 4 passes per step\n" in done.stdout
+    assert "4 pairs per forward pass, as many as fit in memory, and 4 passes per step\n" in done.stdout
     assert passes.sizes == [4] * (3 + 1 + 4)  # the reference of twelve pairs, the probe, a step
     settings = read_training(tmp_path / "probed")["settings"]
     assert [settings[name.removeprefix("--")] for name in small[::2]] == [4, 4]
@@ -110,6 +110,6 @@ def test_training_benchmark(tiny_llama, pair_file, monkeypatch):
     flags = ("--model", tiny_llama, "--dataset_path", pair_file, "--steps", "2", "--dtype", "fp32", "--same_order")
     done = call_here("training", *flags)
     table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[-3:]}
-    assert list(table) == ["trl", "second_model", "ours"]
+    assert list(table) == ["trl", "precomputed", "ours"]
     # The loss is about 0.7, printed with six decimals.
     assert all(float(row[-1]) < 1e-4 for row in table.values())

@@ -92,7 +92,7 @@ def test_every_token_is_computed_once():
 def test_contexts_are_grouped_where_that_saves():
     block, long = tuple(range(100)), tuple(range(200, 600))
     contexts = [(*block, 7, i) for i in range(5)] + [(*block, 8, 1)] + [(*long, 1)] + [(1, 2), (3,)]
-    # These share 40 tokens with the block, but to shorten its group's prefix to 40 would cost more than that saves.
+    # These share 40 tokens with the block, but shortening its group's prefix to 40 would cost more than it saves.
     contexts += [(*block[:40], 150, i) for i in range(2)]
     # A prefix of 50 that saves 50 of 260 tokens is not worth a forward pass; of 240 tokens it is.
     contexts += [(*range(700, 750), 9, *range(79)), (*range(700, 750), 8, *range(79))]
@@ -144,7 +144,7 @@ def test_out_of_memory_halves_the_tokens_of_a_batch(llama_tokenizer, monkeypatch
 
 @pytest.mark.parametrize("add_bos", [None, True, False])
 def test_requests_are_tokenized_as_hf_does(llama_tokenizer, hub, monkeypatch, add_bos):
-    """All requests of five tasks of a made hub; and the first of the real ARC and TruthfulQA where they are at hand."""
+    """All requests of five tasks of a made hub, and the first of the real ARC and TruthfulQA where available."""
     monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(HUB if HUB.is_dir() and add_bos is None else hub))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     lm = SharedContextLM(tiny("llama"), llama_tokenizer, add_bos_token=add_bos)

@@ -1,4 +1,4 @@
-"""Models and tokenizers that would give wrong scores: refused, or said in the record and in the report."""
+"""Models and tokenizers that would give wrong scores: refused, or named in the record and in the report."""
 
 import json
 import math
@@ -141,7 +141,7 @@ def test_files_of_a_model_with_other_types(model, tmp_path, file, change, reason
 
 
 def test_what_belongs_to_a_model(model, tmp_path):
-    """Results in its folder do not; a link to nothing is said; a tokenizer of its own needs no model."""
+    """Results in its folder do not; a broken link is named; a separate tokenizer needs no model."""
     ask = commands(model, None, tmp_path)[0]
     flags = ("--useFS", "--tokenizer_name", shutil.copytree(model, tmp_path / "tokenizer"))
     for file in ("config.json", "generation_config.json", "model.safetensors"):

@@ -61,7 +61,7 @@ def test_an_adapter_is_scored_by_its_own_name(llama_run, tmp_path):
 
 
 def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
-    """As llama.cpp's: the harness would score chance without a word."""
+    """Such as llama.cpp's: the harness would silently score chance."""
     for prompt_logprobs in (False, "constant"):
         with InferenceServer(tiny_llama, prompt_logprobs=prompt_logprobs) as server:
             done = score(server, tiny_llama, tmp_path, status=2)
@@ -96,7 +96,7 @@ WRONG = {
     "positive": (replace("token_logprobs", 0.5), "missing, or no number"),
     "no best": (replace("top_logprobs", {}), "missing, or no number"),
     "best is a list": (replace("top_logprobs", [-1.0]), "missing, or no number"),
-    "token": (replace("tokens", "another"), "other tokens than those"),
+    "token": (replace("tokens", "another"), "tokens other than those"),
     "truncated": (lambda response: response["usage"].update(prompt_tokens=30), "tokens of a prompt (30)"),
 }
 

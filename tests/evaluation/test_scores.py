@@ -63,7 +63,7 @@ def test_a_finished_command_answers_in_one_line_without_torch(scored, tiny_llama
 
 
 def test_other_settings_are_refused(scored, tiny_llama, tmp_path):
-    """Of a copy of the model they are not; of edited weights they are, also if a score is missing."""
+    """For a copy of the model they are not; for edited weights they are, also if a score is missing."""
     copy = shutil.copytree(tiny_llama, tmp_path / "copy", copy_function=shutil.copy)
     assert "is up to date" in score(copy, scored, *MC).stdout
     weights = bytearray((copy / "model.safetensors").read_bytes())
@@ -114,7 +114,7 @@ def test_an_edited_result_is_refused_and_one_that_is_missing_or_not_recorded_is_
     (scored / "settings.json").unlink()
     before = content(scored)
     assert values(scored) == values(scored_once)
-    assert "grath_mc1.json has no settings.json beside it" in score(tiny_llama, scored, *MC, status=2).stderr
+    assert "grath_mc1.json has no settings.json next to it" in score(tiny_llama, scored, *MC, status=2).stderr
     assert content(scored) == before
 
 
@@ -137,7 +137,7 @@ def test_two_processes_share_the_questions(hub, tiny_llama, tmp_path, monkeypatc
 
 
 def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
-    """Killed after the first, it resumes with the next. With the real ARC and TruthfulQA where they are at hand."""
+    """Killed after the first, it resumes with the next. With the real ARC and TruthfulQA where available."""
     root, folder = tmp_path / "root", tmp_path / "scores"
     root.mkdir()
     for name in ("Rowan", "cais", "allenai", "truthfulqa"):

@@ -1,4 +1,4 @@
-"""Real runs of two iterations on a tiny model, killed at every point where it could hurt, and resumed."""
+"""Real runs of two iterations on a tiny model, killed at every point where it could do harm, and resumed."""
 
 import signal
 

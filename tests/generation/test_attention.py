@@ -1,4 +1,4 @@
-"""The attention of a GPU, with kernels of the CPU in the place of the fused ones."""
+"""The attention of a GPU, with CPU kernels in place of the fused ones."""
 
 import pytest
 import torch

@@ -78,7 +78,7 @@ def test_a_system_turn_in_the_llama2_template(llama_tokenizer):
 
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-OTHER_DAYS = "gives other prompts on other days, or at random"
+OTHER_DAYS = "gives different prompts on different days, or at random"
 FAILING = {
     "{% for m in messages %}{{ m.content.parts }}{% endfor %}": "leaves out or changes the question 'What is ice",
     "{% for m in messages %}{{ m.content | lower }}{% endfor %}": "leaves out or changes the question",

@@ -41,7 +41,7 @@ def test_few_shot_examples(name):
     assert all(demo["correct"] != demo["incorrect"] for demo in demos)
     if name == "halueval":
         assert all(len(demo["correct"].split()) < 4 < len(demo["incorrect"].split()) for demo in demos)
-    if name == "misconceptions":  # an incorrect answer denies no more often than a correct one
+    if name == "misconceptions":  # incorrect answers contain a negation no more often than correct ones
         assert negated([demo["correct"] for demo in demos]) == 0.5
         assert negated([demo["incorrect"] for demo in demos]) <= 0.5
 

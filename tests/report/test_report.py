@@ -154,7 +154,7 @@ def test_seeds_are_pooled_question_by_question(tmp_path):
     lines, _ = comparison(*runs)
     assert ["run", "seed"] in lines and ["both", "0, 1"] in lines
     first, second, third = [line for line in lines if line[0].startswith("both: M")]
-    assert first == ["both: M_0 (base)", "12.50", "12.50 (1 of 2 runs)"]  # no standard error beside a paired interval
+    assert first == ["both: M_0 (base)", "12.50", "12.50 (1 of 2 runs)"]  # no standard error next to a paired interval
     gain, low, high = (float(number) for number in re.findall(r"[-+][\d.]+", second[1]))
     assert second[1].startswith("37.50 (+25.00 [") and gain == 25
     # By hand: eight draws of 100, 50, 50 and five 0; their mean's standard deviation is 12.5.
@@ -183,7 +183,7 @@ def test_only_runs_that_differ_in_the_seed_are_pooled(tmp_path):
 
 
 def test_the_truth_signal(tmp_path):
-    """Also in a run that was moved; where the questions are not on this machine, an earlier report's, or a dash."""
+    """Also in a moved run; where the questions are not on this machine, an earlier report's signal, or a dash."""
     questions = load_questions(data_path=BUNDLED)[:6]
     right = [(row["question"], row["choices"][row["answer"]], row["choices"][row["answer"] - 1]) for row in questions]
 

@@ -79,7 +79,7 @@ def test_check_compares_packages_with_the_pins(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "PROJECT", tmp_path)
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("# a note\npytest==0.1\nno-such-package==1; python_version < '3'\n")
-    assert check.check_packages() == f"pytest is {pytest.__version__}, tested is 0.1"
+    assert check.check_packages() == f"pytest is {pytest.__version__}, tested with 0.1"
     requirements.write_text(f"pytest=={pytest.__version__}\n")
     assert check.check_packages() == "as pinned in requirements.txt"
     with monkeypatch.context() as patch:

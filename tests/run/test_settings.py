@@ -88,7 +88,7 @@ def test_the_shell_uses_no_setting_that_has_no_entry():
     }
     derived = {
         "HERE", "PATH", "BASH_SOURCE", "VIRTUAL_ENV", "SLURM_SUBMIT_DIR", "SLURM_RESTART_COUNT", "SLURM_JOB_ID",
-        "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "MACHINE", "PREFIXES", "PAIRS", "COMBINED", "MODELS",
+        "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "MACHINE", "OTHERS", "PREFIXES", "PAIRS", "COMBINED", "MODELS",
         "RESULTS",
     }  # fmt: skip
     assert used - derived - set(SETTINGS) == set()
@@ -117,5 +117,5 @@ def test_servers_decide_the_precision_of_what_they_do():
     assert (there["BACKEND"], there["PAIRS_PRECISION"], there["EVAL_PRECISION"]) == ("server", "auto", "auto")
     pairs_only = read(**given, SERVER_URL="http://a:1", BACKEND="hf")
     assert (pairs_only["PAIRS_PRECISION"], pairs_only["EVAL_PRECISION"]) == ("auto", "bf16")
-    with pytest.raises(UserError, match="no address of a server"):
+    with pytest.raises(UserError, match="is not a server's address"):
         read(SERVER_URL="host:8000")

@@ -227,10 +227,10 @@ WRONG = {
     change(model=["mistral"]): "answers with another model, list",
     change(usage={"prompt_tokens": 7}): "tokens of a prompt (7)",
     change(usage={"prompt_tokens": "all"}): "tokens of a prompt (all)",
-    change(text=["a"]): "no text",
+    change(text=["a"]): "not text",
     change(text=f"my key is {KEY.upper()}"): "the API key",
-    change(index=1): "other completions than",
-    change(choices=[{"text": "a"}, {"text": "b"}]): "other completions than",
+    change(index=1): "completions other than",
+    change(choices=[{"text": "a"}, {"text": "b"}]): "completions other than",
 }
 
 
@@ -322,7 +322,7 @@ ESCAPED = {
 
 @pytest.mark.parametrize("form", ESCAPED)
 def test_the_key_is_hidden_in_every_form(serve, tiny_llama, tmp_path, monkeypatch, form):
-    """In the names of models, and in an error that is no JSON."""
+    """In the names of models, and in an error that is not JSON."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     hidden, server = ESCAPED[form](KEY), serve()
     server.listed = lambda header: json.dumps({"data": [{"id": f"\x1b]0;{header} {hidden}"}]})
@@ -368,10 +368,10 @@ def test_another_model_is_refused(serve, tiny_llama, tmp_path):
     other_tokens._text = lambda token: other_tokens.tokenizer.decode([token + 1])
     unknown._text = lambda token: "never a token"
     for server, said in (
-        (other_weights, "has other weights than"),
-        (similar_weights, "has other weights than"),
-        (unknown, "has other weights than"),
-        (other_tokens, "has another vocabulary than"),
+        (other_weights, "has different weights from"),
+        (similar_weights, "has different weights from"),
+        (unknown, "has different weights from"),
+        (other_tokens, "has a different vocabulary from"),
         (serve(model=other, name="other"), f"serves other, not {tiny_llama}"),
     ):
         done = ask(tiny_llama, tmp_path / "out", server.url, status=2)
@@ -420,7 +420,7 @@ def test_an_adapter_is_loaded_and_unloaded(serve, adapter, tmp_path):
     for server in (plain, broken):
         done = ask(adapter, tmp_path / "c", server.url, status=2)
         assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in done.stderr and "grath.export" in done.stderr
-    # One that can, beside one that cannot: nothing is left on the first. One that was loaded before is left alone.
+    # One that can, next to one that cannot: nothing is left on the first. One that was loaded before is left alone.
     ask(adapter, tmp_path / "c", forget.url, broken.url, status=2)
     assert forget.adapters == {}
     forget.adapters = {name: str(adapter)}
@@ -431,7 +431,7 @@ def test_an_adapter_is_loaded_and_unloaded(serve, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        *((url, "no address of a server") for url in ("localhost:8000", "http://", "http://host:port")),
+        *((url, "is not a server's address") for url in ("localhost:8000", "http://", "http://host:port")),
         *((url, "may contain no password") for url in ("http://name:secret@host:80OO/?x=1", "name:secret@host")),
     ],
 )
