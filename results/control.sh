@@ -11,7 +11,7 @@ HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
 model=${1:?the model} pairs=${2:?the gold answers, or a pair file} run=${3:?the folder of the run}
 source=--dataset_name
-if [[ -f $pairs ]]; then source=--dataset_path; fi
+if [[ $pairs == *.json ]]; then source=--dataset_path; fi
 
 step() {
     if [[ ${DRY_RUN:-0} == 1 ]]; then printf '%q ' "$@" && echo; else "$@"; fi

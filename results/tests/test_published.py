@@ -6,10 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 from made_runs import put_pairs, put_record, put_run
+from study import hold_out, merge_folds
 from support import PROJECT, call, call_here, cells_of
 
 from grath.evaluation.results import read_scores
+from grath.report.paired import paired_difference
+from grath.report.runs import read_run
 
 RECORDS = ("data/*.record.json", "models/*/grath.json")
 SCORES = "results/*/settings.json"
@@ -26,16 +30,82 @@ def test_the_published_comparison_is_made_from_the_published_runs(tmp_path):
     assert (tmp_path / "comparison.md").read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
-def test_results_in_the_readme_are_those_of_the_comparison():
+# The rows of the tables of results: (model, trained on) -> (run, i of M_i).
+GOLD, ARC, DOMAIN = "gold answers, TruthfulQA", "own pairs, ARC", "own pairs, TruthfulQA"
+ROWS = {
+    ("135M", GOLD): ("control_135m", 1),
+    ("0.5B", GOLD): ("control_0.5b", 1),
+    ("1.5B", GOLD): ("control_1.5b", 1),
+    ("135M", ARC): ("rolling_135m", 1),
+    ("0.5B", ARC): ("rolling_0.5b", 1),
+    ("0.5B", f"{ARC}, 160 steps"): ("rolling_0.5b_160_steps", 1),
+    ("1.5B", ARC): ("rolling_1.5b", 1),
+    ("1.5B", f"{ARC}, iteration 2"): ("rolling_1.5b", 2),
+    ("0.5B", f"{ARC}, candidates"): ("useGT_0.5b", 1),
+    ("0.5B", f"{ARC}, candidates, 160 steps"): ("useGT_0.5b_160_steps", 1),
+    ("1.5B", f"{ARC}, candidates"): ("useGT_1.5b", 1),
+    ("0.5B", DOMAIN): ("domain_0.5b", 1),
+    ("0.5B", f"{DOMAIN}, without those in which only the incorrect answer denies"): ("form_incorrect_0.5b", 1),
+}
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 6), ("results/README.md", len(ROWS))])
+def test_the_tables_of_results_are_those_of_the_comparison(page, most):
     compared = cells_of((PROJECT / "results" / "comparison.md").read_text(encoding="utf-8"))
-    table = (PROJECT / "README.md").read_text(encoding="utf-8").split("| run | pairs | truth signal |")[1]
+    table = (PROJECT / page).read_text(encoding="utf-8").split("| model | trained on |")[1]
     shown = cells_of(table.split("\n\n")[0])[1:]
-    assert 2 < len(shown) <= 8
-    for name, _, signal, *scores in shown:
-        assert [name, *scores] in compared
-        run, number = re.match(r"(.*): M_(\d)", name).groups()
-        signals = [row[6] for row in compared if row[:2] == [run, f"M_{int(number) - 1}"]]
-        assert signal == (" and ".join(signals) or "1")
+    assert 4 < len(shown) <= most
+    for model, trained_on, signal, base, *changes in shown:
+        name, number = ROWS[model, trained_on]
+        scores = {row[0].split(" (")[0]: row for row in compared if row[0].startswith(f"{name}: M_")}
+        expected = [re.match(r"[\d.]+ \((.*\])", cell)[1] for cell in scores[f"{name}: M_{number}"][1:3]]
+        assert changes == expected
+        if f"{name}: M_0" in scores:  # a base with the same scores is shown once
+            assert base.split(", ") == scores[f"{name}: M_0"][1:3]
+        signals = [row[6] for row in compared if row[:2] == [name, f"M_{number - 1}"]]
+        assert [part.partition("] (")[0] for part in re.split(r" and (?=[-+])", signal)] == (
+            [one.removesuffix("]") for one in signals] or ["1" if trained_on == GOLD else "as above"]
+        )
+
+
+def test_the_doses_of_the_page_are_those_of_the_runs():
+    runs = [PROJECT / "results" / f"{kind}_0.5b_160_steps_seed_0" for kind in ("rolling", "useGT")]
+    page = (PROJECT / "results" / "README.md").read_text(encoding="utf-8")
+    printed = cells_of(call_here("dose", *runs).stdout)
+    assert len(printed) == 7 and printed == cells_of("| run | steps" + page.split("| run | steps")[1].split("\n\n")[0])
+
+
+def test_the_intervals_in_the_text_are_those_of_the_runs():
+    """A change, or the fall that it is: of the comparison, or of one model against another."""
+    compared = (PROJECT / "results" / "comparison.md").read_text(encoding="utf-8")
+    number = r"([-+]?\d+\.\d+)"
+    found = [tuple(map(float, one)) for one in re.findall(rf"\({number} \[{number}, {number}\]", compared)]
+    runs = {path.parent.name: read_run(path.parent) for path in (PROJECT / "results").glob("*_seed_*/report.md")}
+    for run in runs.values():
+        hold_out(run)
+    folds = {run["name"]: run for run in merge_folds([run for name, run in runs.items() if "0.5b" in name])}
+    against = [
+        (runs["rolling_135m_seed_0"], 1, runs["rolling_135m_seed_0"], 2),
+        (runs["rolling_1.5b_seed_0"], 1, runs["rolling_1.5b_seed_0"], 2),
+        (runs["rolling_1.5b_seed_0"], 2, runs["fixed_1.5b_seed_0"], 2),
+        (folds["domain_0.5b"], 1, folds["form_incorrect_0.5b"], 1),
+    ]
+    for first, i, second, j in against:
+        before, after = first["models"][i]["scores"], second["models"][j]["scores"]
+        found += [paired_difference(before[task], after[task]) for task in ("truthfulqa_mc1", "truthfulqa_mc2")]
+    found += [(-middle, -high, -low) for middle, low, high in found]
+    for page in ("README.md", "results/README.md"):
+        text = (PROJECT / page).read_text(encoding="utf-8")
+        text = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+        words = r"(?: points?)?(?: of MC[12])?"
+        stated = [tuple(map(float, one)) for one in re.findall(rf"{number}{words} \[{number}, {number}\]", text)]
+        assert len(stated) > 2
+        unknown = [
+            one
+            for one in stated
+            if not any(all(abs(a - b) < 0.0501 for a, b in zip(one, other, strict=True)) for other in found)
+        ]
+        assert unknown == []
 
 
 def test_the_table_of_the_earlier_runs_equals_the_published_scores():
@@ -67,7 +137,7 @@ def test_no_place_of_a_machine_stands_in_the_results():
 def test_every_published_run_has_a_report_of_its_records(tmp_path):
     """Of all, the commit and the versions; of two, the whole page."""
     folders = sorted(path.parent for path in (PROJECT / "results").glob("*/report.md"))
-    assert len(folders) == 24
+    assert len(folders) == 30
     for folder in folders:
         records = [json.loads(path.read_text()) for pattern in (*RECORDS, SCORES) for path in folder.glob(pattern)]
         text = (folder / "report.md").read_text(encoding="utf-8")
