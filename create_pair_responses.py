@@ -118,8 +118,7 @@ def main():
     if earlier and earlier["inputs"] != inputs and earlier.get("counts", {}).get("written") == 0:
         earlier = None  # no response could be parsed, so other settings may follow
     finished = is_finished(path, earlier, inputs, args.overwrite)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        check_shared((finished, earlier is None), args.save_dir)
+    check_shared((finished, earlier is None), args.save_dir)
     if finished:
         remove_responses(path)
         if os.environ.get("RANK", "0") == "0":

@@ -53,8 +53,7 @@ def score_model(args):
     elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
         precision = record["inputs"].get("precision")
     inputs = _inputs(args, tasks, precision, record["inputs"] if files else None)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        check_shared(tuple(files), args.output)
+    check_shared(tuple(files), args.output)
     if not (missing or sampled):
         if main_process:
             print(f"{args.output} is up to date ({' '.join(tasks)}); next: python -m grath.report {args.output}")
