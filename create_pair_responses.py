@@ -199,8 +199,8 @@ def ask(generator, prompts, indices, path, opened):
 
     state = PartialState()
     responses, parsed, tokens, start = {}, 0, 0, time.monotonic()
-    process = f"process 1 of {state.num_processes}" if state.num_processes > 1 else None
-    bar = progress_bar(desc=process, total=len(indices), unit=" questions", shown=state.is_main_process)
+    process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
+    bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
     with bar, save_responses(path, state.process_index) as save:
         for position, response, count in generator.generate([prompts[i] for i in indices]):
             save(indices[position], response)

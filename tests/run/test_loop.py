@@ -121,6 +121,16 @@ def copied(llama_run, tmp_path):
     return tmp_path / run.name, {**settings, "RUNS_DIR": str(tmp_path)}
 
 
+def test_a_run_shows_one_bar_for_each_long_task_and_a_table(llama_run):
+    done = llama_run[2]
+    bars = {name.strip(" :") for name in re.findall(r"([^\r\n|]*)\b ?\d+%\|", done.stderr)}
+    assert bars == {"Scoring", "Pairs", "Reference log-probabilities", "DPO"}
+    lines = done.stdout.splitlines()
+    table = max(at for at, line in enumerate(lines) if line.startswith("model "))
+    assert [line.split()[0] for line in lines[table : table + 5]] == ["model", "M_0", "M_1", "M_2", "Best"]
+    assert "WARNING" not in done.stderr and len(lines) < 70
+
+
 def test_the_records_tell_what_was_made_from_what(llama_run, tiny_llama):
     run, _, _ = llama_run
     made = {path.relative_to(run).as_posix(): record for path, record in records(run).items()}
