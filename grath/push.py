@@ -4,19 +4,25 @@
     python -m grath.push ADAPTER NAMESPACE/NAME --merged MODEL     MODEL is what `python -m grath.export` wrote
 
 Log in first (`hf auth login`). The card, README.md in the pushed folder, names the base, the data, the settings and the
-versions; for an adapter of a run, also the scores of the run. Checkpoints and records stay on this machine.
+versions; for an adapter of a run, also the scores of the run. A card that you have edited is kept; remove it to get a
+new one. Checkpoints and records stay on this machine.
 """
 
+import json
+import os
 from pathlib import Path
 
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, first_line, run_main
-from grath.common.files import atomic_write_text
-from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT, TRAINING_RECORD
+from grath.common.files import atomic_write_text, read_json
+from grath.common.layout import ADAPTER, ADAPTER_CONFIG, MERGE_RECORD, TRAINING_LOG, TRAINING_PLOT, TRAINING_RECORD
 from grath.common.record import OF_TRAINING, check_files, read_record
-from grath.report.card import CARD, model_card
+from grath.report.card import CARD, hub_name, model_card
 
-PUSHED = (CARD, ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT)
+OF_ADAPTER = [CARD, ADAPTER, TRAINING_LOG, TRAINING_PLOT]
+OF_MODEL = ["*.md", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+# What TRL's own card contains, which is written with every checkpoint and knows neither base nor data.
+OF_TRL = "generated_from_trainer"
 
 
 def main():
@@ -30,27 +36,45 @@ def main():
     record = read_record(args.adapter / TRAINING_RECORD, OF_TRAINING)
     if not (record and check_files(record, args.adapter, "only what dpo.py wrote has a card")):
         raise UserError(f"{args.adapter} contains no finished training of dpo.py")
-    if not args.merged and Path(record["base_model"]).exists():
+    base = hub_name(record["base_model"])
+    if not args.merged and not base:
         raise UserError(
-            f"{record['base_model']}, the base of {args.adapter}, is a folder of this machine: merge the adapter into "
-            "it (python -m grath.export) and push the merged model (--merged)"
+            f"{record['base_model']}, the base of {args.adapter}, is not on the hub: merge the adapter into it "
+            "(python -m grath.export) and push the merged model (--merged)"
         )
     folder = args.merged or args.adapter
-    if args.merged and not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no model folder: write it with `python -m grath.export {args.adapter} {folder}`")
-    atomic_write_text(folder / CARD, model_card(args.adapter, record, args.name, bool(args.merged)))
+    if args.merged:
+        check_merged(args.merged, args.adapter, record)
+    card = folder / CARD
+    if not card.is_file() or OF_TRL in card.read_text(encoding="utf-8"):
+        atomic_write_text(card, model_card(args.adapter, record, args.name, bool(args.merged)))
 
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         api = HfApi(library_name="grath")
         url = api.create_repo(args.name, private=args.private, exist_ok=True)
-        api.upload_folder(repo_id=args.name, folder_path=folder, allow_patterns=None if args.merged else list(PUSHED))
-    except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
-        raise UserError(f"cannot push to {args.name}: {first_line(error)} (the card is {folder / CARD})") from error
-    print(f"Pushed {folder} to {url}; next: look at its card there, and add the licence of the base to it")
+        patterns = OF_MODEL if args.merged else OF_ADAPTER
+        if not args.merged:  # the base's name on the hub, not a folder of this machine
+            config = read_json(args.adapter / ADAPTER_CONFIG, "adapter configuration")
+            text = json.dumps(config | {"base_model_name_or_path": base}, indent=2)
+            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=ADAPTER_CONFIG, repo_id=url.repo_id)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, allow_patterns=patterns, ignore_patterns=["*/*", MERGE_RECORD]
+        )
+    except Exception as error:  # the hub client raises many kinds of errors
+        raise UserError(f"cannot push to {args.name}: {first_line(error)} (the card is {card})") from error
+    print(f"Pushed {folder} to {url}; next: add the base's licence to {card}, and push again")
+
+
+def check_merged(folder, adapter, record):
+    """Raise `UserError` if `python -m grath.export` has not merged this adapter into the model in `folder`."""
+    path = folder / MERGE_RECORD
+    merged = read_json(path, "record of a merge", {"adapter_sha256": str}) if path.is_file() else {}
+    if merged.get("adapter_sha256") != record["files"][ADAPTER]:
+        raise UserError(f"{folder} is not {adapter} merged: write it with `python -m grath.export {adapter} {folder}`")
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "")  # the hub client's bars show the upload
     run_main(main)

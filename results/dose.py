@@ -7,6 +7,8 @@ Score the checkpoints first: ./evaluation.sh RUN_DIR/models/iter_1_.../checkpoin
 
 from pathlib import Path
 
+from study import is_fold
+
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
 from grath.evaluation.results import read_scores, tasks_of
@@ -14,15 +16,19 @@ from grath.evaluation.tasks import get_task
 from grath.report.runs import read_run
 from grath.report.tables import score_cell, table
 
+NO_MODEL = {"training": ()}
+
 
 def dose_rows(folder):
     """Return (name, steps, accuracy, margin, scores, those of the base) for every scored step of M_1's training."""
     run = read_run(folder)
-    if 1 not in run["models"]:
-        raise UserError(f"{folder} has no M_1")
-    log = {entry["step"]: entry for entry in run["models"][1]["training"] if "rewards/margins" in entry}
-    scored = {int(path.name.removeprefix("step_")): read_scores(path) for path in folder.glob("results/step_*")}
+    log = {entry["step"]: entry for entry in run["models"].get(1, NO_MODEL)["training"] if "rewards/margins" in entry}
+    if not log or is_fold(run):
+        raise UserError(f"{folder} has no training with a log, or one about questions of TruthfulQA")
+    scored = {int(path.name[5:]): read_scores(path) for path in folder.glob("results/step_[0-9]*")}
     scored[max(log)] = run["models"][1]["scores"]
+    if unknown := scored.keys() - log.keys():
+        raise UserError(f"{folder}: the log has no step {min(unknown)}, only {', '.join(map(str, log))}")
     return [
         (run["name"], step, log[step]["rewards/accuracies"], log[step]["rewards/margins"], scores, base)
         for base in [run["models"][0]["scores"]]

@@ -18,6 +18,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 TRAINING_RECORD = "grath.json"
 TRAINING_LOG = "training_log.jsonl"
 TRAINING_PLOT = "training.png"
+# In the folder of a merged model: which adapter was merged into it.
+MERGE_RECORD = "grath_merge.json"
 # In a folder of scores: the record of what they depend on, and the model's own answers.
 SCORES_RECORD = "settings.json"
 SAMPLES = "samples.jsonl"

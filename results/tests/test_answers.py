@@ -1,8 +1,9 @@
 """What models choose in MC1, and gold answers in pair files."""
 
+import json
 import re
 
-from support import HUB, call, cells_of, needs_hub, pair, write_rows
+from support import HUB, call, call_here, cells_of, needs_hub, pair, rows, write_rows
 
 from grath.pairs.questions import load_questions
 
@@ -59,3 +60,29 @@ def test_gold_answers_in_a_pair_file(tmp_path):
     assert sorted(drawn) == [(str(line), question) for line, question in enumerate(asked[:3], 1)]
     write_rows(file, [pair("Whose question?", "a", "b")])
     assert "not in the train split of ARC-Challenge" in call("results/pairs.py", file, cwd=HUB, status=2).stderr
+
+
+def test_pairs_in_which_only_one_side_denies_are_left_out(tmp_path):
+    yes, no = "It is ice.", "It is not ice."
+    sides = [(yes, "It is wood."), (yes, no), (no, yes), (no, "It isn't wood."), (yes, yes)]
+    pairs = write_rows(tmp_path / "x.json", [pair(f"q{at}", *answers) for at, answers in enumerate(sides)])
+    for only, kept in (("incorrect", "0 2 3"), ("correct", "0 1 3")):
+        done = call_here("form", pairs, tmp_path / "out.json", "--only", only)
+        assert "Kept 3 of 4 pairs" in done.stdout
+        assert " ".join(row["question"][1:] for row in rows(tmp_path / "out.json")) == kept
+    record = {"inputs": {}, "starts": 1, "seconds": 1, "settings": {"data_path": "runs/truthful_qa[:2].jsonl"}}
+    (tmp_path / "x.json.record.json").write_text(json.dumps(record))
+    done = call_here("form", pairs, tmp_path / "out.json", "--only", "correct", status=2)
+    assert "the name of OUT must contain truthful_qa[:2]" in done.stderr
+    call_here("form", pairs, tmp_path / "without_truthful_qa[:2].json", "--only", "correct")
+
+
+@needs_hub
+def test_questions_of_truthfulqa_as_a_question_file(tmp_path):
+    done = call("results/questions.py", "truthful_qa[2:4]", tmp_path, env={"DATASETS_ROOT": str(HUB)})
+    file = tmp_path / "truthful_qa[2:4].jsonl"
+    assert f"Wrote 2 questions to {file}" in done.stdout
+    questions = load_questions(data_path=file)
+    assert len(questions) == 2 and all(len(question["choices"]) > 1 for question in questions)
+    assert [question["answer"] for question in questions] == [0, 0]  # as MC1 has them
+    assert "is no data set with gold answers" in call("results/questions.py", "x", tmp_path, status=2).stderr

@@ -1,11 +1,14 @@
 """`grath.export`: merge an adapter into its base."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
 from support import call_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grath.common.files import sha256
 from grath.modeling.loading import load_model
 
 
@@ -13,6 +16,8 @@ def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
     out = tmp_path / "merged model"
     done = call_here("grath.export", first_iteration[0], out, "--precision", "fp32")
     assert done.stdout.splitlines()[-1].startswith(f"Wrote {out}")
+    merge = json.loads((out / "grath_merge.json").read_text())
+    assert merge == {"adapter_sha256": sha256(first_iteration[0] / "adapter_model.safetensors"), "precision": "fp32"}
     ids = AutoTokenizer.from_pretrained(out)("Is ice cold?", return_tensors="pt").input_ids
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits

@@ -154,7 +154,7 @@ def test_requests_are_tokenized_as_hf_does(llama_tokenizer, hub, monkeypatch, ad
         theirs = []
         lm._loglikelihood_tokens = lambda found, **_: theirs.extend(found)
         HFLM.loglikelihood(lm, requests, disable_tqdm=True)
-        ours = lm.tokenize([request.args for request in requests], disable_tqdm=True)
+        ours = lm.tokenize([request.args for request in requests])
         assert ours == [(context, answer) for _, context, answer in theirs]
         counts.append(len(ours))
         return [(0.0, False)] * len(ours)

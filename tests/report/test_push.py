@@ -1,20 +1,25 @@
 """`grath.push`: what is uploaded, and what the model card says, against a stand-in for the hub's client."""
 
+import json
 from unittest import mock
 
 import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub import RepoUrl
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 from made_runs import put_pairs, put_record, put_run
 from support import call_here
+
+from grath.common.files import sha256
 
 NAME = "someone/truthful"
 
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """What was uploaded: a list of (repository, private, folder, patterns)."""
+    """What was uploaded: (repository, name, content) of a file, and (repository, private, names) of a folder."""
     found = []
 
     class Api:
@@ -26,10 +31,15 @@ def uploads(monkeypatch):
             if name == "nobody/x":
                 raise HfHubHTTPError("401 Client Error: log in\nmore", response=mock.MagicMock())
             self.private = private
-            return f"https://hub/{name}"
+            return RepoUrl(f"https://huggingface.co/{name}")
 
-        def upload_folder(self, repo_id, folder_path, allow_patterns):
-            found.append((repo_id, self.private, folder_path, allow_patterns))
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+            found.append((repo_id, path_in_repo, json.loads(path_or_fileobj)))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, ignore_patterns):
+            names = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
+            kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+            found.append((repo_id, self.private, sorted(kept)))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return found
@@ -38,64 +48,86 @@ def uploads(monkeypatch):
 def made_adapter(run, **record):
     """A run of an adapter on a base of the hub, with scores of M_0 and M_1."""
     put_run(run, {0: [0.0, 1.0, 0.0, 0.0], 1: [1.0, 1.0, 0.0, 0.0]})
-    put_pairs(
-        run,
-        0,
-        [("q", "a", "b")],
-        data_name="allenai/ai2_arc",
-        subdata_name="ARC-Challenge",
-        split="train",
-        data_path=None,
-    )
+    settings = {"subdata_name": "ARC-Challenge", "split": "train", "data_path": None}
+    put_pairs(run, 0, [("q", "a", "b")], data_name="allenai/ai2_arc", **settings)
     (adapter,) = run.glob("models/iter_1_*")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (adapter / name).write_text("{}")
+    (adapter / "checkpoint-4").mkdir()
+    (adapter / "checkpoint-4" / "README.md").touch()
+    (adapter / "README.md").write_text("tags:\n- generated_from_trainer\n# a model of None")
     files = [adapter / "adapter_model.safetensors", adapter / "adapter_config.json"]
+    for file in files:
+        file.write_text('{"base_model_name_or_path": "/home/me/secret", "r": 8}')
     content = {"base_model": "meta-llama/Llama-2-7b-chat-hf", "incoming_adapter": None, "pairs": {"read": 1, "kept": 1}}
-    settings = {"max_steps": 7, "beta": 0.1, "output_dir": str(run), "dataset_name": None}
+    settings = {"max_steps": 7, "beta": 0.1, "output_dir": str(run), "dataset_name": None} | record.pop("settings", {})
     put_record(adapter / "grath.json", files, settings=settings, **content | record)
     return adapter
+
+
+def card_of(folder):
+    """The metadata and the page of a card."""
+    _, metadata, page = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(metadata), page
 
 
 def test_an_adapter_is_pushed_with_a_card_of_its_run(tmp_path, uploads):
     adapter = made_adapter(tmp_path / "run_seed_0")
     done = call_here("grath.push", adapter, NAME, "--private")
-    assert f"Pushed {adapter} to https://hub/{NAME}" in done.stdout
-    ((name, private, folder, patterns),) = uploads
-    assert (name, private, folder) == (NAME, True, adapter)
-    assert "README.md" in patterns and "grath.json" not in patterns
-    text = (adapter / "README.md").read_text()
-    _, metadata, page = text.split("---\n", 2)
-    metadata = yaml.safe_load(metadata)
+    assert f"Pushed {adapter} to https://huggingface.co/{NAME}" in done.stdout
+    config = {"base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "r": 8}
+    names = ["README.md", "adapter_model.safetensors", "training_log.jsonl"]
+    assert uploads == [(NAME, "adapter_config.json", config), (NAME, True, names)]
+    metadata, page = card_of(adapter)
     assert metadata["base_model"] == "meta-llama/Llama-2-7b-chat-hf" and metadata["library_name"] == "peft"
     assert metadata["base_model_relation"] == "adapter" and metadata["datasets"] == ["allenai/ai2_arc"]
-    metrics = metadata["model-index"][0]["results"][0]
-    assert metrics["metrics"][0]["value"] == 50.0 and metrics["dataset"]["type"] == "truthfulqa/truthful_qa"
+    result = metadata["model-index"][0]["results"][0]
+    assert result["metrics"][0] == {"type": "truthfulqa_mc1", "name": "MC1", "value": 50.0}
+    assert result["dataset"] == {"type": "truthfulqa/truthful_qa", "name": "truthful_qa"}
+    assert "each of 5 questions" in page and "earlier adapter" not in page
     assert "| M_1        | 50.00 (+25.00 [" in page and "lm-evaluation-harness 0.4.13" in page
-    assert "| dpo max_steps " in page and "Commit: abc1234" in page and str(tmp_path) not in text
+    assert "| dpo max_steps " in page and "Commit: abc1234" in page and str(tmp_path) not in page
+    # An edited card is kept.
+    (adapter / "README.md").write_text("mine")
+    call_here("grath.push", adapter, NAME)
+    assert (adapter / "README.md").read_text() == "mine"
 
 
 def test_an_adapter_without_a_run_has_a_card_without_scores(tmp_path, uploads):
-    adapter = made_adapter(tmp_path / "run_seed_0")
-    alone = adapter.rename(tmp_path / "adapter")
+    alone = made_adapter(tmp_path / "run_seed_0", incoming_adapter="me/old").rename(tmp_path / "adapter")
     call_here("grath.push", alone, NAME)
-    page = (alone / "README.md").read_text()
-    assert len(uploads) == 1 and "## Scores" not in page and "| dpo max_steps " in page and "7" in page
+    metadata, page = card_of(alone)
+    assert uploads and "## Scores" not in page and "model-index" not in metadata
+    assert "| dpo max_steps | 7 " in page and "The training continued an earlier adapter." in page
 
 
-def test_a_merged_model_is_pushed_whole(tmp_path, uploads):
+def test_a_card_of_a_model_trained_on_truthfulqa_shows_no_scores(tmp_path, uploads):
+    adapter = made_adapter(tmp_path / "run_seed_0", settings={"dataset_name": "truthful_qa[:200]"})
+    call_here("grath.push", adapter, NAME)
+    metadata, page = card_of(adapter)
+    assert metadata["datasets"] == ["truthfulqa/truthful_qa"] and "model-index" not in metadata
+    assert "It was trained on pairs of truthful_qa[:200], not on pairs of its own." in page and "## Scores" not in page
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_merged_model_is_pushed_whole(tmp_path, uploads, gone):
     base, merged = tmp_path / "base", tmp_path / "merged"
-    base.mkdir()
+    if not gone:
+        base.mkdir()
     adapter = made_adapter(tmp_path / "run_seed_0", base_model=str(base))
     refused = call_here("grath.push", adapter, NAME, status=2)
-    assert "python -m grath.export" in refused.stderr and not (adapter / "README.md").exists()
-    assert "is no model folder" in call_here("grath.push", adapter, NAME, "--merged", merged, status=2).stderr
+    assert "python -m grath.export" in refused.stderr and not uploads
     merged.mkdir()
-    (merged / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors", "other.bin"):
+        (merged / name).write_text("{}")
+    assert " merged: write it with" in call_here("grath.push", adapter, NAME, "--merged", merged, status=2).stderr
+    (merged / "grath_merge.json").write_text(json.dumps({"adapter_sha256": "0"}))
+    assert " merged: write it with" in call_here("grath.push", adapter, NAME, "--merged", merged, status=2).stderr
+    hash_of = sha256(adapter / "adapter_model.safetensors")
+    (merged / "grath_merge.json").write_text(json.dumps({"adapter_sha256": hash_of}))
     call_here("grath.push", adapter, NAME, "--merged", merged)
-    assert uploads == [(NAME, False, merged, None)]
-    text = (merged / "README.md").read_text()
-    assert "library_name: transformers" in text and "\nbase_model:" not in text and str(tmp_path) not in text
+    assert uploads == [(NAME, False, ["README.md", "config.json", "model.safetensors"])]
+    metadata, page = card_of(merged)
+    assert metadata["library_name"] == "transformers" and "base_model" not in metadata
+    assert "A fine-tuned model of base, " in page and str(tmp_path) not in page
 
 
 def test_what_cannot_be_pushed_is_one_line(tmp_path, uploads):
@@ -106,3 +138,9 @@ def test_what_cannot_be_pushed_is_one_line(tmp_path, uploads):
     assert "is not the file that was written" in call_here("grath.push", adapter, NAME, status=2).stderr
     assert "no finished training" in call_here("grath.push", tmp_path, NAME, status=2).stderr
     assert not uploads
+
+
+def test_the_hub_out_of_reach_is_one_line(tmp_path):
+    """With the hub's own client, which is offline in all tests."""
+    done = call_here("grath.push", made_adapter(tmp_path / "run_seed_0"), NAME, status=2)
+    assert f"cannot push to {NAME}: " in done.stderr and len(done.stderr.splitlines()) == 1
