@@ -38,13 +38,14 @@ ELSEWHERE = {
     "DRY_RUN=1 ./run_llama2.sh": DRY_RUN,
     "CHECK=1 ./run_llama2.sh": "tests/run/test_check.py::test_check_passes_and_prints_the_plan",
     'TASKS="truthfulqa_mc1 truthfulqa_mc2" ./run_llama2.sh': ("tests/conftest.py::llama_run"),
-    "python -m grath.push $adapter $name": "tests/report/test_push.py::test_an_adapter_is_pushed_with_a_card_of_its_run",
+    "python -m grath.push $adapter $name": (
+        "tests/report/test_push.py::test_an_adapter_is_pushed_with_a_card_of_its_run"
+    ),
     "python -m grath.push $adapter $name --merged $merged_model": (
         "tests/report/test_push.py::test_a_merged_model_is_pushed_whole"
     ),
     "FRESH=1 ./run_llama2.sh": "tests/run/test_loop.py::test_fresh_moves_the_old_run_aside_and_makes_the_same_bytes",
     "sbatch ./run_llama2.sh": "tests/run/test_loop.py::test_presets_can_be_given_to_slurm",
-    "./prefetch.sh $folder $model": "tests/evaluation/test_scores.py::test_prefetch_names_what_it_fetches",
     f"accelerate launch dpo.py --dataset_path $dataset_path {TRAIN} --seed $seed": (
         "tests/dpo/test_launch.py::test_accelerate_launch_gives_the_same_adapter"
     ),
