@@ -27,7 +27,7 @@ def main():
     asked = (read_record(record_path(args.pairs)) or {}).get("settings", {}).get("data_path") or ""
     questions = ROWS.search(asked)
     if questions and questions[0] not in args.out.name:
-        parser.error(f"the name of OUT must contain {questions[0]}, by which results/study.py knows what was trained on")
+        parser.error(f"the name of OUT must contain {questions[0]}, so that results/study.py holds out the others")
     other = {"correct": "incorrect", "incorrect": "correct"}[args.only]
     rows = [row for row in read_pairs(args.pairs) if row["correct"] != row["incorrect"]]
     kept = [row for row in rows if not negated([row[args.only]]) > negated([row[other]])]

@@ -148,11 +148,12 @@ def test_the_commands_of_the_page(tmp_path):
     script = "\n".join([settings, "export DRY_RUN=1", *controls, *others])
     done = call("bash", "-ec", script, env={"folder": str(tmp_path), "RUNS_DIR": "runs"})
     trained = [line for line in done.stdout.splitlines() if line.startswith("accelerate launch") and "dpo.py" in line]
-    assert ["--dataset_name truthful_qa" in line for line in trained] == [True] * 6 + [False] * 11
+    assert ["--dataset_name truthful_qa" in line for line in trained] == [True] * 6 + [False] * 17
     folders = {Path(line.split("--output_dir ")[1].split()[0]).parent.parent.name for line in trained}
     program, *compared = comparison.removeprefix("python ").split()
     assert program == "results/study.py"
     assert {Path(run).name for run in compared if run.endswith("_seed_0")} == folders
     asked = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--demos misconceptions" in line for line in asked] == [False] * 7 + [True, True, False, False]
-    assert ["--useGT" in line for line in asked] == [False] * 9 + [True, True]
+    assert ["--demos misconceptions" in line for line in asked] == [False] * 7 + [True, True] + [False] * 6
+    assert ["--useGT" in line for line in asked] == [False] * 9 + [True, True, False, False, False, True]
+    assert ["--data_path" in line for line in asked] == [False] * 11 + [True, True, False, False]
