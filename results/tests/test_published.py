@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from made_runs import put_pairs, put_record, put_run
 from study import hold_out, merge_folds
+from subsets import restrict
 from support import PROJECT, call, call_here, cells_of
 
-from grath.evaluation.results import read_scores
+from grath.evaluation.results import QUESTIONS, read_scores
 from grath.report.paired import paired_difference
 from grath.report.runs import read_run
 
@@ -92,7 +93,11 @@ def test_the_intervals_in_the_text_are_those_of_the_runs():
     ]
     for first, i, second, j in against:
         before, after = first["models"][i]["scores"], second["models"][j]["scores"]
-        found += [paired_difference(before[task], after[task]) for task in ("truthfulqa_mc1", "truthfulqa_mc2")]
+        for task in ("truthfulqa_mc1", "truthfulqa_mc2"):
+            found.append(paired_difference(before[task], after[task]))
+            for wanted in (0, 1):
+                kept = [negated == wanted for negated in before[task][QUESTIONS]["negated"]]
+                found.append(paired_difference(*(restrict(scores[task], kept) for scores in (before, after))))
     found += [(-middle, -high, -low) for middle, low, high in found]
     for page in ("README.md", "results/README.md"):
         text = (PROJECT / page).read_text(encoding="utf-8")
