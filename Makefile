@@ -18,7 +18,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 .PHONY: demo test gpu-test test-server faults check constraints
 
 demo: .venv/run.stamp
-	@echo "Two iterations of GRATH on SmolLM2-135M: scores, pairs, DPO, scores, and again. About 6 minutes on two CPU cores."
+	@echo "Two iterations of GRATH on SmolLM2-135M: scores, pairs, DPO, scores, and again. 3 to 6 minutes on two CPU cores."
 	./run_smollm2.sh
 
 test: .venv/dev.stamp
