@@ -12,7 +12,7 @@ ORDER = {
     "common": 0, "modeling": 1, "pairs": 2, "serving": 2, "generation": 3, "dpo": 4, "evaluation": 4, "run": 5,
     "report": 5,
 }  # fmt: skip
-COMMANDS = ("grath.distance", "grath.export")
+COMMANDS = ("grath.distance", "grath.export", "grath.push")
 MODULES = sorted(path for path in (PROJECT / "grath").rglob("*.py") if path.name != "__init__.py")
 SCRIPTS = {path.stem for path in PROJECT.glob("*.py")}
 

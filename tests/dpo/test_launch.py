@@ -63,6 +63,8 @@ def test_two_processes_resume_the_training_of_one(seventeen, tiny_llama, tmp_pat
 
 
 def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("grath.modeling.devices.init_distributed", lambda: None)
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, ("interrupted", "checkpoint-2")])
     settings = {"output_dir": tmp_path / "m", "overwrite_output_dir": False, "model_name_or_path": "model"}
     with pytest.raises(UserError, match="the processes see different files in .*: all machines must share it"):
