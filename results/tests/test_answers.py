@@ -3,9 +3,10 @@
 import json
 import re
 
-from support import HUB, call, call_here, cells_of, needs_hub, pair, rows, write_rows
+from choices import KINDS, baseline_score, percent
+from support import HUB, PROJECT, call, call_here, cells_of, needs_hub, pair, rows, write_rows
 
-from grath.pairs.questions import load_questions
+from grath.pairs.questions import load_hub_split, load_questions
 
 
 def test_what_two_models_choose(tmp_path):
@@ -86,3 +87,26 @@ def test_questions_of_truthfulqa_as_a_question_file(tmp_path):
     assert len(questions) == 2 and all(len(question["choices"]) > 1 for question in questions)
     assert [question["answer"] for question in questions] == [0, 0]  # as MC1 has them
     assert "is no data set with gold answers" in call("results/questions.py", "x", tmp_path, status=2).stderr
+
+
+@needs_hub
+def test_the_baselines_of_the_pages():
+    asked = load_hub_split(str(HUB / "truthfulqa" / "truthful_qa"), "multiple_choice", "validation")
+    scores = {
+        name: [percent(baseline_score(kind, row[f"mc{number}_targets"]) for row in asked) for number in (1, 2)]
+        for name, kind in KINDS.items()
+    }
+    negated, shortest, every = (scores[name] for name in ("with a negation", "the shortest, in words", "any"))
+    stated = {
+        "README.md": ("MC1 {:.1f} and MC2 {:.1f}", "always the shortest, {:.1f} and {:.1f}", ""),
+        "results/README.md": (
+            "MC1 {:.1f} and MC2 {:.1f}",
+            "shortest choices {:.1f} and {:.1f}",
+            "all choices {:.1f} and {:.1f}",
+        ),
+        "docs/reproduction.md": ("MC1 {:.1f} and MC2 {:.1f}", "", ""),
+    }
+    for page, sentences in stated.items():
+        text = (PROJECT / page).read_text(encoding="utf-8")
+        for sentence, found in zip(sentences, (negated, shortest, every), strict=True):
+            assert sentence.format(*found) in text, (page, sentence, found)
