@@ -25,13 +25,13 @@ def dose_rows(folder):
     log = {entry["step"]: entry for entry in run["models"].get(1, NO_MODEL)["training"] if "rewards/margins" in entry}
     if not log or is_fold(run):
         raise UserError(f"{folder} has no training with a log, or one about questions of TruthfulQA")
-    scored = {int(path.name[5:]): read_scores(path) for path in folder.glob("results/step_[0-9]*")}
+    scored = {int(path.name.removeprefix("step_")): read_scores(path) for path in folder.glob("results/step_[0-9]*")}
     scored[max(log)] = run["models"][1]["scores"]
     if unknown := scored.keys() - log.keys():
         raise UserError(f"{folder}: the log has no step {min(unknown)}, only {', '.join(map(str, log))}")
+    base = run["models"][0]["scores"]
     return [
         (run["name"], step, log[step]["rewards/accuracies"], log[step]["rewards/margins"], scores, base)
-        for base in [run["models"][0]["scores"]]
         for step, scores in sorted(scored.items())
     ]
 

@@ -30,7 +30,7 @@ def main():
         parser.error(f"the name of OUT must contain {questions[0]}, so that results/study.py holds out the others")
     other = {"correct": "incorrect", "incorrect": "correct"}[args.only]
     rows = [row for row in read_pairs(args.pairs) if row["correct"] != row["incorrect"]]
-    kept = [row for row in rows if not negated([row[args.only]]) > negated([row[other]])]
+    kept = [row for row in rows if negated([row[args.only]]) <= negated([row[other]])]
     write_pairs(args.out, kept)
     print(f"Kept {len(kept)} of {len(rows)} pairs with different answers in {args.out}")
 

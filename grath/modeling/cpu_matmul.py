@@ -40,8 +40,8 @@ def choose_way(model):
         weight = max(weights, key=lambda weight: weight.numel())
         milliseconds = time_products(weight)
         chosen = [min(milliseconds, key=lambda way: sum(milliseconds[way]))]
-        times = ", ".join(f"{way} {batch:.2f} and {row:.2f} ms" for way, (batch, row) in milliseconds.items())
         if os.environ.get("GRATH_DEBUG") == "1":
+            times = ", ".join(f"{way} {batch:.2f} and {row:.2f} ms" for way, (batch, row) in milliseconds.items())
             print(f"Matrix products of {str(weight.dtype)[6:]} weights: {chosen[0]}; 128 rows and 1 row take {times}")
     return broadcast_object_list(chosen)[0]
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from grath.common.layout import DATASETS_ROOT, find_model
+from grath.common.layout import find_model
 from grath.evaluation.tasks import get_task
 from grath.pairs.questions import LABELED, LABELED_DATASETS, TRUTHFULQA
 from grath.report.pages import made_with, settings_table
@@ -50,7 +50,7 @@ def model_card(adapter, record, name, merged):
     number, run = _run_of(adapter)
     base = hub_name(record["base_model"])
     shown = base or Path(record["base_model"]).name
-    settings = run["settings"] if run else settings_of({"dpo": record})
+    settings = run["settings"] if run else settings_of("dpo", record)
     given = settings.get("dpo dataset_name", "")
     labeled = LABELED.fullmatch(given)
     data = LABELED_DATASETS[labeled[1]][0] if labeled else given
@@ -92,9 +92,7 @@ def model_card(adapter, record, name, merged):
 
 
 def hub_name(name):
-    """Return the name on the hub of a model or data set that is named so or lies in `DATASETS_ROOT`; else None."""
-    if DATASETS_ROOT and Path(name).is_relative_to(Path(DATASETS_ROOT).resolve()):
-        name = str(Path(name).relative_to(Path(DATASETS_ROOT).resolve()))
+    """Return the name of a model or data set if it is one of the hub, not a path; else None."""
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
     return name if is_name else None
 

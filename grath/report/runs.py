@@ -116,23 +116,24 @@ def _settings(models):
         "base model": start.get("incoming_adapter") or start.get("base_model"),
         "seed": trained[-1]["settings"].get("seed") if trained else None,
     }
+    found = {name: "" if value is None else str(value) for name, value in found.items()}
     values = {}
-    for number, model in models.items():
-        for name, value in settings_of(model["records"]).items():
-            values.setdefault(name, {}).setdefault(value, []).append(f"M_{number}")
-    for name, models_of in sorted(values.items(), key=lambda entry: list(OF_STAGE).index(entry[0].partition(" ")[0])):
+    for stage in OF_STAGE:
+        for number, model in models.items():
+            of_model = settings_of(stage, model["records"][stage]) if stage in model["records"] else {}
+            for name, value in of_model.items():
+                values.setdefault(name, {}).setdefault(value, []).append(f"M_{number}")
+    for name, models_of in values.items():
         differing = ", ".join(f"{value or 'none'} ({' '.join(names)})" for value, names in models_of.items())
         found[name] = next(iter(models_of)) if len(models_of) == 1 else differing
-    return {name: "" if value is None else str(value) for name, value in found.items()}
+    return found
 
 
-def settings_of(records):
-    """Return the settings of the stages of a model (dict: stage -> record): "STAGE NAME" -> text."""
+def settings_of(stage, record):
+    """Return the settings in the record of a model's stage: "STAGE NAME" -> text."""
     return {
         f"{stage} {name}": "" if value is None else str(value)
-        for stage, settings in OF_STAGE.items()
-        if stage in records
-        for name, value in settings(records[stage]).items()
+        for name, value in OF_STAGE[stage](record).items()
         if name not in NOT_COMPARED and not isinstance(value, dict)
     }
 
