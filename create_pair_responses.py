@@ -30,10 +30,10 @@ from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, sha256
 from grath.common.layout import pair_file_name, record_path
 from grath.common.progress import progress_bar
-from grath.common.record import locked, read_record, recording
+from grath.common.record import read_record, recording
 from grath.modeling.chat import MODEL_TYPES, TODAY, prompt_ids, template_for
 from grath.modeling.devices import check_shared, init_distributed
-from grath.modeling.loading import check_vocabulary, load_tokenizer
+from grath.modeling.loading import check_vocabulary, load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, SERVER
 from grath.pairs.files import write_pairs
 from grath.pairs.prompts import build_messages, load_demos
@@ -41,7 +41,6 @@ from grath.pairs.questions import load_questions
 from grath.pairs.record import describe_pairs, is_finished, settings_of
 from grath.pairs.responses import (
     load_responses,
-    merge_responses,
     opens_reasoning,
     parse_response,
     parse_responses,
@@ -59,9 +58,7 @@ def parse_args():
     add("--save_prefix", required=True, help="beginning of the file name, for example iter0_arcc")
     add("--useFS", action="store_true", help="put six few-shot examples before the question (the paper's choice)")
     add("--useGT", action="store_true", help="show the model a correct and an incorrect candidate from the choices")
-    add(
-        "--data_name", default=defaults.DATA_NAME, help="hub data set in the ARC schema, or a local folder of that name"
-    )
+    add("--data_name", default=defaults.DATA_NAME, help="data set in the ARC schema, on the hub or in a local folder")
     add("--subdata_name", default=defaults.SUBDATA_NAME, help="its configuration")
     add("--split", default=defaults.SPLIT, help="its split")
     add("--data_path", help="local JSON-lines file in the ARC schema, instead of --data_name")
@@ -72,34 +69,24 @@ def parse_args():
     add("--seed", type=int, default=0, help="draws the incorrect candidate for --useGT")
     add("--save_dir", type=Path, default=Path("data/truthfulness"), help="folder of the pair file")
     add("--max_new_tokens", type=positive_int, default=defaults.MAX_NEW_TOKENS, help="maximum tokens of a response")
-    add(
-        "--batch_size",
-        type=positive_int,
-        help="questions in a batch, in each process (256 on a GPU, halved while they do not fit in its memory; 64 on "
-        "a CPU or with `generate`), or at each server (512)",
-    )
-    add(
-        "--engine",
-        choices=("shared_prefix", "generate", SERVER),
-        default="shared_prefix",
-        help="shared_prefix: compute the common prefix once; generate: transformers' generate; server: --server_url",
-    )
+    rows = "questions at once, in each process (256 on a GPU, as far as they fit; else 64), or at each server (512)"
+    add("--batch_size", type=positive_int, help=rows)
+    engines = "shared_prefix: compute the common prefix once; generate: transformers' generate; server: --server_url"
+    add("--engine", choices=("shared_prefix", "generate", SERVER), default="shared_prefix", help=engines)
     add("--server_url", nargs="+", help="servers of --engine server, which share the questions")
-    add(
-        "--server_timeout",
-        type=positive_int,
-        default=defaults.SERVER_TIMEOUT,
-        help="seconds to wait for a server that does not respond",
-    )
+    timeout = {"type": positive_int, "default": defaults.SERVER_TIMEOUT}
+    add("--server_timeout", **timeout, help="seconds to wait for a server that does not respond")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU")
     add("--overwrite", action="store_true", help="replace a pair file of this name that was made in another way")
     args = parser.parse_args()
     if Path(args.save_prefix).name != args.save_prefix:
         raise UserError(f"--save_prefix {args.save_prefix!r} must be a plain file name: use --save_dir for the folder")
-    if args.server_url and args.engine != SERVER:
-        raise UserError("--server_url needs --engine server")
+    if bool(args.server_url) != (args.engine == SERVER):
+        raise UserError("--engine server needs --server_url http://host:port, and --server_url needs --engine server")
     if args.engine == SERVER and args.precision != "auto":
         raise UserError("--precision: with --engine server, the server decides it")
+    if args.engine == SERVER and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--engine server runs in one process: the servers share the questions")
     return args
 
 
@@ -117,7 +104,7 @@ def main():
     inputs = describe_pairs(args, questions, messages, earlier)
     if earlier and earlier["inputs"] != inputs and earlier.get("counts", {}).get("written") == 0:
         earlier = None  # no response could be parsed, so other settings may follow
-    finished = is_finished(path, earlier, inputs, args.overwrite)
+    finished = not args.overwrite and is_finished(path, earlier, inputs)
     check_shared((finished, earlier is None), args.save_dir)
     if finished:
         remove_responses(path)
@@ -132,7 +119,8 @@ def main():
 
     from accelerate.utils import gather_object
 
-    from grath.generation.select import open_generator
+    from grath.generation.select import LocalGenerator, ServerGenerator
+    from grath.serving.served import compare_with_local, serve
 
     state = init_distributed()
     responses = load_responses(path) if earlier else {}
@@ -142,33 +130,37 @@ def main():
     with ExitStack() as stack:
         generator = None
         if left:
-            settings = (tokenizer, inputs["precision"], args.max_new_tokens, args.batch_size)
-            servers = (args.server_url, args.server_timeout)
-            generator = stack.enter_context(open_generator(args.engine, args.model_name_or_path, *settings, *servers))
+            model, limits = args.model_name_or_path, (args.max_new_tokens, args.batch_size)
+            if args.engine == SERVER:
+                served = stack.enter_context(serve(model, args.server_url, args.server_timeout))
+                print(compare_with_local(served, model, tokenizer), flush=True)
+                generator = ServerGenerator(served, model, tokenizer, *limits)
+            else:
+                loaded = load_for_inference(model, inputs["precision"])
+                generator = LocalGenerator(loaded, tokenizer, *limits, args.engine)
             longest = max(map(len, prompts))
             if generator.window and longest + args.max_new_tokens > generator.window:
                 raise UserError(
                     f"--max_new_tokens {args.max_new_tokens}: a prompt has {longest} tokens, and both together exceed "
                     f"the model's context window of {generator.window}"
                 )
-        state.wait_for_everyone()  # until all have loaded the saved responses
-        seen = None if args.overwrite else recorded or {}
-        stack.enter_context(locked(record_path(path), seen, state.is_main_process))
-        if state.is_main_process:
-            if earlier:
-                merge_responses(path, responses)
-            else:
-                remove_responses(path)
-                path.unlink(missing_ok=True)
-        state.wait_for_everyone()
-        record = stack.enter_context(recording(record_path(path), inputs, earlier, state.is_main_process))
-        start = time.monotonic()
+
+        def start_over():
+            remove_responses(path)
+            path.unlink(missing_ok=True)
+
+        seen, clear = None if args.overwrite else recorded or {}, None if earlier else start_over
+        lock = recording(record_path(path), inputs, earlier, seen, state.is_main_process, clear=clear)
+        record = stack.enter_context(lock)
+        state.wait_for_everyone()  # until the main process has the lock
+        start, saved = time.monotonic(), f"{record['starts']}.{state.process_index}"
         with state.split_between_processes(left) as mine:
-            responses |= gather_object(list((ask(generator, prompts, mine, path, opened) if mine else {}).items()))
+            answers = ask(generator, prompts, mine, path, saved, opened) if mine else {}
+            responses |= gather_object(list(answers.items()))
         seconds = time.monotonic() - start
         rows = []
         if state.is_main_process:
-            rows, dropped = parse_responses(questions, responses, opened)
+            rows, dropped = parse_responses(questions, responses)
             print_counts(rows, questions, dropped, len(left), seconds)
             record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
             if generator:
@@ -189,8 +181,10 @@ def main():
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(generator, prompts, indices, path, opened):
+def ask(generator, prompts, indices, path, saved, opened):
     """Generate responses to this process's prompts (`indices`), with a progress bar; save each response at once.
+
+    Its file of saved responses is called `saved`; a response begins with what the prompt has `opened` for it.
 
     Returns:
         dict: index of the question -> response.
@@ -201,11 +195,12 @@ def ask(generator, prompts, indices, path, opened):
     responses, parsed, tokens, start = {}, 0, 0, time.monotonic()
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
-    with bar, save_responses(path, state.process_index) as save:
+    with bar, save_responses(path, saved) as save:
         for position, response, count in generator.generate([prompts[i] for i in indices]):
-            save(indices[position], response)
-            responses[indices[position]] = response
-            parsed += parse_response(response, opened)[0] is not None
+            index, response = indices[position], opened + response
+            save(index, response)
+            responses[index] = response
+            parsed += parse_response(response)[0] is not None
             tokens += count
             rate = tokens / (time.monotonic() - start)
             bar.set_postfix({"tokens/s": f"{rate:.0f}", "parsed": f"{parsed / len(responses):.0%}"}, refresh=False)
@@ -220,13 +215,11 @@ def print_counts(rows, questions, dropped, asked, seconds):
     print(f"{asked} questions in {seconds:.0f} s, {rate} per second")
     print(f"{len(rows)} pairs, {count_identical(rows)} with identical answers, of {len(questions)} responses{reasons}")
     if found := truth_signal(rows, questions):
-        shares = [
-            f"{found[side]:.3f} of {count} {side} answers"
-            for side, count in zip(("correct", "incorrect"), found["decided"], strict=True)
-        ]
-        undecided = sum(found["undecided"])
+        correct, incorrect = found["decided"]
         print(
-            f"truth signal {format_signal(found)}: {' and '.join(shares)} mean the gold one, {undecided} are undecided"
+            f"truth signal {format_signal(found)}: {found['correct']:.3f} of {correct} correct answers and "
+            f"{found['incorrect']:.3f} of {incorrect} incorrect answers mean the gold one, "
+            f"{sum(found['undecided'])} are undecided"
         )
 
 

@@ -17,15 +17,15 @@ from those for evaluation: there is none during training. --config reads options
 
 import json
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_STEP, UNCOMPARED
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, hash_of, sha256
 from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path
-from grath.common.record import check_inputs, locked, read_record, recording
+from grath.common.record import check_inputs, read_record, recording
 from grath.dpo import option
 from grath.modeling.adapters import LORA_SIZES, check_adapter
 from grath.modeling.chat import MODEL_TYPES, TODAY, template_for
@@ -45,9 +45,7 @@ class ScriptArguments:
         None, f"instead of a file: {', '.join(LABELED_DATASETS)}, or rows of one ([:200]), or hub preferences"
     )
     reference: str = option(
-        "rolling",
-        "rolling: the model that the iteration starts from; fixed: the pretrained base in every iteration",
-        choices=("rolling", "fixed"),
+        "rolling", "rolling: the model that the iteration starts from; fixed: the base", choices=("rolling", "fixed")
     )
     tokenizer_name: str | None = option(None, "hub name or folder of the tokenizer; by default the model's")
     model_type: str = option("auto", "chat template; auto: the tokenizer's own", choices=MODEL_TYPES)
@@ -102,18 +100,19 @@ def main():
     from transformers import ProgressCallback
 
     from grath.dpo.callbacks import ProgressBar, TrainingLog
-    from grath.dpo.checkpoints import agreed_state, clear_output_dir, save_adapter
+    from grath.dpo.checkpoints import clear_output_dir, resume_state, save_adapter
     from grath.dpo.dataset import tokenize_pairs
     from grath.dpo.trainer import GrathDPOTrainer, describe_reference, lora_config
     from grath.modeling.cpu_matmul import fp32_cpu_matmul
-    from grath.modeling.devices import print_once
+    from grath.modeling.devices import check_shared, print_once
     from grath.report.plots import plot_training
 
     settings, processes = {**vars(args), **config.to_dict()}, config.world_size
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     inputs = {**identities(args), "pairs": digest, "effective_batch": batch}
     inputs |= {name: value for name, value in settings.items() if name not in UNCOMPARED}
-    state, earlier, checkpoint = agreed_state(inputs, settings)
+    state, earlier, checkpoint = resume_state(inputs, settings)
+    check_shared((state, checkpoint), config.output_dir)
     if state == "finished":
         print_once(f"{config.output_dir} contains this training, finished; --overwrite_output_dir trains it again")
         return
@@ -128,18 +127,12 @@ def main():
     model = load_model(args.model_name_or_path, config.precision, trainable=True)
     # Again, because loading may have downloaded another commit.
     inputs |= identities(args)
-    agreed_state(inputs, settings)
+    resume_state(inputs, settings)
     lora = None if reference["incoming_adapter"] else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
     with fp32_cpu_matmul(model):
+        given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
         try:
-            trainer = GrathDPOTrainer(
-                model=model,
-                args=config,
-                train_dataset=rows,
-                processing_class=tokenizer,
-                peft_config=lora,
-                reference=args.reference,
-            )
+            trainer = GrathDPOTrainer(model=model, args=config, reference=args.reference, **given)
         except (ValueError, NotImplementedError) as error:
             raise UserError(str(error)) from None
         steps = f"{config.max_steps} steps of {batch} pairs"
@@ -157,11 +150,8 @@ def main():
         content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
         content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY)}
         path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
-        with ExitStack() as stack:
-            stack.enter_context(locked(path, seen, write))
-            if write and state == "nothing":
-                clear_output_dir(output)
-            record = stack.enter_context(recording(path, inputs, earlier, write, start, **content))
+        clear = partial(clear_output_dir, output) if state == "nothing" else None
+        with recording(path, inputs, earlier, seen, write, start, clear, **content) as record:
             if checkpoint:
                 print_once(f"Resuming from {checkpoint}")
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -156,7 +156,7 @@ RECORD_0 = record_path(Path(r"iter0_\w+.json")).name
 # The points of a first iteration without scores, in order.
 ITERATION_1 = {
     "the record of pairs": renamed(ASK, RECORD_0),
-    "before the first response": point(ASK, "open", r"\.responses\.0$"),
+    "before the first response": point(ASK, "open", r"\.responses\."),
     "the pair file": renamed(ASK, r"iter0_\w+\.json"),
     "the finished record of pairs": renamed(ASK, RECORD_0, 2),
     "after the pair file": point(ASK, "os.remove", r"\.responses"),

@@ -89,6 +89,14 @@ def call_here(script, *command, cwd=PROJECT, env=None, status=0):
     return done
 
 
+def asking(model, folder, *flags, count=2):
+    """The command that asks a model for pairs about the first bundled questions; the last of equal flags counts."""
+    return (
+        "create_pair_responses.py", "--model_name_or_path", model, "--save_prefix", "p", "--save_dir", folder,
+        "--data_path", BUNDLED, "--num_query", count, "--precision", "fp32", *flags,
+    )  # fmt: skip
+
+
 def preset():
     """The settings of run_llama2.sh."""
     lines = (PROJECT / "run_llama2.sh").read_text(encoding="utf-8")
@@ -190,27 +198,13 @@ def tiny(family, **changes):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        family,
-        **{
-            "vocab_size": 60,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.5,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
-            "sliding_window": None,
-            **changes,
-        },
-    )
+    sizes = {
+        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.5,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")),
+    }  # fmt: skip
     torch.manual_seed(0)
-    return add_noise(AutoModelForCausalLM.from_config(config).eval())
+    return add_noise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | changes)).eval())
 
 
 def make_llama(tokenizer):
@@ -225,17 +219,10 @@ def make_llama(tokenizer):
     tokens = [*tokenizer.convert_tokens_to_ids(RESPONSE_TOKENS), tokenizer.eos_token_id]
     code = torch.arange(len(RESPONSE_TOKENS))
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.125,
-    )
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.125,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():

@@ -61,15 +61,10 @@ def read_json_lines(path, what, shape=dict):
     """Read a JSON-lines file as a list of dicts. A byte order mark and Windows line ends are accepted.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8 text, or a line is not a JSON object, or does not fit the
-            shape; it names `what`.
+        UserError: the file cannot be read or is empty, or a line does not fit the shape; it names `what`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{what} {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{what} {path} is a folder, not a file") from None
     except UnicodeDecodeError:
         raise UserError(f"{what} {path} is not UTF-8 text") from None
     except OSError as error:
@@ -83,8 +78,6 @@ def read_json_lines(path, what, shape=dict):
             row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({first_line(error)})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object")
         if not fits(row, shape):
             raise UserError(f"{where}: a value is missing or has the wrong type")
         rows.append(row)

@@ -5,7 +5,6 @@ finished output), "starts", "seconds" (of all starts), "versions", "commit", and
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -70,66 +69,55 @@ def check_files(record, folder, advice):
 
 
 @contextmanager
-def locked(path, seen, write=True):
-    """Hold the lock of the output whose record is the file `path`.
+def recording(path, inputs, earlier, seen, write=True, began=None, clear=None, **content):
+    """Lock an output and write its record at the start of a stage; add the seconds when it ends, however it ends.
 
     Args:
-        seen: the record that this start has read, {} if there was none; None if it does not matter.
-        write: False in all processes but the first, which lock nothing.
-
-    Raises:
-        UserError: another process has the lock, or has written the record since it was read.
-    """
-    if not write:
-        yield
-        return
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock, other = path.with_name(f".{path.name}.lock"), f"another process is writing {path.parent}"
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{other}: wait for it, or choose another output") from None
-        except OSError:
-            print("warning: no locks on this file system: do not start this twice", file=sys.stderr)
-        # The other process removes the file when it ends.
-        if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
-            raise UserError(f"{other}: run the same command again")
-        try:
-            if seen is not None and (read_record(path) or {}) != seen:
-                raise UserError(f"another process has just written {path}: run the same command again")
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-@contextmanager
-def recording(path, inputs, earlier=None, write=True, began=None, **content):
-    """Write the record of a stage at its start, and add the seconds of this start when it ends, however it ends.
-
-    Args:
+        path: the record's file.
         inputs: as in `check_inputs`.
         earlier: the record of an interrupted start, or None.
-        write: False in all processes but the first.
+        seen: the record that this start has read, {} if there was none; None if it does not matter.
+        write: False in all processes but the first, which lock and write nothing.
         began: what `time.monotonic` was when the stage began; None: now.
+        clear: function that removes what was in the place of the output, before the record is written.
         content: what else to record.
 
     Yields:
         the record (dict). The stage adds "files" when its outputs are complete.
+
+    Raises:
+        UserError: another process has the lock, or has written the record since it was read.
     """
     earlier, began = earlier or {}, began or time.monotonic()
     record = {"inputs": inputs, "starts": earlier.get("starts", 0) + 1, "seconds": earlier.get("seconds", 0)}
     record |= {"versions": versions(), "commit": commit(), **content}
-    if write:
-        write_record(path, record)
-    try:
+    if not write:
         yield record
-    finally:
-        record["seconds"] = round(earlier.get("seconds", 0) + time.monotonic() - began, 1)
-        if write:
+        return
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another process is writing {path.parent}: wait for it, or choose another output") from None
+    except OSError as error:  # a file system without locks
+        print(f"warning: no lock on {path.parent} ({error.strerror}): do not start this twice", file=sys.stderr)
+    try:
+        if seen is not None and (read_record(path) or {}) != seen:
+            raise UserError(f"another process has just written {path}: run the same command again")
+        if clear:
+            clear()
+        write_record(path, record)
+        try:
+            yield record
+        finally:
+            record["seconds"] = round(earlier.get("seconds", 0) + time.monotonic() - began, 1)
             write_record(path, record)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _flat(content, prefix=""):

@@ -1,8 +1,6 @@
 """The parser of `dpo.py`: flags, and a YAML file of the same options."""
 
 import json
-import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,36 +29,25 @@ class YamlParser(OneLineErrors, HfArgumentParser):
         first = Parser(None, add_help=False)
         first.add_argument("--config", type=Path)
         found, flags = first.parse_known_args()
-        self.options = read_options(found.config) if found.config else {}
-        flags = [*self._flags(), *flags]
-        try:
-            *parsed, unknown = self.parse_args_into_dataclasses(flags, True, look_for_args_file=False)
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(str(error)) from None
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return parsed
-
-    def _flags(self):
-        """Return the options of the file as flags."""
+        options = read_options(found.config) if found.config else {}
         names = {field.name for dataclass in self.dataclass_types for field in fields(dataclass)}
-        if unknown := [str(name) for name in self.options if name not in names]:
+        if unknown := [str(name) for name in options if name not in names]:
             self.error(f"unknown keys in the --config file: {', '.join(unknown)}")
-        flags = []
-        for name, value in self.options.items():
+        of_file = []
+        for name, value in options.items():
             values = value if isinstance(value, list) else [value]
             values = [one if isinstance(one, str) else json.dumps(one, default=str) for one in values]
             if value is None:  # `null` is for the options that may be None
                 self.set_defaults(**{name: None})
             else:
-                flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
-        return flags
-
-    def error(self, message):
-        name = re.match(r"argument --(\w+)", message)
-        if name and name[1] in self.options and f"--{name[1]}" not in sys.argv:
-            message = f"in the --config file: {message}"
-        super().error(message)
+                of_file += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+        try:
+            *parsed, unknown = self.parse_args_into_dataclasses([*of_file, *flags], True, look_for_args_file=False)
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(str(error)) from None
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed
 
 
 def read_options(path):

@@ -11,11 +11,10 @@ from grath.common.errors import UserError
 from grath.common.files import read_json, sha256
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_LOG, TRAINING_PLOT, TRAINING_RECORD
 from grath.common.record import check_files, check_inputs, read_record
-from grath.modeling.devices import check_shared
 
 
-def agreed_state(inputs, settings):
-    """Determine how far an earlier start got in its output folder, after all processes have read the folder.
+def resume_state(inputs, settings):
+    """Determine how far an earlier start got in its output folder.
 
     Args:
         inputs: dict of what the training depends on.
@@ -28,12 +27,6 @@ def agreed_state(inputs, settings):
     Raises:
         UserError: the folder is not one of this training, or the given checkpoint is not complete.
     """
-    state, record, checkpoint = _resume_state(inputs, settings)
-    check_shared((state, checkpoint), settings["output_dir"])
-    return state, record, checkpoint
-
-
-def _resume_state(inputs, settings):
     folder, chosen = Path(settings["output_dir"]), settings.get("resume_from_checkpoint")
     overwrite = settings["overwrite_output_dir"]
     if overwrite and chosen:

@@ -6,7 +6,7 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 
-from grath.generation.attention import engine_attention, lm_head_logits
+from grath.generation.attention import engine_attention
 from grath.generation.cache import NO_END, common_prefix_length, download, prefill_prefix, upload
 
 # Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
@@ -179,7 +179,7 @@ def _token_log_probs(model, hidden, targets):
     for first in range(0, len(states), LOGITS_CHUNK):
         last = first + LOGITS_CHUNK
         # The harness uses `log_softmax`. `logsumexp` is more exact, but the results would differ from the harness's.
-        log_probs = lm_head_logits(model, hidden[uploaded_states[first:last]]).float().log_softmax(-1)
+        log_probs = model.get_output_embeddings()(hidden[uploaded_states[first:last]]).float().log_softmax(-1)
         end = bisect_left(state_of, last)
         at, tokens = state[start:end] - first, token[start:end]
         found.append(torch.stack((log_probs[at, tokens], log_probs.argmax(-1)[at] == tokens)))

@@ -11,7 +11,7 @@ from grath.common.errors import UserError
 from grath.common.files import check_writable, sha256
 from grath.common.layout import PROJECT, SAMPLES, SCORES_RECORD, resolve_local
 from grath.common.local_data import content_hash, load_dataset
-from grath.common.record import check_files, check_inputs, locked, read_record, recording, write_record
+from grath.common.record import check_files, check_inputs, read_record, recording, write_record
 from grath.evaluation.results import EDITED, NO_SCORE, is_scored, read_scores, write_results
 from grath.evaluation.samples import MAX_NEW_TOKENS, write_samples
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
@@ -75,8 +75,7 @@ def score_model(args):
     init_distributed().wait_for_everyone()
     content = {"model": args.model, "files": files}
     with (
-        locked(path, record or {}, main_process),
-        recording(path, inputs, record if files else None, main_process, **content) as record,
+        recording(path, inputs, record if files else None, record or {}, main_process, **content) as record,
         _loaded(args, precision, tokenizer) as (lm, generator),
     ):
         if args.chat_template:

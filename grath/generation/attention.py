@@ -139,11 +139,6 @@ def unsupported_reason(model, length):
     return None
 
 
-def lm_head_logits(model, hidden):
-    """Return the logits (..., V) of last hidden states (..., d)."""
-    return model.get_output_embeddings()(hidden)
-
-
 @contextmanager
 def engine_attention(model):
     """Put `model` (`PreTrainedModel` or `PeftModel`) in evaluation mode and let it attend to a `SharedPrefixCache`."""

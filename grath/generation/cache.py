@@ -2,6 +2,7 @@
 
 from itertools import accumulate
 from operator import add
+from os.path import commonprefix
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -38,7 +39,7 @@ class SharedPrefixCache:
                 overwritten or masked.
 
         Returns:
-            (N, d) last hidden states, row after row, for `lm_head_logits`.
+            (N, d) last hidden states, row after row, for the LM head.
         """
         counts = [len(new) for new in tokens]
         ids = [token for new in tokens for token in new]
@@ -62,7 +63,7 @@ class SharedPrefixCache:
                 for the context's tokens, which all see.
 
         Returns:
-            (N, d) last hidden states, row after row, for `lm_head_logits`.
+            (N, d) last hidden states, row after row, for the LM head.
         """
         fields = ([number for row in rows for number in row[field]] for field in range(3))
         ids, depths, ends = self._upload(model.device, [len(row[0]) for row in rows], *fields)
@@ -189,9 +190,7 @@ def download(tensor):
 
 def common_prefix_length(prompts):
     """Return the length of the longest common prefix that leaves at least one token of each prompt."""
-    smallest, largest = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    return next((i for i in range(limit) if smallest[i] != largest[i]), limit)
+    return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
 def prefill_prefix(model, prefix_ids, rows, capacity):

@@ -6,20 +6,15 @@ number of rows of a batch, None on servers.
 """
 
 import gc
-from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
 
-from grath.common.defaults import SERVER_TIMEOUT
-from grath.common.errors import UserError
 from grath.generation.attention import unsupported_reason
 from grath.generation.hf import generate_hf
 from grath.generation.shared_prefix import generate_shared_prefix
-from grath.modeling.loading import eos_token_ids, load_for_inference
-from grath.modeling.precision import SERVER
+from grath.modeling.loading import eos_token_ids
 from grath.serving.completions import request_completions
-from grath.serving.served import compare_with_local, serve
 
 # Rows to begin with. On a GPU, a step of the shared-prefix engine takes hardly longer for more of them.
 ROWS, GPU_ROWS = 64, 256
@@ -30,11 +25,11 @@ class LocalGenerator:
 
     Args:
         max_new_tokens: maximum number of tokens of a completion.
-        engine: `shared_prefix`, which falls back to `generate` where it does not support the model, or `generate`.
         batch_size: rows to begin with; None: `GPU_ROWS` or `ROWS`.
+        engine: `shared_prefix`, which falls back to `generate` where it does not support the model, or `generate`.
     """
 
-    def __init__(self, model, tokenizer, max_new_tokens, engine="shared_prefix", batch_size=None):
+    def __init__(self, model, tokenizer, max_new_tokens, batch_size=None, engine="shared_prefix"):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.engine, self.rows = engine, batch_size
         self.window = getattr(model.config, "max_position_embeddings", None)
@@ -97,26 +92,3 @@ class ServerGenerator:
             usage = response.get("usage")
             count = usage.get("completion_tokens") if isinstance(usage, dict) else None
             yield index, response["choices"][0]["text"], count if type(count) is int else 0
-
-
-@contextmanager
-def open_generator(
-    engine, name, tokenizer, precision, max_new_tokens, batch_size=None, servers=(), timeout=SERVER_TIMEOUT
-):
-    """Load the model `name`, or find it on servers; yield its `LocalGenerator` or `ServerGenerator`.
-
-    Args:
-        engine: `shared_prefix`, `generate` or `server`.
-        precision: a precision from `resolve_precision`; not used on servers.
-        servers, timeout: as in `serve`, for the engine `server`.
-    """
-    if engine != SERVER:
-        yield LocalGenerator(load_for_inference(name, precision), tokenizer, max_new_tokens, engine, batch_size)
-        return
-    if not servers:
-        raise UserError("--engine server needs --server_url http://host:port")
-    if PartialState().num_processes > 1:
-        raise UserError("--engine server runs in one process: the servers share the questions")
-    with serve(name, servers, timeout) as served:
-        print(compare_with_local(served, name, tokenizer), flush=True)
-        yield ServerGenerator(served, name, tokenizer, max_new_tokens, batch_size)

@@ -5,7 +5,7 @@ from itertools import accumulate, islice
 
 import torch
 
-from grath.generation.attention import engine_attention, lm_head_logits
+from grath.generation.attention import engine_attention
 from grath.generation.cache import common_prefix_length, prefill_prefix, upload
 from grath.generation.hf import truncate_at_eos
 from grath.generation.prompt_lookup import LONGEST_DRAFT, NgramIndex
@@ -87,7 +87,7 @@ class _ActiveBatch:
     def _greedy_tokens(self, hidden):
         """Return the most likely next tokens after last hidden states (N, d): list of N ids."""
         # The first of equal maxima, like `argmax`, which takes 4 times as long for 16-bit numbers on a CPU.
-        return lm_head_logits(self.model, hidden).max(-1).indices.tolist()
+        return self.model.get_output_embeddings()(hidden).max(-1).indices.tolist()
 
     def _append_tokens(self, first, generated):
         """Append a list of tokens to every row from `first` on; remove the rows that are done, and return them."""

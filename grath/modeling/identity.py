@@ -37,7 +37,13 @@ def model_identity(name, of_hub="config.json"):
             raise UserError(f"{lost[0]} is a link to a file that does not exist: copy the model with its files (cp -L)")
         found = {"base": {str(file.relative_to(folder)): file_hash(file) for file in files if file.is_file()}}
     else:
-        found = {"base": {"hub": base, "commit": _commit(base, of_hub)}}
+        from huggingface_hub import hf_hub_download
+
+        try:
+            commit = Path(hf_hub_download(base, of_hub)).parent.name
+        except Exception as error:  # the hub client raises many kinds of errors
+            raise UserError(f"cannot load the model {base}: {first_line(error)}") from error
+        found = {"base": {"hub": base, "commit": commit}}
     if adapter:
         folder = Path(adapter)
         trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
@@ -46,15 +52,6 @@ def model_identity(name, of_hub="config.json"):
             check_inputs({"inputs": trained}, found["base"], f"the adapter {folder}", f"put its base back to {base}")
         found["adapter"] = {file: file_hash(folder / file) for file in (ADAPTER, ADAPTER_CONFIG)}
     return found
-
-
-def _commit(name, file):
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, file)).parent.name
-    except Exception as error:  # the hub client raises many kinds of errors
-        raise UserError(f"cannot load the model {name}: {first_line(error)}") from error
 
 
 def tokenizer_identity(name):

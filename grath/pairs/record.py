@@ -44,7 +44,7 @@ def _hash(rows):
     return hash_of(json.dumps(row) for row in rows)
 
 
-def is_finished(path, earlier, inputs, overwrite):
+def is_finished(path, earlier, inputs):
     """Return whether an earlier start has finished the pair file `path`.
 
     Args:
@@ -55,8 +55,6 @@ def is_finished(path, earlier, inputs, overwrite):
         UserError: the file was made from something else, or is not the file that was written.
     """
     advice = "pass --overwrite to replace it, or choose another --save_prefix or --save_dir"
-    if overwrite:
-        return False
     if earlier is None:
         if path.exists():
             raise UserError(f"{path} has no record of what it was made from: {advice}")

@@ -6,7 +6,7 @@ from collections import Counter
 from contextlib import contextmanager
 from glob import escape
 
-from grath.common.files import atomic_write_text, fits, parse_json
+from grath.common.files import fits, parse_json
 from grath.modeling.devices import print_once
 
 QUESTION, CORRECT, INCORRECT = "Question:", "Correct answer:", "Incorrect answer:"
@@ -17,21 +17,17 @@ CLOSING = re.compile(rf"[<\[]\|?(?:/|end_of_){_KIND}", re.IGNORECASE)
 
 
 def opens_reasoning(prompt):
-    """Return the tag with which a prompt (str) begins the model's reasoning, or an empty string."""
+    """Return the line with which a prompt (str) begins the model's reasoning, or an empty string."""
     last = prompt.rstrip().rpartition("\n")[2]
-    return last if OPENING.fullmatch(last) else ""
+    return f"{last}\n" if OPENING.fullmatch(last) else ""
 
 
-def parse_response(response, opened=""):
+def parse_response(response):
     """Extract the two answers from a response: its last pair of lines about the question, after any reasoning.
-
-    Args:
-        opened: what `opens_reasoning` returned for the prompt.
 
     Returns:
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
-    response = f"{opened}\n{response}"
     start = max((tag.end() for tag in CLOSING.finditer(response)), default=0)
     if OPENING.search(response, start):
         return None, "reasoning without an end"
@@ -67,11 +63,11 @@ def _pair_at(lines, number):
     return correct.lstrip("*").strip(), incorrect.lstrip("*").strip()
 
 
-def parse_responses(questions, responses, opened=""):
+def parse_responses(questions, responses):
     """Parse the responses to questions; return the rows of the pair file, and why others were dropped (Counter)."""
     rows, dropped = [], Counter()
     for i, question in enumerate(questions):
-        answers, reason = parse_response(responses[i], opened)
+        answers, reason = parse_response(responses[i])
         if answers:
             rows.append({"question": question["question"], "correct": answers[0], "incorrect": answers[1]})
         else:
@@ -79,13 +75,9 @@ def parse_responses(questions, responses, opened=""):
     return rows, dropped
 
 
-def _saved_file(path, process=""):
-    """Return the file of the responses to a pair file: of one process, or merged. Each line: [index, response]."""
-    return path.with_name(f".{path.name}.responses{process}")
-
-
 def _saved_files(path):
-    return list(path.parent.glob(f"{escape(_saved_file(path).name)}*"))
+    """Return the files of the responses to a pair file. Each line: [index, response]."""
+    return list(path.parent.glob(f".{escape(path.name)}.responses*"))
 
 
 def load_responses(path):
@@ -103,19 +95,15 @@ def load_responses(path):
     return responses
 
 
-def merge_responses(path, responses):
-    """Write loaded responses to one file, and remove the others."""
-    lines = [json.dumps(item) for item in sorted(responses.items())]
-    atomic_write_text(_saved_file(path), "".join(f"{line}\n" for line in lines))
-    for file in _saved_files(path):
-        if file != _saved_file(path):
-            file.unlink()
-
-
 @contextmanager
-def save_responses(path, process):
-    """Open this process's file of saved responses; yield a function (index, response) that saves one at once."""
-    with _saved_file(path, f".{process}").open("w", encoding="utf-8") as file:
+def save_responses(path, name):
+    """Open a new file of saved responses; yield a function (index, response) that saves one at once.
+
+    Args:
+        path: the pair file.
+        name: what the file is called after it; another one for each process of each start.
+    """
+    with path.with_name(f".{path.name}.responses.{name}").open("w", encoding="utf-8") as file:
 
         def save(index, response):
             file.write(json.dumps([index, response]) + "\n")

@@ -21,11 +21,6 @@ def count_identical(rows):
     return sum(row["correct"] == row["incorrect"] for row in rows)
 
 
-def mean_words(answers):
-    """Return the mean number of words of answers (list of str, not empty)."""
-    return mean(len(answer.split()) for answer in answers)
-
-
 def negated(answers):
     """Return the share of answers (list of str, not empty) that contain a negation."""
     return sum(bool(NEGATION.search(answer.replace("\u2019", "'"))) for answer in answers) / len(answers)
@@ -64,7 +59,9 @@ def pair_stats(path, questions=()):
         "distance": measured.get("distance"),
         "probe": measured.get("probe"),
         "negated": " / ".join(f"{negated(side):.3f}" for side in sides) if different else None,
-        "words": " / ".join(f"{mean_words(side):.1f}" for side in sides) if different else None,
+        "words": " / ".join(f"{mean(len(answer.split()) for answer in side):.1f}" for side in sides)
+        if different
+        else None,
     }
 
 

@@ -35,13 +35,12 @@ def nearest_choice(answer, choices):
     return scores.index(best) if best > 0 and scores.count(best) == 1 else None
 
 
-def truth_signal(rows, questions, seed=0):
+def truth_signal(rows, questions):
     """Measure the truth signal of pairs with a 95 % bootstrap interval over pairs.
 
     Args:
         rows: list of pairs. Those with equal answers, which DPO drops, do not count.
         questions: list of dicts as in `grath.pairs.questions`; a pair belongs to the first one with its text.
-        seed: seed of the bootstrap.
 
     Returns:
         dict, or None if one side has no answer that is nearest to one choice: "correct" and "incorrect", the shares of
@@ -63,7 +62,7 @@ def truth_signal(rows, questions, seed=0):
     decided = ~numpy.isnan(gold)
     if not decided.any(axis=0).all():
         return None
-    means = bootstrap_means(gold, seed)
+    means = bootstrap_means(gold)
     correct, incorrect = numpy.nanmean(gold, axis=0).tolist()
     return {
         "correct": correct,

@@ -10,10 +10,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import SafetensorError
-from support import BUNDLED, PROJECT, call_here
+from support import PROJECT, asking, call_here
 
-import create_pair_responses
-from grath.common.errors import explain_system_error
+from grath.common.errors import explain_system_error, run_main
 
 
 def cuda_error(number, text):
@@ -52,17 +51,11 @@ MACHINES = {
 }
 
 
-def ask(tmp_path, model, error, monkeypatch):
-    """The arguments of a stage whose model cannot be loaded for an error."""
-    monkeypatch.setattr("grath.generation.select.load_for_inference", Mock(side_effect=error))
-    return ("--model_name_or_path", model, "--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED)
-
-
 @pytest.mark.parametrize("kind", MACHINES)
 def test_trouble_with_the_machine_is_one_line(kind, tiny_llama, tmp_path, monkeypatch):
     make, line = MACHINES[kind]
-    flags = ask(tmp_path, tiny_llama, make(), monkeypatch)
-    done = call_here("create_pair_responses.py", *flags, status=1)
+    monkeypatch.setattr("create_pair_responses.load_for_inference", Mock(side_effect=make()))
+    done = call_here(*asking(tiny_llama, tmp_path), status=1)
     assert line in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -78,27 +71,23 @@ BUGS = {
 
 
 @pytest.mark.parametrize("kind", BUGS)
-def test_any_other_error_keeps_its_traceback(kind, tiny_llama, tmp_path, monkeypatch):
+def test_any_other_error_keeps_its_traceback(kind):
     error = BUGS[kind]()
     assert explain_system_error(error) is None
-    flags = ask(tmp_path, tiny_llama, error, monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
     with pytest.raises(type(error)):
-        create_pair_responses.run_main(create_pair_responses.main)
+        run_main(Mock(side_effect=error))
 
 
 def test_a_debugger_sees_every_traceback(tmp_path):
-    flags = ("--model_name_or_path", tmp_path, "--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED)
     for debug in ("0", "1"):
-        done = call_here("create_pair_responses.py", *flags, env={"GRATH_DEBUG": debug}, status=2)
+        done = call_here(*asking(tmp_path, tmp_path), env={"GRATH_DEBUG": debug}, status=2)
         assert ("Traceback (most recent call last)" in done.stderr) == (debug == "1")
         assert done.stderr.splitlines()[-1].startswith("create_pair_responses.py: error: ")
 
 
 def test_a_missing_package_is_one_line_at_the_command_line(tmp_path):
-    command = [sys.executable, "-S", PROJECT / "create_pair_responses.py", "--model_name_or_path", "m"]
-    command += ["--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED]
+    command = [sys.executable, "-S", *map(str, asking("m", tmp_path))]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=env)
     assert done.returncode == 1
     assert re.fullmatch(r".*No module named '\w+': pip install -e \. -c constraints\.txt\n", done.stderr)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from made_runs import put_pairs, put_run
-from support import BUNDLED, call_here, pair, rows, write_rows
+from support import BUNDLED, asking, call_here, pair, rows, write_rows
 
 from grath.common.files import fits
 
@@ -85,30 +85,13 @@ def test_a_combination_and_a_training_of_damaged_files(pair_file, tiny_llama, tm
     assert assert_one_line(command, broken(rows(pair_file)[0]), file) > 4
     config = tmp_path / "dpo.yaml"
     flags = ("--model_name_or_path", "none", "--dataset_path", pair_file, "--output_dir", tmp_path / "d")
-    texts = (
-        DEEP,
-        "learning_rate: {a: 1}",
-        "max_steps: [1, 2]",
-        "beta: true",
-        "- 1",
-        "x: &a [*a]",
-        "seed: \ud7ff",
-        "1: 2",
-    )
+    texts = [DEEP, "learning_rate: {a: 1}", "max_steps: [1, 2]", "beta: true", "x: &a [*a]", "seed: \ud7ff", "1: 2"]
     assert assert_one_line(("dpo.py", "--config", config, *flags), texts, config) == len(texts)
 
 
 def test_questions_and_few_shot_examples_of_other_types(tmp_path):
     file = tmp_path / "questions.jsonl"
-    ask = (
-        "create_pair_responses.py",
-        "--model_name_or_path",
-        "none",
-        "--save_prefix",
-        "p",
-        "--save_dir",
-        tmp_path / "p",
-    )
+    ask = asking("none", tmp_path / "p")
     question = rows(BUNDLED)[0]
     assert assert_one_line((*ask, "--data_path", file), broken(question), file) > 4
     string = {"question": "q", "choices": {"text": ["yes", "no"], "label": "AB"}, "answerKey": "AB"}
@@ -116,17 +99,16 @@ def test_questions_and_few_shot_examples_of_other_types(tmp_path):
     assert "not in the ARC schema" in call_here(*ask, "--data_path", file, status=2).stderr
     demo = dict.fromkeys(("question", "candidate_correct", "candidate_incorrect", "correct", "incorrect"), "text")
     demos = tmp_path / "demos.json"
-    command = (*ask, "--data_path", BUNDLED, "--useFS", "--demos", demos)
+    command = (*ask, "--useFS", "--demos", demos)
     assert assert_one_line(command, broken([demo]), demos) > 4
 
 
 @pytest.mark.parametrize("name", ["~nobody-here/model", "a" * 300, "a/" * 2500 + "a"])
 def test_names_that_no_file_system_takes(name, pair_file, tmp_path):
-    ask = ("--save_prefix", "p", "--save_dir", tmp_path / "p", "--data_path", BUNDLED)
     for command in [
-        ("create_pair_responses.py", "--model_name_or_path", name, *ask),
-        ("create_pair_responses.py", "--model_name_or_path", tmp_path, "--tokenizer_name", name, *ask),
-        ("create_pair_responses.py", "--model_name_or_path", tmp_path, "--data_name", name, *ask[:4]),
+        asking(name, tmp_path / "p"),
+        asking(tmp_path, tmp_path / "p", "--tokenizer_name", name),
+        asking(tmp_path, tmp_path / "p", "--data_path", "", "--data_name", name),
         ("dpo.py", "--model_name_or_path", name, "--dataset_path", pair_file, "--output_dir", tmp_path / "d"),
         ("dpo.py", "--model_name_or_path", "none", "--dataset_path", name, "--output_dir", tmp_path / "d"),
         ("dpo.py", "--model_name_or_path", "none", "--dataset_path", pair_file, "--output_dir", name),
@@ -154,35 +136,12 @@ def test_answers_in_a_report_are_text(tmp_path):
 
 
 def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):
-    ask = (
-        "--save_prefix",
-        "p",
-        "--save_dir",
-        tmp_path,
-        "--data_path",
-        BUNDLED,
-        "--num_query",
-        1,
-        "--precision",
-        "fp32",
-    )
     train = ("--dataset_path", pair_file, "--output_dir", tmp_path / "d", "--max_steps", 1, "--precision", "fp32")
     for record, command in {
-        "p_num_1_useGT_False_useFS_False.json.record.json": ("create_pair_responses.py", *ask),
-        "d/grath.json": ("dpo.py", *train),
-        "s/settings.json": (
-            "grath.evaluation",
-            tmp_path / "s",
-            "--tasks",
-            "grath_mc1",
-            "--limit",
-            1,
-            "--precision",
-            "fp32",
-        ),
+        "p_num_2_useGT_False_useFS_False.json.record.json": asking(tiny_llama, tmp_path),
+        "d/grath.json": ("dpo.py", "--model_name_or_path", tiny_llama, *train),
+        "s/settings.json": ("grath.evaluation", tiny_llama, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1),
     }.items():
-        model = () if command[0] == "grath.evaluation" else ("--model_name_or_path",)
-        command = (command[0], *model, tiny_llama, *command[1:])
         path = tmp_path / record
         path.parent.mkdir(exist_ok=True)
         with path.with_name(f".{path.name}.lock").open("w") as lock:

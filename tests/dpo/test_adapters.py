@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support import BUNDLED, call_here, check_here, weights
+from support import BUNDLED, asking, call_here, check_here, weights
 from trainings import margin, train
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
@@ -70,9 +70,8 @@ def test_a_rolling_iteration_starts_from_every_adapter_that_is_taken(kind, tiny_
 
 def commands(adapter, pair_file, folder):
     """What each command that loads an adapter writes: file -> its arguments."""
-    ask = ("--save_prefix", "p", "--save_dir", folder, "--data_path", BUNDLED, "--num_query", 2, "--precision", "fp32")
     return {
-        "p_num_2_useGT_False_useFS_False.json": ("create_pair_responses.py", "--model_name_or_path", adapter, *ask),
+        "p_num_2_useGT_False_useFS_False.json": asking(adapter, folder),
         "d": ("dpo.py", "--model_name_or_path", adapter, "--dataset_path", pair_file, "--output_dir", folder / "d"),
         "s": ("grath.evaluation", adapter, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
         "x": ("grath.export", adapter, folder / "x"),
@@ -100,17 +99,19 @@ def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
         assert "merge it into its base with PEFT" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", ["LoHa", "VeRA", "prefix tuning", "another task"])
+OTHERS = {
+    "LoHaConfig": {"target_modules": ATTENTION},
+    "VeraConfig": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]},
+    "PrefixTuningConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3},
+    "LoraConfig": {"task_type": "FEATURE_EXTRACTION", "target_modules": ATTENTION},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
 def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
     import peft
 
-    config = {
-        "LoHa": lambda: peft.LoHaConfig(target_modules=ATTENTION),
-        "VeRA": lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
-        "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "another task": lambda: peft.LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=ATTENTION),
-    }[kind]()
-    adapter = save_adapter(tiny_llama, tmp_path / "a", config)
+    adapter = save_adapter(tiny_llama, tmp_path / "a", getattr(peft, kind)(**OTHERS[kind]))
     done = call_here(*commands(adapter, pair_file, tmp_path)["d"], status=2)
     assert "not LoRA for a causal language model: merge it" in done.stderr and len(done.stderr.splitlines()) == 1
 

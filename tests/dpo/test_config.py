@@ -72,9 +72,9 @@ def test_flags_override_the_yaml_file(tmp_path, monkeypatch):
 # The content of the file, and how the line begins.
 INVALID = [
     ("learnin_rate: 1\nbeta: 0.1\nepochs: 2\n", "unknown keys in the --config file: learnin_rate, epochs (see --help)"),
-    ("reference: none\n", "in the --config file: argument --reference: invalid choice: 'none' (choose from "),
-    ("sanity_check: maybe\n", "in the --config file: argument --sanity_check/--sanity-check: Truthy value expected"),
-    ("seed: 1.5\n", "in the --config file: argument --seed: invalid int value: '1.5' (see --help)"),
+    ("reference: none\n", "argument --reference: invalid choice: 'none' (choose from "),
+    ("sanity_check: maybe\n", "argument --sanity_check/--sanity-check: Truthy value expected"),
+    ("seed: 1.5\n", "argument --seed: invalid int value: '1.5' (see --help)"),
     ("beta: [0.1, 0.2]\n", "unrecognized arguments: 0.2 (see --help)"),
     ("beta: 0\n", "--beta must be greater than 0, not 0.0"),
     ("dataset_name: truthful_qa\n", "give either --dataset_path (a pair file) or --dataset_name"),

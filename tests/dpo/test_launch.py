@@ -9,7 +9,7 @@ from support import PROJECT, call
 from trainings import command, difference, interrupt, read_training
 
 from grath.common.errors import UserError
-from grath.dpo import checkpoints
+from grath.modeling.devices import check_shared
 
 
 def test_accelerate_launch_gives_the_same_adapter(first_iteration, tiny_llama, pair_file, tmp_path):
@@ -66,9 +66,8 @@ def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("grath.modeling.devices.init_distributed", lambda: None)
     monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, ("interrupted", "checkpoint-2")])
-    settings = {"output_dir": tmp_path / "m", "overwrite_output_dir": False, "model_name_or_path": "model"}
     with pytest.raises(UserError, match="the processes see different files in .*: all machines must share it"):
-        checkpoints.agreed_state({}, settings)
+        check_shared(("nothing", None), tmp_path)
 
 
 def test_accelerate_configurations_load():

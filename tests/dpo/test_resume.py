@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from support import BUNDLED, PROJECT, call_here, pair, write_rows
+from support import PROJECT, asking, call_here, pair, write_rows
 from trainings import command, difference, interrupt, train
 
 from grath.dpo.checkpoints import last_checkpoint
@@ -131,15 +131,6 @@ def test_a_killed_training_resumes_with_other_pairs_per_forward_pass(seventeen, 
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_training_killed_before_its_adapter_saves_the_same(seventeen, tiny_llama, tmp_path):
-    flags, whole, record = seventeen
-    interrupt(whole, tmp_path / "m", 12)
-    _, resumed = train(tiny_llama, tmp_path / "m", source=flags)
-    assert resumed["resumed_from"].endswith("checkpoint-12") and resumed["seconds"] > record["seconds"]
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "m" / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_epochs(tiny_llama, source, tmp_path):
     flags = ("--max_steps", "-1", "--num_train_epochs", "1.5", "--save_strategy", "epoch")
     done, record = train(tiny_llama, tmp_path / "m", *flags, "--logging_strategy", "epoch", source=source)
@@ -164,8 +155,7 @@ def test_a_truncated_checkpoint_is_skipped(first_iteration, tmp_path, file):
 def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, tmp_path):
     """The model was replaced after it wrote the pairs."""
     model = shutil.copytree(tiny_llama, tmp_path / "model")
-    ask = ("--save_prefix", "p", "--save_dir", tmp_path, "--data_path", BUNDLED, "--num_query", "2", "--useFS")
-    call_here("create_pair_responses.py", "--model_name_or_path", model, *ask, "--precision", "fp32")
+    call_here(*asking(model, tmp_path, "--useFS"))
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     source = ("--dataset_path", next(tmp_path.glob("p_*_useFS_True.json")))

@@ -20,7 +20,7 @@ from fault_injection import (
 pytestmark = pytest.mark.faults
 
 ITERATION_2 = {
-    "pairs of iteration 2": point(ASK, "open", r"\.responses\.0$"),
+    "pairs of iteration 2": point(ASK, "open", r"\.responses\."),
     "the pair file of iteration 2": renamed(ASK, r"iter1_\w+\.json"),
     "the combined file": renamed("combine_new", r"iter1_\w+_combined\.json"),
     "the record of iteration 2": renamed(TRAIN, r"grath\.json"),
@@ -70,7 +70,7 @@ def ended(fault, name):
 
 
 SIGNALS = {
-    "asking": ended(point(ASK, "open", r"\.responses\.0$"), "SIGTERM"),
+    "asking": ended(point(ASK, "open", r"\.responses\."), "SIGTERM"),
     "before training": ended(renamed(TRAIN, r"grath\.json"), "SIGTERM"),
     "training": ended(point(TRAIN, "os.mkdir", r"checkpoint-4$"), "SIGTERM"),
     "at the terminal": ended(point(TRAIN, "os.rename", r"/adapter_config\.json$"), "SIGINT"),

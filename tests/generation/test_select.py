@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from greedy import make_prompts, plain, same
-from support import BUNDLED, HUB, PROJECT, VLLM_ENV, call, call_here, needs_hub, tiny
+from support import HUB, PROJECT, VLLM_ENV, asking, call, call_here, needs_hub, tiny
 
 from grath.generation import select
 from grath.generation.cache import SharedPrefixCache
@@ -45,7 +45,7 @@ def test_when_the_memory_is_full_half_of_the_rows_remain(engine, passes, rows, m
             select, name, lambda model, new, *rest, fn=generate_fn: asked.append(new) or fn(model, new, *rest)
         )
     model.model.register_forward_pre_hook(full_at(*passes))
-    generator = LocalGenerator(model, TOKENIZER, 12, engine, batch_size=8)
+    generator = LocalGenerator(model, TOKENIZER, 12, 8, engine)
     for index, ids, length in generator.generate(prompts):
         assert index not in found and length == len(ids) and prompts[index] in asked[-1]
         found[index] = ids
@@ -75,19 +75,17 @@ def test_the_device_decides_the_first_rows(monkeypatch):
     kinds = ("cuda", "shared_prefix", GPU_ROWS), ("cuda", "generate", ROWS), ("cpu", "shared_prefix", ROWS)
     for device, engine, rows in kinds:
         of_base = {"config": base.config, "generation_config": base.generation_config}
-        generator = LocalGenerator(SimpleNamespace(device=torch.device(device), **of_base), TOKENIZER, 12, engine)
+        generator = LocalGenerator(
+            SimpleNamespace(device=torch.device(device), **of_base), TOKENIZER, 12, engine=engine
+        )
         assert len(list(generator.generate(make_prompts(3, 4)))) == 3 and generator.rows == rows
 
 
 def test_pairs_are_the_same_when_the_memory_was_full(tiny_llama, tmp_path, monkeypatch):
-    command = (
-        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--data_path",
-        BUNDLED, "--num_query", 12, "--precision", "fp32", "--save_dir",
-    )  # fmt: skip
-    call_here(*command, tmp_path / "small", "--batch_size", 3)
+    call_here(*asking(tiny_llama, tmp_path / "small", "--batch_size", 3, count=12))
     forward, full = SharedPrefixCache.forward, full_at(1, 9)
     monkeypatch.setattr(SharedPrefixCache, "forward", lambda *args: full() or forward(*args))
-    done = call_here(*command, tmp_path / "large", "--batch_size", 12)
+    done = call_here(*asking(tiny_llama, tmp_path / "large", "--batch_size", 12, count=12))
     assert "The memory is full with 12 questions in a batch: going on with 6" in done.stdout
     small, large = (next((tmp_path / name).glob("*_False.json")) for name in ("small", "large"))
     assert small.read_bytes() == large.read_bytes()

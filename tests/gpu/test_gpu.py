@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import BUNDLED, PROJECT, call, call_here, rows, tiny
+from support import PROJECT, asking, call, call_here, rows, tiny
 
 from grath.evaluation.harness import load_local
-from grath.generation import select
 from grath.generation.attention import fused_kernels_differ
 from grath.generation.cache import download
 from grath.generation.select import LocalGenerator
@@ -65,11 +64,9 @@ def test_the_kernels_equal_the_exact_attention(dtype, heads, size):
 @pytest.mark.parametrize("precision", ["int8", "nf4", "fp4"])
 def test_quantized_models_write_pairs_and_train(device, precision, tiny_llama, pair_file, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(
-        select, "load_for_inference", lambda *args: loaded.append(load_for_inference(*args)) or loaded[-1]
-    )
-    ask = ("create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "p", "--save_dir", tmp_path)
-    call_here(*ask, "--precision", precision, "--data_path", BUNDLED, "--num_query", 4, "--useFS")
+    load = lambda *args: loaded.append(load_for_inference(*args)) or loaded[-1]  # noqa: E731
+    monkeypatch.setattr("create_pair_responses.load_for_inference", load)
+    call_here(*asking(tiny_llama, tmp_path, "--precision", precision, "--useFS", count=4))
     assert len(rows(next(tmp_path.glob("p_num_4_*_True.json")))) == 4
     weight = loaded[0].model.layers[0].self_attn.q_proj.weight
     assert type(weight).__name__ == ("Int8Params" if precision == "int8" else "Params4bit")

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import BUNDLED, call_here, tiny
+from support import asking, call_here, tiny
 
 import grath.modeling.cpu_matmul as cpu_matmul
 from grath.modeling.cpu_matmul import fp32_cpu_matmul, make_product, merge_lora, prepare_linear_layers, time_products
@@ -125,8 +125,7 @@ def test_every_start_measures_and_prints_its_choice(tiny_llama, tmp_path, monkey
     monkeypatch.setenv("GRATH_DEBUG", "1")
     for way in ("plain", "float32"):
         prefer(monkeypatch, way)
-        ask = ("--save_prefix", way, "--save_dir", tmp_path, "--data_path", BUNDLED, "--num_query", 2)
-        done = call_here("create_pair_responses.py", "--model_name_or_path", tiny_llama, *ask, "--precision", "bf16")
+        done = call_here(*asking(tiny_llama, tmp_path / way, "--precision", "bf16"))
         assert f"Matrix products of bfloat16 weights: {way}; 128 rows and 1 row take plain " in done.stdout
         assert f"{way} 0.50 and 2.00 ms" in done.stdout
 

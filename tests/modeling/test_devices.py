@@ -12,7 +12,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from support import BUNDLED, PROJECT, call, call_here
+from support import BUNDLED, PROJECT, asking, call, call_here
 
 from grath.common.errors import UserError
 from grath.modeling import loading
@@ -33,8 +33,7 @@ def no_device_is_set(monkeypatch):
 def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_file, tmp_path):
     """Slurm or the user names a GPU, and torch sees none: the run must not start on the CPU."""
     out = tmp_path / "out"
-    ask = ("create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir", out)
-    ask += ("--data_path", BUNDLED, "--num_query", "1")
+    ask = asking(tiny_llama, out)
     train = ("dpo.py", "--model_name_or_path", tiny_llama, "--dataset_path", pair_file, "--output_dir", out)
     score = ("grath.evaluation", tiny_llama, out, "--tasks", "grath_mc1")
     loop = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(out), "DATA_PATH": str(BUNDLED)}
@@ -46,7 +45,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_
         assert done.stderr.endswith("(set DEVICE=cpu to use the CPU)\n") and done.stderr.count("\n") == 1
     assert not out.exists()
     call(*ask, env={**SEEN, "DEVICE": "cpu"})  # read before torch is imported
-    assert list(out.glob("x_*False.json"))
+    assert list(out.glob("p_*False.json"))
 
 
 def patch_torch(monkeypatch, reason=None, count=0):
@@ -121,22 +120,14 @@ def test_weights_and_adapter_are_loaded_on_the_gpu_of_the_process(precision, mon
     + [("dpo", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}), ("dpo", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})],
 )
 def test_every_stage_sets_the_allocator_before_torch_is_imported(module, given):
-    code = f"""
-import os, sys, importlib.abc
-class Watch(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print({{n: v for n, v in os.environ.items() if n.endswith("ALLOC_CONF")}})
-            sys.exit()
-sys.meta_path.insert(0, Watch())
-import {module}
-import torch
-"""
+    hook = "event == 'import' and args[0] == 'torch' and os.write(1, str(dict(os.environ)).encode()) and os._exit(0)"
+    code = f"import os, sys; sys.addaudithook(lambda event, args: {hook}); import {module}, torch"
     environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, env=environment | given, capture_output=True, text=True, check=True
     )
-    assert ast.literal_eval(done.stdout) == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    found = {name: value for name, value in ast.literal_eval(done.stdout).items() if name.endswith("ALLOC_CONF")}
+    assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_no_attention_is_computed_by_cudnn(tiny_llama):

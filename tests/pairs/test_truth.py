@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from support import BUNDLED, call_here, pair, rows, write_rows
+from support import BUNDLED, asking, call_here, pair, rows, write_rows
 
 from grath.pairs.questions import load_questions
 from grath.pairs.stats import pair_stats
@@ -79,17 +79,10 @@ def test_no_decided_answer_gives_none():
 
 def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
     """The tiny model gives every question the same answers, one of which names a choice of some questions."""
-    data = [
-        {
-            **row, "answerKey": "12"[i % 2],
-            "choices": {"text": ["light to grow", "small stones"], "label": ["1", "2"]},
-        }
-        for i, row in enumerate(rows(BUNDLED)[:6])
-    ]  # fmt: skip
-    done = call_here(
-        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "x", "--save_dir", tmp_path,
-        "--data_path", write_rows(tmp_path / "q.jsonl", data), "--precision", "fp32",
-    )  # fmt: skip
+    choices = {"text": ["light to grow", "small stones"], "label": ["1", "2"]}
+    data = [{**row, "answerKey": "12"[i % 2], "choices": choices} for i, row in enumerate(rows(BUNDLED)[:6])]
+    questions = write_rows(tmp_path / "q.jsonl", data)
+    done = call_here(*asking(tiny_llama, tmp_path, "--data_path", questions, count=6))
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("truth signal +0.000 [")]
     assert "0.500 of 6 correct answers and 0.500 of 6 incorrect answers mean" in line
 

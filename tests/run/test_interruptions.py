@@ -15,7 +15,7 @@ from fault_injection import ASK, ITERATION_1, WITHOUT_SCORES, copy_without, hit_
 from support import PROJECT, call, weights
 
 # It only makes this process wait for ten minutes.
-HELD = point(ASK, "open", r"\.responses\.0$", signal="SIGCONT")
+HELD = point(ASK, "open", r"\.responses\.", signal="SIGCONT")
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_signal_that_the_shell_ignores_ends_nothing(number, ignored, tmp_path)
 @pytest.mark.parametrize(
     ("file", "requeued"),
     [
-        ("data/.iter0.json.responses.0", True),
+        ("data/.iter0.json.responses.1.0", True),
         ("models/iter_1/checkpoint-2/trainer_state.json", True),
         ("models/iter_1/grath.json", False),
         ("data/iter0.json.record.json", False),

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from threading import Thread
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, call_here, pair, rows
+from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, asking, call_here, pair, rows
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
@@ -56,11 +55,8 @@ def quick(monkeypatch):
 
 
 def command(model, folder, *urls, questions=4, timeout=20):
-    return (
-        "create_pair_responses.py", "--model_name_or_path", model, "--save_prefix", "iter0_arcc", "--save_dir", folder,
-        "--data_path", BUNDLED, "--num_query", questions, "--engine", "server", "--server_url", *urls,
-        "--server_timeout", timeout,
-    )  # fmt: skip
+    flags = ("--precision", "auto", "--engine", "server", "--server_url", *urls, "--server_timeout", timeout)
+    return asking(model, folder, *flags, count=questions)
 
 
 def ask(*arguments, flags=(), status=0, **options):
@@ -94,10 +90,7 @@ def test_the_file_is_that_of_the_engine(serve, tiny_llama, tmp_path):
     """The server gets the token ids of our own prompt, asks greedily, and is compared with the local model first."""
     server = serve(answer=lambda ids: RESPONSE)
     done = ask(tiny_llama, tmp_path / "server", f"{server.url}/v1/")
-    call_here(
-        "create_pair_responses.py", "--model_name_or_path", tiny_llama, "--save_prefix", "iter0_arcc", "--save_dir",
-        tmp_path / "here", "--data_path", BUNDLED, "--num_query", 4, "--precision", "fp32",
-    )  # fmt: skip
+    call_here(*asking(tiny_llama, tmp_path / "here", count=4))
     (ours,), (theirs,) = ((tmp_path / name).glob("*_False.json") for name in ("server", "here"))
     assert ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes() and len(rows(ours)) == 4
     assert "on the servers has the local weights (the log-probabilities of" in done.stdout
@@ -130,15 +123,7 @@ def test_several_servers_share_the_questions(serve, tiny_llama, tmp_path):
     assert pairs_in(tmp_path) == expected(20)
 
 
-def test_what_passes_is_waited_for(serve, tiny_llama, tmp_path, quick):
-    """Every second request fails, the probe too: dropped, busy, broken, starting, or its response is cut."""
-    faults = ("drop", 429, 500, 503, "cut")
-    server = serve(faults=lambda number: faults[number // 2 % 5] if number % 2 else None)
-    ask(tiny_llama, tmp_path, server.url, questions=20)
-    assert pairs_in(tmp_path) == expected(20)
-
-
-@pytest.mark.parametrize("fault", ["drop", 503, "silent"])
+@pytest.mark.parametrize("fault", ["drop", 503, "silent", "drip"])
 def test_a_lost_server_is_one_line_and_responses_are_kept(serve, tiny_llama, tmp_path, quick, fault):
     asked = lambda: sum(not body.get("echo") for body in server.seen)  # noqa: E731
     server = serve(faults=lambda number: fault if asked() > 3 else None)
@@ -245,6 +230,7 @@ def test_a_wrong_response_is_one_line(serve, tiny_llama, tmp_path, monkeypatch, 
 
 
 PASSING = (
+    *("drop", 429, 500, 503, "cut"),  # lost, busy, broken, starting, half of the JSON
     change(finish_reason="abort"),
     change(finish_reason={"type": "error"}),
     change(text="Correct answer: \udc00\nIncorrect answer: b"),
@@ -258,10 +244,11 @@ PASSING = (
 )
 
 
-def test_a_response_that_may_be_right_next_time_is_asked_again(serve, tiny_llama, tmp_path, quick):
+def test_what_passes_is_waited_for_and_asked_again(serve, tiny_llama, tmp_path, quick):
+    """Every second request fails, the probe too."""
     server = serve(faults=lambda number: PASSING[number // 2 % len(PASSING)] if number % 2 else None)
-    ask(tiny_llama, tmp_path, server.url, questions=20)
-    assert pairs_in(tmp_path) == expected(20)
+    ask(tiny_llama, tmp_path, server.url, questions=30)
+    assert pairs_in(tmp_path) == expected(30)
 
 
 def test_what_servers_leave_out_or_name_otherwise(serve, tiny_llama, tmp_path):
@@ -282,15 +269,6 @@ def test_a_redirect_is_not_followed(serve, tiny_llama, tmp_path, monkeypatch):
     server.headers, server.status = {"Location": f"{other.url}/v1/completions?key={KEY}"}, 308
     done = ask(tiny_llama, tmp_path, server.url, status=2)
     assert f"redirects to {other.url}/v1/completions?key=***, which is not" in done.stderr and not other.seen
-
-
-def test_bytes_that_drip_end_with_the_timeout(serve, tiny_llama, tmp_path, quick):
-    """A request may take longer than that while others have their responses: here two seconds, three times."""
-    server = serve(faults=lambda number: "drip" if number > 2 else None)
-    start = time.monotonic()
-    done = ask(tiny_llama, tmp_path, server.url, questions=3, timeout=2, status=1)
-    assert f"no response from {server.url} for 2 s" in done.stderr and len(saved(tmp_path)) == 1
-    assert time.monotonic() - start < 20
 
 
 def test_a_long_queue_is_no_failure():
@@ -445,30 +423,21 @@ def test_bad_combinations(tiny_llama, tmp_path):
     for flags, said in {
         ("--engine", "server"): "needs --server_url",
         ("--server_url", "http://x:1"): "needs --engine server",
-        ("--engine", "server", "--server_url", "http://x:1", "--precision", "fp32"): "the server decides it",
+        ("--engine", "server", "--server_url", "http://x:1"): "the server decides it",
     }.items():
-        done = call_here(*command(tiny_llama, tmp_path)[:11], *flags, status=2)
+        done = call_here(*asking(tiny_llama, tmp_path, *flags), status=2)
         assert said in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def many_files():
-    """Both ends of 500 connections are in this process; some systems allow 1,024 open files at first."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], min(4096, limits[1])), limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_five_hundred_requests_at_once(serve, quick, many_files):
-    """One in twenty fails; no response is lost or doubled. The server answers none before it has all 500."""
+def test_three_hundred_requests_at_once(serve, quick):
+    """One in twenty fails; no response is lost or doubled. The server answers none before it has all 300."""
     kinds = ("drop", 429, 500, "cut")
     server = serve(
         answer=lambda ids: str(ids[0]), faults=lambda number: kinds[number // 20 % 4] if number % 20 == 0 else None
     )
-    server.hold = 500
+    server.hold = 300
     model = Served((server.url,), server.name, timeout=60)
-    found = request_completions(model, [{"prompt": [i]} for i in range(500)])
-    assert sorted((i, response["choices"][0]["text"]) for i, response in found) == [(i, str(i)) for i in range(500)]
-    assert len(server.seen) > 500 and sum(server.served.values()) == 500
-    assert server.most_at_once == 500
+    found = request_completions(model, [{"prompt": [i]} for i in range(300)])
+    assert sorted((i, response["choices"][0]["text"]) for i, response in found) == [(i, str(i)) for i in range(300)]
+    assert len(server.seen) > 300 and sum(server.served.values()) == 300
+    assert server.most_at_once == 300
