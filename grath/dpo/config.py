@@ -32,9 +32,7 @@ class GrathDPOConfig(DPOConfig):
     warmup_steps: float = option(defaults.WARMUP_STEPS, "warm-up steps; below 1: a fraction of all steps")
     optim: str = option("auto", "auto: paged_adamw_32bit on a CUDA GPU, adamw_torch on a CPU or with FSDP")
     per_device_train_batch_size: int | None = option(
-        None,
-        f"pairs per device and forward pass; by default as many as fit in the GPU's memory, at most {PAIRS_PER_STEP}; "
-        "4 on a CPU or with --gradient_accumulation_steps",
+        None, f"pairs per forward pass; by default as many as fit on a GPU, at most {PAIRS_PER_STEP}; 4 on a CPU"
     )
     gradient_accumulation_steps: int | None = option(
         None, f"forward passes per step; by default chosen so that all devices together use {PAIRS_PER_STEP} pairs"
@@ -46,13 +44,9 @@ class GrathDPOConfig(DPOConfig):
         "order of the pairs; group_by_length: pairs of similar length in each step",
         choices=("random", "sequential", "group_by_length"),
     )
-    gradient_checkpointing: bool | None = option(
-        None, "recompute activations to save memory; off by default, because the sequences are short"
-    )
+    gradient_checkpointing: bool | None = option(None, "recompute activations to save memory; off by default")
     precompute_ref_log_probs: bool = option(True, "compute the reference's log-probabilities once, before training")
-    precompute_ref_batch_size: int | None = option(
-        16, "pairs per forward pass of that; halved each time the memory is full"
-    )
+    precompute_ref_batch_size: int | None = option(16, "pairs per forward pass of that, halved if they do not fit")
     logging_first_step: bool = option(True, "log the first step; its margin shows which model is the reference")
     save_steps: float = option(defaults.SAVE_STEPS, "steps between checkpoints")
     report_to: str = option("none", "tensorboard, wandb, trackio, ... or none")

@@ -45,11 +45,7 @@ def _hash(rows):
 
 
 def is_finished(path, earlier, inputs):
-    """Return whether an earlier start has finished the pair file `path`.
-
-    Args:
-        earlier: the record of that start, or None.
-        inputs: what `describe_pairs` returned.
+    """Return whether an earlier start, with the record `earlier` or None, has finished the pair file `path`.
 
     Raises:
         UserError: the file was made from something else, or is not the file that was written.

@@ -99,9 +99,7 @@ def load_responses(path):
 def save_responses(path, name):
     """Open a new file of saved responses; yield a function (index, response) that saves one at once.
 
-    Args:
-        path: the pair file.
-        name: what the file is called after it; another one for each process of each start.
+    Each process of each start gives its own `name` for the file.
     """
     with path.with_name(f".{path.name}.responses.{name}").open("w", encoding="utf-8") as file:
 

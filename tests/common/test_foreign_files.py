@@ -1,8 +1,8 @@
 """Files from outside that are not what they should be: one line and status 2 in every command that reads them."""
 
-import copy
 import fcntl
 import json
+from itertools import cycle
 
 import pytest
 from made_runs import put_pairs, put_run
@@ -14,31 +14,21 @@ DEEP = "[" * 200_000
 OTHERS = (None, True, 7, "x", [1], {"x": [2]})
 
 
-def places(content, path=()):
-    """The paths of all values in parsed JSON, itself included."""
-    yield path
+def variants(content, others):
+    """Copies of parsed JSON in which one value, or all of it, is the next of `others`."""
+    yield next(others)
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
-        yield from places(value, (*path, key))
-
-
-def changed(content, path, value):
-    """A copy of parsed JSON with another value at a path."""
-    if not path:
-        return value
-    content = copy.deepcopy(content)
-    at = content
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    return content
+        for other in variants(value, others):
+            copy = content.copy()
+            copy[key] = other
+            yield copy
 
 
 def broken(content):
-    """Texts of damaged files: every value is of another type in one of them, some twice."""
-    for number, path in enumerate(places(content)):
-        for value in (OTHERS[number % len(OTHERS)], OTHERS[(number + 2) % len(OTHERS)]):
-            yield json.dumps(changed(content, path, value))
+    """Texts of damaged files: every value is of another type in two of them."""
+    for start in (0, 2):
+        yield from map(json.dumps, variants(content, cycle((*OTHERS[start:], *OTHERS[:start]))))
     text = json.dumps(content)
     yield from (text[: len(text) // 2], DEEP, text.replace(":", ': "\\ud800",', 1), "")
 

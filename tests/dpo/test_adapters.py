@@ -12,6 +12,7 @@ TAKEN = {
     "rank and scale": {"r": 3, "lora_alpha": 7, "target_modules": ATTENTION},
     "patterns": {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"k_proj": 2}},
     "rank-stabilized": {"use_rslora": True, "target_modules": ["o_proj"]},
+    "a pattern of names": {"target_modules": r".*\.(q|k|v)_proj"},
     "all linear layers": {"target_modules": "all-linear", "lora_dropout": 0.1},
     "one layer": {"target_modules": ATTENTION, "layers_to_transform": [1]},
     "gaussian": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},

@@ -132,9 +132,10 @@ def test_a_killed_training_resumes_with_other_pairs_per_forward_pass(seventeen, 
 
 
 def test_epochs(tiny_llama, source, tmp_path):
-    flags = ("--max_steps", "-1", "--num_train_epochs", "1.5", "--save_strategy", "epoch")
+    flags = ("--max_steps", "-1", "--num_train_epochs", "1.5", "--save_strategy", "epoch", "--loss_type", "ipo")
     done, record = train(tiny_llama, tmp_path / "m", *flags, "--logging_strategy", "epoch", source=source)
     assert "5 steps of 4 pairs" in done.stdout
+    assert record["log"][0]["loss"] == pytest.approx(25, abs=1e-3)  # (0 - 1 / (2 beta))^2
     assert [(line["step"], round(line["epoch"], 2)) for line in record["log"][:3]] == [(1, 0.33), (3, 1), (5, 1.67)]
     assert sorted(path.name for path in (tmp_path / "m").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
 

@@ -1,4 +1,4 @@
-"""Real runs of two iterations on a tiny model, killed at every point where it could do harm, and resumed."""
+"""Real runs of two iterations on a tiny model: killed where it could do harm, or damaged, and resumed."""
 
 import signal
 
@@ -15,15 +15,14 @@ from fault_injection import (
     renamed,
     same_as,
     same_scores,
+    start,
 )
 
 pytestmark = pytest.mark.faults
 
 ITERATION_2 = {
-    "pairs of iteration 2": point(ASK, "open", r"\.responses\."),
     "the pair file of iteration 2": renamed(ASK, r"iter1_\w+\.json"),
     "the combined file": renamed("combine_new", r"iter1_\w+_combined\.json"),
-    "the record of iteration 2": renamed(TRAIN, r"grath\.json"),
     "a checkpoint of iteration 2": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="rng_state.pth"),
     "the adapter of iteration 2": renamed(TRAIN, r"adapter_model\.safetensors"),
     "the run's plot": point("grath.report", "os.rename", r"iterations\.png$"),
@@ -101,3 +100,26 @@ def test_signals_end_every_process(llama_run, tmp_path):
     same_as(run, undisturbed)
     same_scores(run, undisturbed)
     assert (tmp_path / "requeued").read_text() == "requeue 14_3\n"
+
+
+def test_an_edited_output_stops_the_run_and_lost_ones_are_made_again(llama_run, tmp_path):
+    undisturbed, settings, _ = llama_run
+    run = copy_without(undisturbed, tmp_path)
+    files = lambda: {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}  # noqa: E731
+    (pairs,) = run.glob("data/iter0_*_True.json")
+    whole = pairs.read_bytes()
+    pairs.write_bytes(whole.replace(b"light", b"night", 1))
+    before = files()
+    status, output = start({**settings, **WITHOUT_SCORES}, tmp_path)
+    assert status != 0 and f"{pairs} is not the file" in output and "Traceback" not in output, output[-3000:]
+    assert files() == before
+    pairs.write_bytes(whole)
+    lost = [*run.glob("data/iter1_*_True.json"), *run.glob("models/iter_2_*/adapter_model.safetensors")]
+    lost.append(run / "results" / "iter_1" / "grath_mc2.json")
+    assert len(lost) == 3
+    for path in lost:
+        path.unlink()
+    status, output = start(settings, tmp_path)
+    assert status == 0, output[-3000:]
+    same_as(run, undisturbed)
+    same_scores(run, undisturbed)

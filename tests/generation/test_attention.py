@@ -6,11 +6,9 @@ from greedy import same, shared
 from support import FAMILIES, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grath.evaluation import loglikelihood
 from grath.evaluation.loglikelihood import window_loglikelihoods
 from grath.generation import attention
 from grath.generation.attention import explicit_attention, fused_attention, fused_kernels_differ, select_attention_fn
-from grath.generation.shared_prefix import _ActiveBatch
 
 CPU = torch.device("cpu")
 
@@ -143,31 +141,3 @@ def test_one_synchronization_for_each_forward_pass(monkeypatch):
         assert len(reads) == len(forwards) - 1 > 2 and not uploads
     # A batch of scores is read when the next one has been launched.
     assert forwards == [0, 0, *range(len(forwards) - 2)]
-
-
-def test_results_are_copied_before_the_next_batch_is_launched(monkeypatch):
-    """What is copied later waits for the next batch's kernels too."""
-    model, launched, copied = tiny("llama"), [], []
-    model.model.register_forward_pre_hook(lambda *_: launched.append(1))
-    monkeypatch.setattr(loglikelihood, "download", lambda tensor: copied.append(len(launched)) or tensor.tolist)
-    scored(model, [((*range(1, 45), i, j), (5, 4)) for i in range(50) for j in range(3)])
-    # The first forward pass is the prefix's.
-    assert copied == [*range(2, len(launched) + 1)] and len(copied) > 2
-
-
-def test_a_prefill_waits_until_an_eighth_of_the_rows_are_free(monkeypatch):
-    model, sizes = tiny("llama"), []
-    prefill = _ActiveBatch.prefill
-
-    def recorded(batch, prompts, suffixes):
-        sizes.append((len(batch.rows), len(prompts)))
-        return prefill(batch, prompts, suffixes)
-
-    monkeypatch.setattr(_ActiveBatch, "prefill", recorded)
-    prompts = [[*range(1, 20), i % 60, *range(1, 2 + i % 3), i // 60 + 1] for i in range(150)]
-    done = shared(model, prompts, 40, {*range(0, 60, 7)}, 32)
-    assert len({len(completion) for completion in done}) > 3
-    assert sum(new for _, new in sizes) == 150 and sizes[:2] == [(0, 16), (16, 16)]
-    # Of 32 rows, four; fewer only where no row runs, or no more prompts wait.
-    assert all(new >= 4 or not running for running, new in sizes[:-1])
-    assert len(sizes) < 150 / 4 + 2

@@ -58,9 +58,6 @@ def test_answer_ends_with_one_eos(chat):
 def test_auto_uses_the_tokenizers_template(smollm_tokenizer):
     smollm_tokenizer.chat_template = TEMPLATES["smollm2"]
     assert template_for(smollm_tokenizer, "auto") == TEMPLATES["smollm2"]
-    smollm_tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template: set --model_type"):
-        template_for(smollm_tokenizer, "auto")
 
 
 def test_the_smollm2_template_matches_the_models_own(smollm2):
@@ -117,5 +114,5 @@ def test_the_date_of_a_template_is_fixed_and_the_default_of_several_is_used(smol
     ids = prompt_ids(smollm_tokenizer, TURN, template_for(smollm_tokenizer, "auto"))
     assert smollm_tokenizer.decode(ids) == "22 Jan 2024 Mondayuser: What is ice?\n"
     smollm_tokenizer.chat_template = {"tool_use": PLAIN, "rag": PLAIN}
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template: set --model_type"):
         template_for(smollm_tokenizer, "auto")

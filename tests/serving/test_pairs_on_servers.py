@@ -429,15 +429,9 @@ def test_bad_combinations(tiny_llama, tmp_path):
         assert said in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_three_hundred_requests_at_once(serve, quick):
-    """One in twenty fails; no response is lost or doubled. The server answers none before it has all 300."""
-    kinds = ("drop", 429, 500, "cut")
-    server = serve(
-        answer=lambda ids: str(ids[0]), faults=lambda number: kinds[number // 20 % 4] if number % 20 == 0 else None
-    )
+def test_three_hundred_requests_at_once(serve):
+    """The server answers none before it has all of them."""
+    server = serve(answer=lambda ids: str(ids[0]))
     server.hold = 300
-    model = Served((server.url,), server.name, timeout=60)
-    found = request_completions(model, [{"prompt": [i]} for i in range(300)])
+    found = request_completions(Served((server.url,), server.name, timeout=60), [{"prompt": [i]} for i in range(300)])
     assert sorted((i, response["choices"][0]["text"]) for i, response in found) == [(i, str(i)) for i in range(300)]
-    assert len(server.seen) > 300 and sum(server.served.values()) == 300
-    assert server.most_at_once == 300
