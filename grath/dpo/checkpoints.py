@@ -14,11 +14,7 @@ from grath.common.record import check_files, check_inputs, read_record
 
 
 def resume_state(inputs, settings):
-    """Determine how far an earlier start got in its output folder.
-
-    Args:
-        inputs: dict of what the training depends on.
-        settings: dict of all options.
+    """Determine by the inputs and all options (dicts) how far an earlier start got in its output folder.
 
     Returns:
         (state, record, checkpoint): "finished", "interrupted" or "nothing"; the record of the earlier start, or None;

@@ -80,14 +80,9 @@ def _render(tokenizer, messages, template, **options):
 
 
 def prompt_ids(tokenizer, messages, template):
-    """Tokenize a conversation that ends with a user turn, up to where the assistant's answer starts.
+    """Tokenize a conversation that ends with a user turn, up to where the assistant's answer starts: list of int.
 
-    Args:
-        messages: list of `{"role": "system" | "user" | "assistant", "content": str}`.
-        template: Jinja chat template from `template_for`.
-
-    Returns:
-        list[int] with a BOS wherever the template has one, and never two in a row.
+    There is a BOS wherever the template has one, and never two in a row.
     """
     return _encode(tokenizer, _render(tokenizer, messages, template, add_generation_prompt=True))
 

@@ -12,10 +12,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def resolve_precision(precision, stage):
-    """Replace `auto` by the precision of a stage on this machine; return other precisions unchanged.
-
-    Args:
-        stage: `pairs`, `dpo` or `scores`.
+    """Replace `auto` by the precision of a stage (in `AUTO`) on this machine; return other precisions unchanged.
 
     Raises:
         UserError: an 8-bit or 4-bit precision needs bitsandbytes, which is not installed; or `check_devices` fails.

@@ -45,12 +45,7 @@ def pair_prompt(question, candidates=None):
 
 
 def build_messages(question, seed, use_gt, demos=()):
-    """Build the conversation that asks for a pair.
-
-    Returns:
-        list of `{"role": str, "content": str}`: a user and an assistant turn for each few-shot example, then the user
-        turn with the question.
-    """
+    """Build the conversation that asks for a pair: two turns for each few-shot example, then that with the question."""
     messages = []
     for demo in demos:
         drawn = (demo["candidate_correct"], demo["candidate_incorrect"]) if use_gt else None

@@ -52,11 +52,7 @@ def load_hub_split(data_name, subdata_name, split):
 
 
 def load_preferences(name, seed):
-    """Load pairs of gold answers (see `gold_pairs`), or the rows of a hub data set in TRL's preference format.
-
-    Returns:
-        list of dicts; `datasets.Dataset` in TRL's format.
-    """
+    """Load pairs of gold answers (a list, see `gold_pairs`), or a hub data set in TRL's preference format."""
     if LABELED.fullmatch(name):
         return gold_pairs(name, seed)
     rows = load_hub_split(name, None, "train")

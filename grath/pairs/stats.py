@@ -27,20 +27,13 @@ def negated(answers):
 
 
 def pair_stats(path, questions=()):
-    """Read what is known about the pairs of an iteration: from the file, its record, and what was made from it.
+    """Read what is known about the pairs that an iteration's model wrote: dict with the keys `COLUMNS` and "truth".
 
-    Args:
-        path: the pair file that the iteration's model wrote. Its combined and distance files are read if they exist.
-        questions: the questions with their gold answers, if they are known.
-
-    Returns:
-        dict with the keys `COLUMNS` and "truth". For the file itself: the number of questions "asked" (from its
-        record, or None), of pairs "parsed", of pairs with "identical" answers, and of pairs whose correct answer is
-        "echoed" (it only repeats the question).
-        For the pairs that DPO trains on (combined, with different answers): "truth" (what `truth_signal` returned), and
-        the truth "signal" with its interval, as a string or None; the shares of correct and incorrect answers that are
-        "negated" and their mean number of "words", as strings, or None if there are no such pairs. From
-        `grath.distance`: "distance" and "probe", or None if it has not run.
+    Of the file itself and its record: the numbers of questions "asked", of pairs "parsed", with "identical" answers,
+    and with a correct answer that only repeats the question ("echoed"). Of the pairs that DPO trains on (combined, with
+    different answers): "truth" (what `truth_signal` returned for `questions`), and, as strings, the "signal" with its
+    interval, the shares of correct and incorrect answers that are "negated", and their mean number of "words". Of
+    `grath.distance`: "distance" and "probe". What is not known is None.
     """
     record, rows, combined = read_record(record_path(path)) or {}, read_pairs(path), combined_path(path)
     trained_on = combined if combined.is_file() else path

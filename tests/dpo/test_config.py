@@ -102,5 +102,3 @@ def test_an_invalid_yaml_file_is_one_line(content, line, tmp_path):
 def test_the_name_of_the_yaml_file_is_checked(tmp_path):
     assert dpo_with([tmp_path], tmp_path) == f"dpo.py: error: cannot read --config {tmp_path}: Is a directory\n"
     assert dpo_with([], tmp_path) == "dpo.py: error: argument --config: expected one argument (see --help)\n"
-    done = call_here("dpo.py", "--model_name_or_path", "m", "--output_dir", tmp_path / "out", "--conf", "x", status=2)
-    assert done.stderr == "dpo.py: error: unrecognized arguments: --conf x (see --help)\n"

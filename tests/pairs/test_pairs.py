@@ -173,7 +173,6 @@ def test_candidates_depend_only_on_seed_and_question():
         ("Correct answer: yes\r\n\r\nIncorrect answer: no", (("yes", "no"), None)),
         ("Correct answer: yes\nIncorrect answer: no\nCorrect answer: other", (("yes", "no"), None)),
         ("Incorrect answer: no", (None, "no correct answer")),
-        ("Correct answer: yes", (None, "no incorrect answer after the correct one")),
         ("Correct answer: yes Incorrect answer: no", (("yes", "no"), None)),
         ("Correct answer:\nIncorrect answer: no", (None, "empty answer")),
         ("Correct answer: yes\nIncorrect answer: \nno", (None, "empty answer")),
