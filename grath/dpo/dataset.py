@@ -64,9 +64,7 @@ def training_order(lengths, count, batch, strategy, seed):
         lengths: tokens of each pair.
         count: number of indices to return.
         batch: pairs per step.
-        strategy: "sequential", "random", or "group_by_length": pairs of similar length in each step, and the steps in
-            random order.
-        seed: int.
+        strategy: "sequential", "random", or "group_by_length": steps of similar length in random order.
     """
     generator, order = torch.Generator().manual_seed(seed), []
     while len(order) < count:

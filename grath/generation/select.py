@@ -68,13 +68,7 @@ class LocalGenerator:
 
 
 class ServerGenerator:
-    """Greedy completions of a model on servers.
-
-    Args:
-        served: what `serve` yielded for the model `name`.
-        max_new_tokens: maximum number of tokens of a completion.
-        batch_size: requests in flight at each server; None: as in `request_completions`.
-    """
+    """Greedy completions of the model `name` on servers (`served`), with `batch_size` requests in flight at each."""
 
     rows = None
 

@@ -83,7 +83,6 @@ def load_model(name, precision, trainable=False):
     """Load a causal language model on this process's device; with its LoRA adapter, as a `PeftModel`, if it has one.
 
     Args:
-        name: hub name, model folder or adapter folder.
         precision: a precision from `resolve_precision`.
         trainable: whether the adapter's weights require gradients.
 

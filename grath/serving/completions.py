@@ -6,6 +6,7 @@ meanwhile. `_check` compares every response with its request.
 
 import asyncio
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePath
@@ -34,25 +35,15 @@ START = (
 
 @dataclass(frozen=True)
 class Served:
-    """A model on one or more servers.
+    """A model on one or more servers."""
 
-    Attributes:
-        urls: the servers, without /v1.
-        name: the model's name there.
-        adapter: the adapter's folder, which a restarted server loads again; None for a model.
-        window: the longest sequence of tokens that every server takes; None if they do not say.
-        timeout: seconds of failures, without any response, after which requests fail.
-        names: what the servers may call the model in a response, in addition to `name`.
-        loaded: the servers on which this process has loaded the adapter.
-    """
-
-    urls: tuple[str, ...]
-    name: str
-    adapter: str | None = None
-    window: int | None = None
-    timeout: float = SERVER_TIMEOUT
-    names: frozenset = frozenset()
-    loaded: set = field(default_factory=set)
+    urls: tuple[str, ...]  # without /v1
+    name: str  # the model's name there
+    adapter: str | None = None  # the adapter's folder, which a restarted server loads again
+    window: int | None = None  # the longest sequence of tokens that every server takes, if they say
+    timeout: float = SERVER_TIMEOUT  # seconds of failures, without any response, after which requests fail
+    names: frozenset = frozenset()  # what the servers may call the model in a response, in addition to `name`
+    loaded: set = field(default_factory=set)  # the servers on which this process has loaded the adapter
 
 
 def request_completions(served, bodies, in_flight=None, text_of=None):
@@ -110,9 +101,8 @@ async def _request(session, served, bodies, text_of, url, loading, index):
             raise
         try:
             async with loading:
-                await load_adapter(session, url, served, min(30, served.timeout))
-        except TimeoutError:
-            pass
+                with suppress(TimeoutError):
+                    await load_adapter(session, url, served, min(30, served.timeout))
         except Refused:
             if len(served.urls) == 1:  # else another server may answer
                 raise

@@ -32,17 +32,9 @@ FIRST_TIMEOUT = 10
 
 @contextmanager
 def serve(model, urls, timeout):
-    """Find a model on servers, and load it there if it is an adapter; at the end, unload what was loaded.
+    """Find a model on servers, and load it there if it is an adapter; yield `Served`; unload what was loaded.
 
-    Servers that do not answer are left out while another one does.
-
-    Args:
-        model: hub name, model folder or adapter folder.
-        urls: list of the servers' addresses.
-        timeout: seconds to wait for a server.
-
-    Yields:
-        `Served`.
+    Servers that do not answer in `timeout` seconds are left out while another one does.
 
     Raises:
         UserError: a server has another model, or cannot load adapters.
