@@ -192,18 +192,16 @@ def ask(generator, prompts, indices, path, saved, opened):
     from accelerate import PartialState
 
     state = PartialState()
-    responses, parsed, tokens, start = {}, 0, 0, time.monotonic()
+    responses, parsed = {}, 0
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
     with bar, save_responses(path, saved) as save:
-        for position, response, count in generator.generate([prompts[i] for i in indices]):
+        for position, response in generator.generate([prompts[i] for i in indices]):
             index, response = indices[position], opened + response
             save(index, response)
             responses[index] = response
             parsed += parse_response(response)[0] is not None
-            tokens += count
-            rate = tokens / (time.monotonic() - start)
-            bar.set_postfix({"tokens/s": f"{rate:.0f}", "parsed": f"{parsed / len(responses):.0%}"}, refresh=False)
+            bar.set_postfix(parsed=f"{parsed / len(responses):.0%}", refresh=False)
             bar.update()
     return responses
 

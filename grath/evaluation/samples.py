@@ -23,6 +23,6 @@ def write_samples(model, generator, tokenizer, template, path):
     # The prompt is the bare question, as in DPO.
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": question}], template) for question in questions]
     check_vocabulary(model, tokenizer, prompts)
-    answers = {index: text.strip() for index, text, _ in generator.generate(prompts)}
+    answers = {index: text.strip() for index, text in generator.generate(prompts)}
     rows = [{"question": question, "answer": answers[i]} for i, question in enumerate(questions)]
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,8 +1,8 @@
 """Greedy completions behind one interface: of a model on this machine, or of one on inference servers.
 
-In both generators, `generate(prompts)` takes lists of token ids; it yields the index, the text and the number of tokens
-of each completion once it is done. `window` is the context window in tokens, or None if it is not known. `rows` is the
-number of rows of a batch, None on servers.
+In both generators, `generate(prompts)` takes lists of token ids; it yields the index and the text of each completion
+once it is done. `window` is the context window in tokens, or None if it is not known. `rows` is the number of rows of a
+batch, None on servers.
 """
 
 import gc
@@ -54,7 +54,7 @@ class LocalGenerator:
             try:
                 for position, ids in generate_fn(self.model, unfinished, self.max_new_tokens, self.rows, eos_ids):
                     done.add(left[position])
-                    yield left[position], self.tokenizer.decode(ids, skip_special_tokens=True), len(ids)
+                    yield left[position], self.tokenizer.decode(ids, skip_special_tokens=True)
             except torch.OutOfMemoryError:
                 used = min(self.rows, len(left))
                 if used == 1:
@@ -79,10 +79,8 @@ class ServerGenerator:
         self.options["stop_token_ids"] = eos_token_ids(name, tokenizer)
 
     def generate(self, prompts):
-        """Generate completions; where a server does not say the number of tokens, it is 0."""
+        """Generate completions; none is asked again after it was yielded."""
         print(f"Asking {len(prompts)} questions ({', '.join(self.served.urls)})", flush=True)
         bodies = [{"prompt": prompt, **self.options} for prompt in prompts]
         for index, response in request_completions(self.served, bodies, self.in_flight):
-            usage = response.get("usage")
-            count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-            yield index, response["choices"][0]["text"], count if type(count) is int else 0
+            yield index, response["choices"][0]["text"]

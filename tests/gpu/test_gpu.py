@@ -158,7 +158,7 @@ def test_pairs_that_do_not_fit_are_asked_in_smaller_batches(capsys):
     prompts = [[1, i // 59, *range(1, 59), *range(1, 59), i % 59] for i in range(256)]
 
     def ask(rows):
-        return {i: text for i, text, _ in LocalGenerator(model, tokenizer, 30, batch_size=rows).generate(prompts)}
+        return dict(LocalGenerator(model, tokenizer, 30, batch_size=rows).generate(prompts))
 
     with little_memory(lambda: ask(4)):
         found = ask(256)
