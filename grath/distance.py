@@ -2,14 +2,12 @@
 
     python -m grath.distance PAIRS... --model_name_or_path MODEL
 
-The paper relates this distance to what DPO can learn from the pairs. The command prints three figures for each pair
-file and writes them next to it, to {PAIRS without .json}.distance.json; `grath.report` shows the first two.
+The paper relates this distance to what DPO can learn from the pairs. The command prints two figures for each pair file
+and writes them next to it, to {PAIRS without .json}.distance.json; `grath.report` shows them too.
 
 distance    |mean correct - mean incorrect| / sqrt(trace of the mean covariance within the two): 0 if both are alike
 probe       accuracy of a linear classifier that tells the two apart, by five-fold cross-validation that keeps the two
             answers to a question in one fold: 0.5 is chance
-negated     share of the correct and of the incorrect answers that contain a negation: if incorrect answers are often
-            the correct ones with a "not", DPO may learn to avoid negation instead of falsehood
 
 An answer's position is the mean of the model's last hidden states over its tokens. The question precedes the answer in
 the chat template, as in DPO. Pairs with identical answers are left out, as in DPO.
@@ -29,7 +27,6 @@ from grath.modeling.identity import model_identity
 from grath.modeling.loading import check_vocabulary, load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import read_pairs
-from grath.pairs.stats import negated
 
 FOLDS = 5
 
@@ -106,13 +103,10 @@ def main():
             check_vocabulary(args.model_name_or_path, tokenizer, [sum(pair, []) for pair in sequences])
             sides.append(embed(model, sequences, args.batch_size))
         found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
-        found["negated"] = [negated([row[side] for row in rows]) for side in ("correct", "incorrect")]
         found |= {"model": args.model_name_or_path, "precision": precision}
         out = path.with_suffix(".distance.json")
         atomic_write_text(out, json.dumps(found, indent=2) + "\n")
-        shares = " and ".join(f"{share:.1%}" for share in found["negated"])
-        figures = f"distance {found['distance']:.3f}, probe {found['probe']:.3f}, negated {shares}, {len(rows)} pairs"
-        print(f"{path}: {figures}\nWrote {out}")
+        print(f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, {len(rows)} pairs\nWrote {out}")
 
 
 if __name__ == "__main__":
