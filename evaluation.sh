@@ -83,7 +83,7 @@ fi
 run=$(python -m grath.run unscored)
 eval "$run" # RUN, MODELS, RESULTS, and the settings of the run that are not set here
 set_arguments
-echo "newest run: $RUN, ${#MODELS[@]} model(s) to score"
+echo "newest run: $RUN, ${#MODELS[@]} model(s)"
 if [[ ${DRY_RUN:-0} == 0 ]]; then
     # shellcheck source=grath/run/lock.sh
     source "$HERE/grath/run/lock.sh"

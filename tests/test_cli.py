@@ -275,6 +275,7 @@ LOOP = [
     ("EVAL_PRECISION", "8", "EVAL_PRECISION must be one of auto, fp32, fp16, bf16, int8, nf4, fp4, not '8'"),
     ("RUN_NAME", "../x", "RUN_NAME must be a plain name (use RUNS_DIR for the folder), not '../x'"),
     ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
+    ("RUNS_DIR", "./-x", "RUNS_DIR must not start with a hyphen, like './-x'"),
     ("MODEL_NAME_OR_PATH", "", "MODEL_NAME_OR_PATH must be set; the presets run_*.sh set it"),
     ("NUM_QUERY", "", "NUM_QUERY must be a whole number of at least 1"),
 ]

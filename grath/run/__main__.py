@@ -2,7 +2,7 @@
 
     python -m grath.run settings FOLDER       print the settings as lines for bash; FOLDER is the project that asks
     python -m grath.run check TITLE...        check the machine for the run and print its plan
-    python -m grath.run unscored              print the newest run and its models without scores as lines for bash
+    python -m grath.run unscored              print the newest run and its models as lines for bash
     python -m grath.run configuration         print docs/configuration.md
 
 Settings come from the environment: see docs/configuration.md.

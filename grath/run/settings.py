@@ -41,8 +41,6 @@ class Setting:
         stage: the first stage that compares the setting with its record; None if none does.
         help: one line for docs/configuration.md.
         paper: the paper's value, if it has one.
-        path: whether it is a path or a name, which must not look like an option.
-        empty: whether an empty value is not the default.
     """
 
     name: str
@@ -51,20 +49,18 @@ class Setting:
     stage: str | None
     help: str
     paper: str = ""
-    path: bool = False
-    empty: bool = False
 
 
 GROUPS = {
     "Model and run": [
         Setting("MODEL_NAME_OR_PATH", None, matching("(?s).+", "set; the presets run_*.sh set it"), EVERY_STAGE,
                 "required (the presets set it): hub name or folder of a model or an adapter",
-                "Llama-2-7b-chat-hf, zephyr-7b-beta", path=True),
+                "Llama-2-7b-chat-hf, zephyr-7b-beta"),
         Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), "pairs",
                 "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
         Setting("RUN_NAME", "grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)"), None,
                 "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
-        Setting("RUNS_DIR", "runs", str, None, "folder of all runs", path=True),
+        Setting("RUNS_DIR", "runs", str, None, "folder of all runs"),
         Setting("SEED", "0", NATURAL, "pairs", "seed of every random draw; for pairs, only with `USE_GT=1`", "0"),
         Setting("ITERATIONS", "2", matching("[1-9][0-9]{0,2}", "a whole number from 1 to 999"), None,
                 "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
@@ -79,12 +75,11 @@ GROUPS = {
                 "allenai/ai2_arc"),
         Setting("SUBDATA_NAME", defaults.SUBDATA_NAME, str, "pairs", "its configuration", "ARC-Challenge"),
         Setting("SPLIT", defaults.SPLIT, str, "pairs", "its split", "train"),
-        Setting("DATA_PATH", "", str, "pairs", "local JSON-lines file of questions, instead of `DATA_NAME`", path=True),
+        Setting("DATA_PATH", "", str, "pairs", "local JSON-lines file of questions, instead of `DATA_NAME`"),
         Setting("USE_FS", "1", FLAG, "pairs", "1: few-shot examples in the prompt", "1"),
         Setting("USE_GT", "0", FLAG, "pairs", "1: ground-truth candidates in the prompt", "0"),
         Setting("DEMOS", defaults.DEMOS, str, "pairs",
-                "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file", "TruthfulQA's",
-                path=True),
+                "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file", "TruthfulQA's"),
         Setting("MAX_NEW_TOKENS", defaults.MAX_NEW_TOKENS, COUNT, "pairs", "maximum tokens of a response", "100"),
         Setting("PAIRS_BATCH_SIZE", "", COUNT, None,
                 "questions at once; empty: 256 on a GPU, halved while they do not fit in its memory; 64 on a CPU; "
@@ -109,13 +104,13 @@ GROUPS = {
                 "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bits"),
         Setting("ACCELERATE_CONFIG", "", str, None,
                 "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
-                "parallel. Do not change it during a training", path=True),
+                "parallel. Do not change it during a training"),
         Setting("REPORT_TO", "none", str, None,
                 "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
     ],
     "Scores": [
         Setting("TASKS", defaults.TASKS, str, None, "tasks of lm-evaluation-harness; empty: no scores",
-                defaults.TASKS, empty=True),
+                defaults.TASKS),
         Setting("EVAL_BATCH_SIZE", "", batch_size, None,
                 "contexts at once, at most; empty: by their tokens (`hf-shared`), 16 (`hf`), or 512 (`server`)", "16"),
         Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
@@ -152,7 +147,7 @@ STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_
 
 
 def read_settings(environment=os.environ):
-    """Read all settings from the environment: dict of str.
+    """Read all settings from the environment: dict of str. An empty value is the default, except for `TASKS`.
 
     Raises:
         UserError: a value is not valid.
@@ -162,15 +157,15 @@ def read_settings(environment=os.environ):
     values = {}
     for setting in SETTINGS.values():
         value = environment.get(setting.name, "")
-        if not (value or setting.empty and setting.name in environment):
+        if not value and not (setting.name == "TASKS" and "TASKS" in environment):
             value = str(setting.default or "")
-        if setting.path and value.startswith("-"):
-            value = f"./{value}"
         try:
             if value or setting.default is None:
                 setting.check(value)
         except ArgumentTypeError as error:
             raise UserError(f"{setting.name} {error}") from None
+        if str(Path(value)).startswith("-"):  # a command would take it for an option
+            raise UserError(f"{setting.name} must not start with a hyphen, like '{value}'")
         values[setting.name] = value
     if values["SERVER_URL"] and not environment.get("BACKEND"):
         values["BACKEND"] = SERVER
@@ -239,9 +234,9 @@ def shell_lines(values):
     }
     differing = [name for name, setting in SETTINGS.items() if values[name] != str(setting.default or "")]
     others = " ".join(f"{name}={quote(values[name])}" for name in differing)
-    lines = [f"{name}={quote(value)}\n" for name, value in [*values.items(), ("OTHERS", others)]]
-    lines.append(f"RUN={layout.quote_path(run)}\n")
-    lines += [f"{name}=({' '.join(map(layout.quote_path, paths))})\n" for name, paths in arrays.items()]
+    plain = values | {"OTHERS": others, "RUN": str(run)}
+    lines = [f"{name}={quote(value)}\n" for name, value in plain.items()]
+    lines += [f"{name}=({' '.join(quote(str(path)) for path in paths)})\n" for name, paths in arrays.items()]
     return "".join(lines)
 
 

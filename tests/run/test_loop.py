@@ -238,19 +238,14 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     del content["files"]["samples.jsonl"]
     record.write_text(json.dumps(content))
     kept = (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns
-    (run.parent / "-runs").symlink_to(run.parent)
-    named = call("python", "-m", "grath.run", "unscored", cwd=run.parent, env={"RUNS_DIR": "-runs"}).stdout
-    assert f"RUN=./-runs/{run.name}" in named and "RESULTS=(./-runs/" in named
-    lines = call("python", "-m", "grath.run", "unscored", env={"RUNS_DIR": settings["RUNS_DIR"]}).stdout.splitlines()
-    assert {"EVAL_PRECISION=fp32", f"LIMIT={settings['LIMIT']}", "MODEL_TYPE=llama2"} <= set(lines)
     env = {"RUNS_DIR": settings["RUNS_DIR"]}
     asked = call("evaluation.sh", env={**env, "TASKS": "hellaswag", "DRY_RUN": "1", "EVAL_PRECISION": "fp32"})
-    assert f"newest run: {run}, 3 model(s) to score" in asked.stdout and "hellaswag, 10-shot" in asked.stdout
+    assert f"newest run: {run}, 3 model(s)" in asked.stdout and asked.stdout.count("hellaswag, 10-shot") == 3
     # What is not set is as in the run, the tasks too.
     done = call("evaluation.sh", env=env)
     limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
     assert limited["effective"] == int(settings["LIMIT"])
-    assert f"newest run: {run}, 2 model(s) to score" in done.stdout
+    assert done.stdout.count("is up to date (") == 1 and done.stdout.count("Wrote the results to ") == 2
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
     assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
 

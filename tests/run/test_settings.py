@@ -49,12 +49,6 @@ def test_an_empty_value_is_the_default_except_for_tasks():
     assert read(TASKS=" a\n b ")["TASKS"] == "a b"
 
 
-def test_a_path_does_not_look_like_an_option():
-    values = read(RUNS_DIR="-x", DATA_PATH="--y")
-    assert (values["RUNS_DIR"], values["DATA_PATH"]) == ("./-x", "./--y")
-    assert "\nRUN=./-x/grath_seed_0\n" in shell_lines(values)
-
-
 def test_every_default_is_valid_and_every_setting_has_its_help():
     for setting in SETTINGS.values():
         assert (setting.default is None) == (setting.name in REQUIRED)
