@@ -12,7 +12,7 @@ from grath.common.files import check_writable, sha256
 from grath.common.layout import PROJECT, SAMPLES, SCORES_RECORD, resolve_local
 from grath.common.local_data import content_hash, load_dataset
 from grath.common.record import check_files, check_inputs, locked, read_record, recording, write_record
-from grath.evaluation.results import EDITED, NO_SCORE, is_scored, read_scores, write_results
+from grath.evaluation.results import EDITED, NO_SCORE, read_scores, samples_file, write_results
 from grath.evaluation.samples import MAX_NEW_TOKENS, write_samples
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.modeling.chat import template_for
@@ -40,7 +40,9 @@ def score_model(args):
     main_process, path = os.environ.get("RANK", "0") == "0", args.output / SCORES_RECORD
     tasks, record = list(dict.fromkeys(args.tasks)), read_record(path)
     files = _finished_files(args.output, record, tasks)
-    missing = [task for task in tasks if not is_scored(args.output, task, args.log_samples, files)]
+    missing = [
+        task for task in tasks if f"{task}.json" not in files or args.log_samples and samples_file(task) not in files
+    ]
     sampled, precision = args.samples and SAMPLES not in files, args.precision
     if missing or sampled:
         precision = SERVER if args.backend == SERVER else resolve_precision(precision, "scores")

@@ -26,6 +26,7 @@ from grath.modeling.loading import (
     check_vocabulary,
     check_weights,
     load_tokenizer,
+    missing_shards,
     resolve_base_and_adapter,
 )
 from grath.pairs.prompts import build_messages, load_demos
@@ -34,8 +35,6 @@ from grath.run.settings import read_settings
 from grath.serving.served import describe_servers
 
 SECONDS_TO_ANSWER = 5
-# Parameters of a model that would take weeks on a CPU.
-SLOW_ON_A_CPU = 2e9
 # Bytes of a pair, and of the result files of a task.
 PAIR, SCORES = 500, 100_000
 
@@ -105,9 +104,8 @@ def driver_cuda_version():
 
 
 def read_model(name):
-    """Read the configuration and size of a model: (what to print, configuration, parameters)."""
-    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata, hf_hub_download
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    """Read the configuration of a model, whose weights must be here or on the hub: (what to print, configuration)."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
@@ -115,19 +113,12 @@ def read_model(name):
     try:
         folder = Path(base) if Path(base).is_dir() else Path(hf_hub_download(base, "config.json")).parent
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        try:
-            weights = get_local_safetensors_metadata(folder)
-        except (FileNotFoundError, NotASafetensorsRepoError):  # not downloaded, or not all of them
-            weights = get_safetensors_metadata(base)
+        if missing_shards(folder)[0] or not any(folder.glob("*.safetensors")):  # not downloaded, or not all of it
+            get_safetensors_metadata(base)
     except Exception as error:  # the hub client raises many kinds of errors
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
-    parameters = sum(weights.parameter_count.values())
-    if parameters > SLOW_ON_A_CPU and not torch.cuda.is_available():
-        raise UserError(
-            f"torch sees no GPU, and {parameters / 1e9:.1f} G parameters take weeks on a CPU: see nvidia-smi"
-        )
-    return f"{base}, {parameters / 1e6:,.0f} M parameters", config.get_text_config(), parameters
+    return base, config.get_text_config()
 
 
 def check_template(values):
