@@ -26,7 +26,6 @@ from grath.modeling.loading import (
     check_vocabulary,
     check_weights,
     load_tokenizer,
-    missing_shards,
     resolve_base_and_adapter,
 )
 from grath.pairs.prompts import build_messages, load_demos
@@ -105,7 +104,8 @@ def driver_cuda_version():
 
 def read_model(name):
     """Read the configuration of a model, whose weights must be here or on the hub: (what to print, configuration)."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
@@ -113,7 +113,9 @@ def read_model(name):
     try:
         folder = Path(base) if Path(base).is_dir() else Path(hf_hub_download(base, "config.json")).parent
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if missing_shards(folder)[0] or not any(folder.glob("*.safetensors")):  # not downloaded, or not all of it
+        try:
+            get_local_safetensors_metadata(folder)
+        except (FileNotFoundError, NotASafetensorsRepoError):  # not downloaded, or not all of them
             get_safetensors_metadata(base)
     except Exception as error:  # the hub client raises many kinds of errors
         reason = first_line(error)
