@@ -144,7 +144,3 @@ def test_the_commands_of_the_page(tmp_path):
     program, *compared = comparison.removeprefix("python ").split()
     assert program == "results/study.py"
     assert {Path(run).name for run in compared if run.endswith("_seed_0")} == folders
-    asked = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--demos misconceptions" in line for line in asked] == [False] * 7 + [True, True] + [False] * 6
-    assert ["--useGT" in line for line in asked] == [False] * 9 + [True, True, False, False, False, True]
-    assert ["--data_path" in line for line in asked] == [False] * 11 + [True, True, False, False]
