@@ -41,16 +41,14 @@ def embed(model, sequences, batch_size):
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    means = [None] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
-    for at in progress_bar(range(0, len(order), batch_size), desc="Embedding answers", unit=" batches"):
-        batch = order[at : at + batch_size]
-        ids = pad_sequence([torch.tensor(sum(sequences[i], [])) for i in batch], batch_first=True)
+    means = []
+    for at in progress_bar(range(0, len(sequences), batch_size), desc="Embedding answers", unit=" batches"):
+        batch = sequences[at : at + batch_size]
+        ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in batch], batch_first=True)
         with torch.inference_mode():  # no token attends to the padding, which follows it
             hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float()
-        for i, states in zip(batch, hidden, strict=True):
-            prompt, answer = sequences[i]
-            means[i] = states[len(prompt) : len(prompt) + len(answer)].mean(0).cpu().numpy()
+        for (prompt, answer), states in zip(batch, hidden, strict=True):
+            means.append(states[len(prompt) : len(prompt) + len(answer)].mean(0).cpu().numpy())
     return numpy.stack(means)
 
 

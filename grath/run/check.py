@@ -34,8 +34,8 @@ from grath.run.settings import read_settings
 from grath.serving.served import describe_servers
 
 SECONDS_TO_ANSWER = 5
-# Bytes of a pair, and of the result files of a task.
-PAIR, SCORES = 500, 100_000
+# Bytes of a pair, of the result files of a task, and of a tokenizer.
+PAIR, SCORES, TOKENIZER = 500, 100_000, 4_000_000
 
 
 def hub_is_reachable():
@@ -163,11 +163,9 @@ def check_disk(config, values):
     check_writable(run)
     # LoRA on q, k and v: a float32 matrix on each side of a projection, none wider than the hidden size.
     adapter = 4 * LORA_R * config.num_hidden_layers * 6 * config.hidden_size
-    base = Path(resolve_base_and_adapter(values["MODEL_NAME_OR_PATH"])[0])
-    tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*")) or 4_000_000
     checkpoints = -(-int(values["MAX_STEPS"]) // int(values["SAVE_STEPS"]))
     # A checkpoint contains the adapter, AdamW's two averages, and the tokenizer.
-    iteration = 2 * PAIR * int(values["NUM_QUERY"]) + adapter + checkpoints * (3 * adapter + tokenizer)
+    iteration = 2 * PAIR * int(values["NUM_QUERY"]) + adapter + checkpoints * (3 * adapter + TOKENIZER)
     scores = SCORES * len(values["TASKS"].split())
     need = 1.2 * (int(values["ITERATIONS"]) * (iteration + scores) + scores)
     existing = next(path for path in (run, *run.parents) if path.exists())

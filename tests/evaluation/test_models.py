@@ -58,14 +58,13 @@ def test_mc2_of_very_unlikely_answers_is_a_number(model, hub, tmp_path):
     assert found["questions"]["scores"] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["hf", "hf-shared"])
-def test_a_tokenizer_that_adds_a_token_after_every_text_is_refused(model, tmp_path, backend):
+def test_a_tokenizer_that_adds_a_token_after_every_text_is_refused(model, tmp_path):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
     ids = [token["id"] for token in tokenizer["added_tokens"] if token["content"] == "</s>"]
     tokenizer["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": ids, "tokens": ["</s>"]}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    done = score(model, tmp_path / "s", "--tasks", "grath_mc1", "--backend", backend, status=2)
+    done = score(model, tmp_path / "s", "--tasks", "grath_mc1", status=2)
     assert "the tokenizer adds '</s>' after every text" in done.stderr and not (tmp_path / "s").exists()
 
 

@@ -168,14 +168,13 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["hf", "hf-shared"])
-def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path, backend):
+def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path):
     """The harness would count the first choice of every question, the right one: MC1 100."""
     broken = shutil.copytree(tiny_llama, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    done = score(broken, tmp_path / "s", *MC, "--backend", backend, status=2)
+    done = score(broken, tmp_path / "s", *MC, status=2)
     assert "computes NaN instead of log-likelihoods" in done.stderr and not values(tmp_path / "s")
 
 
