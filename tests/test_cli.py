@@ -193,7 +193,6 @@ SCRIPTS = [
     ([*SCORED, "--backend", "vllm"], "argument --backend: invalid choice: 'vllm' * (see --help)"),
     ([*SCORED, "--batch_size", "auto:x"], "argument --batch_size: must be a whole number of at least 1, or auto, not 'auto:x' (see --help)"),
     ([*SCORED, "--limit", "0"], "argument --limit: must be a number of questions or a share below 1, not '0' (see --help)"),
-    ([*SCORED, "--precision", "int8", "--backend", "hf"], "BACKEND=hf scores in fp32, fp16, bf16 only, not int8: use hf-shared"),
     ([*SCORED, "--backend", "hf", "--server_url", "http://127.0.0.1:9"], "--server_url needs --backend server"),
     ([*SCORED, "--backend", "server"], "BACKEND=server (--backend server) needs SERVER_URL=http://host:port (--server_url)*"),
     ([*SCORED, "--server_url", "localhost:8000"], "*is not a server's address*"),

@@ -19,7 +19,7 @@ from grath.modeling.chat import template_for
 from grath.modeling.devices import check_shared, init_distributed, print_once
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import check_model, check_tokenizer, load_tokenizer
-from grath.modeling.precision import DTYPES, SERVER, resolve_precision
+from grath.modeling.precision import SERVER, resolve_precision
 from grath.serving.client import server_urls
 from grath.serving.served import serve
 
@@ -106,8 +106,6 @@ def score_model(args):
 
 
 def _check_settings(args):
-    if args.backend == "hf" and args.precision not in ("auto", *DTYPES):
-        raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {args.precision}: use hf-shared")
     if args.backend != SERVER:
         if args.servers:
             raise UserError("--server_url needs --backend server")

@@ -10,7 +10,7 @@ from grath.common.arguments import batch_size, limit, matching
 from grath.common.errors import UserError
 from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.devices import check_devices, describe_device
-from grath.modeling.precision import DTYPES, PRECISIONS, SERVER, resolve_precision
+from grath.modeling.precision import PRECISIONS, SERVER, resolve_precision
 from grath.pairs.prompts import demos_file
 from grath.serving.client import server_urls
 
@@ -106,8 +106,6 @@ def read_settings(environment=os.environ):
         values["BACKEND"] = SERVER
     if values["BACKEND"] == SERVER and not values["SERVER_URL"]:
         raise UserError("BACKEND=server needs SERVER_URL=http://host:port")
-    if values["BACKEND"] == "hf" and values["EVAL_PRECISION"] not in ("auto", *DTYPES):
-        raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not in {values['EVAL_PRECISION']}")
     for name in STAGE_OF_PRECISION.keys() - stages_here(values):
         values[name] = "auto"  # the servers' own
     values["TASKS"] = " ".join(values["TASKS"].split())
