@@ -85,14 +85,10 @@ def replace(name, value):
 
 WRONG = {
     "cut": (of_logprobs(cut), "log-probabilities for as many tokens"),
-    "one more": (of_logprobs(lambda logprobs: logprobs["token_logprobs"].append(-1)), "for as many tokens"),
     "none": (lambda response: response["choices"][0].update(logprobs=None), "for as many tokens"),
-    "a word": (of_logprobs(lambda logprobs: logprobs.update(tokens="all")), "for as many tokens"),
     "null": (replace("token_logprobs", None), "missing, or no number"),
     "text": (replace("token_logprobs", "-1.5"), "missing, or no number"),
-    "true": (replace("token_logprobs", True), "missing, or no number"),
     "nan": (replace("token_logprobs", float("nan")), "missing, or no number"),
-    "infinite": (replace("token_logprobs", float("-inf")), "missing, or no number"),
     "positive": (replace("token_logprobs", 0.5), "missing, or no number"),
     "no best": (replace("top_logprobs", {}), "missing, or no number"),
     "best is a list": (replace("top_logprobs", [-1.0]), "missing, or no number"),
