@@ -6,7 +6,7 @@
 #
 # Settings (docs/configuration.md has all of them):
 #   TASKS           tasks, separated by spaces   (arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2)
-#   EVAL_PRECISION  auto, fp32, fp16, bf16; with hf-shared also int8, nf4, fp4    (auto: fp16 on a GPU, fp32 on a CPU)
+#   EVAL_PRECISION  auto, fp32, fp16, bf16, int8, nf4, fp4       (auto: fp16 on a GPU, fp32 on a CPU)
 #   EVAL_BATCH_SIZE contexts at once, at most    (as many as make a batch of tokens)
 #   LIMIT           questions of each task       (all)
 #   BACKEND         hf-shared: every context is computed once; hf: the harness's own model class;  (hf-shared)
@@ -83,7 +83,7 @@ fi
 run=$(python -m grath.run unscored)
 eval "$run" # RUN, MODELS, RESULTS, and the settings of the run that are not set here
 set_arguments
-echo "newest run: $RUN, ${#MODELS[@]} model(s) to score"
+echo "newest run: $RUN, ${#MODELS[@]} model(s)"
 if [[ ${DRY_RUN:-0} == 0 ]]; then
     # shellcheck source=grath/run/lock.sh
     source "$HERE/grath/run/lock.sh"

@@ -2,14 +2,12 @@
 
     python -m grath.distance PAIRS... --model_name_or_path MODEL
 
-The paper relates this distance to what DPO can learn from the pairs. The command prints three figures for each pair
-file and writes them next to it, to {PAIRS without .json}.distance.json; `grath.report` shows the first two.
+The paper relates this distance to what DPO can learn from the pairs. The command prints two figures for each pair file
+and writes them next to it, to {PAIRS without .json}.distance.json; `grath.report` shows them too.
 
 distance    |mean correct - mean incorrect| / sqrt(trace of the mean covariance within the two): 0 if both are alike
 probe       accuracy of a linear classifier that tells the two apart, by five-fold cross-validation that keeps the two
             answers to a question in one fold: 0.5 is chance
-negated     share of the correct and of the incorrect answers that contain a negation: if incorrect answers are often
-            the correct ones with a "not", DPO may learn to avoid negation instead of falsehood
 
 An answer's position is the mean of the model's last hidden states over its tokens. The question precedes the answer in
 the chat template, as in DPO. Pairs with identical answers are left out, as in DPO.
@@ -29,7 +27,6 @@ from grath.modeling.identity import model_identity
 from grath.modeling.loading import check_vocabulary, load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import read_pairs
-from grath.pairs.stats import negated
 
 FOLDS = 5
 
@@ -44,16 +41,14 @@ def embed(model, sequences, batch_size):
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    means = [None] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
-    for at in progress_bar(range(0, len(order), batch_size), desc="Embedding answers", unit=" batches"):
-        batch = order[at : at + batch_size]
-        ids = pad_sequence([torch.tensor(sum(sequences[i], [])) for i in batch], batch_first=True)
+    means = []
+    for at in progress_bar(range(0, len(sequences), batch_size), desc="Embedding answers", unit=" batches"):
+        batch = sequences[at : at + batch_size]
+        ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in batch], batch_first=True)
         with torch.inference_mode():  # no token attends to the padding, which follows it
             hidden = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float()
-        for i, states in zip(batch, hidden, strict=True):
-            prompt, answer = sequences[i]
-            means[i] = states[len(prompt) : len(prompt) + len(answer)].mean(0).cpu().numpy()
+        for (prompt, answer), states in zip(batch, hidden, strict=True):
+            means.append(states[len(prompt) : len(prompt) + len(answer)].mean(0).cpu().numpy())
     return numpy.stack(means)
 
 
@@ -106,13 +101,10 @@ def main():
             check_vocabulary(args.model_name_or_path, tokenizer, [sum(pair, []) for pair in sequences])
             sides.append(embed(model, sequences, args.batch_size))
         found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
-        found["negated"] = [negated([row[side] for row in rows]) for side in ("correct", "incorrect")]
         found |= {"model": args.model_name_or_path, "precision": precision}
         out = path.with_suffix(".distance.json")
         atomic_write_text(out, json.dumps(found, indent=2) + "\n")
-        shares = " and ".join(f"{share:.1%}" for share in found["negated"])
-        figures = f"distance {found['distance']:.3f}, probe {found['probe']:.3f}, negated {shares}, {len(rows)} pairs"
-        print(f"{path}: {figures}\nWrote {out}")
+        print(f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, {len(rows)} pairs\nWrote {out}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,11 @@ def main():
         )
     folder = args.merged or args.adapter
     if args.merged:
-        check_merged(args.merged, args.adapter, record)
+        merge = args.merged / MERGE_RECORD
+        known = read_json(merge, "record of a merge", {"adapter_sha256": str}) if merge.is_file() else {}
+        if known.get("adapter_sha256") != record["files"][ADAPTER]:
+            command = f"python -m grath.export {args.adapter} {args.merged}"
+            raise UserError(f"{args.merged} is not {args.adapter} merged: write it with `{command}`")
     card = folder / CARD
     if not card.is_file() or OF_TRL in card.read_text(encoding="utf-8"):
         atomic_write_text(card, model_card(args.adapter, record, args.name, bool(args.merged)))
@@ -65,14 +69,6 @@ def main():
     except Exception as error:  # the hub client raises many kinds of errors
         raise UserError(f"cannot push to {args.name}: {first_line(error)} (the card is {card})") from error
     print(f"Pushed {folder} to {url}; next: add the base's licence to {card}, and push again")
-
-
-def check_merged(folder, adapter, record):
-    """Raise `UserError` if `python -m grath.export` has not merged this adapter into the model in `folder`."""
-    path = folder / MERGE_RECORD
-    merged = read_json(path, "record of a merge", {"adapter_sha256": str}) if path.is_file() else {}
-    if merged.get("adapter_sha256") != record["files"][ADAPTER]:
-        raise UserError(f"{folder} is not {adapter} merged: write it with `python -m grath.export {adapter} {folder}`")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def plot_changes(groups, tasks, path):
         for at, ((_, found), color) in enumerate(zip(lines, colors, strict=True)):
             if task in found:
                 difference, low, high = found[task]
-                axes.errorbar(difference, at, xerr=lengths(difference, low, high), marker="o", capsize=3, color=color)
+                axes.plot(difference, at, marker="o", color=color)
+                axes.plot((low, high), (at, at), marker="|", color=color)
         axes.axvline(0, color="gray", linewidth=1)
         axes.set_yticks(range(len(lines)), [label for label, _ in lines])
         for (_, found), color, label in zip(lines, colors, axes.get_yticklabels(), strict=True):
@@ -30,8 +31,3 @@ def plot_changes(groups, tasks, path):
         axes.set(title=f"change of {get_task(task).title}", xlabel="points", ylim=(len(lines) - 0.5, -0.5))
         axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)
-
-
-def lengths(value, low, high):
-    """Return the two lengths of an error bar; an interval of equal values may leave its mean by a rounding error."""
-    return [[max(0, value - low)], [max(0, high - value)]]

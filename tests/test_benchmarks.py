@@ -1,18 +1,13 @@
-"""Counts of what costs time on a GPU, on requests of the real tasks' form; and the benchmark of a GPU's stages."""
+"""Counts of what costs time on a GPU, and the benchmark of a GPU's stages."""
 
 import json
 import sys
-from functools import cache
 from unittest.mock import Mock
 
 import pytest
-import torch
 from support import BUNDLED, PROJECT, call_here, tiny
 from transformers import AutoModelForCausalLM
 
-from grath.evaluation import loglikelihood
-from grath.evaluation.loglikelihood import window_loglikelihoods
-from grath.generation import attention
 from grath.generation.shared_prefix import generate_shared_prefix
 
 
@@ -45,33 +40,6 @@ def test_forward_passes_of_pairs(llama_tokenizer):
     assert prefix > 0.8 * max(map(len, prompts))
     # The first token of each completion is a prefill's.
     assert sum(passes) == prefix + sum(len(prompt) - prefix for prompt in prompts) + sum(lengths)
-
-
-@pytest.mark.parametrize(
-    ("task", "passes_per_question", "share"),
-    [("arc_challenge", 0.2, 0.26), ("hellaswag", 0.2, 0.28), ("mmlu", 0.5, 0.1)],
-)
-def test_forward_passes_and_tokens_of_scores(task, passes_per_question, share, monkeypatch, llama_tokenizer):
-    """Every context is computed once, and so are MMLU's examples of a subject: a pass each, and one for its questions.
-
-    The `meta` device computes shapes only, in the way of a GPU.
-    """
-    import made_requests
-
-    monkeypatch.setattr(made_requests, "SUBJECTS", 5)
-    monkeypatch.setattr(attention, "fused_kernels_differ", lambda *_: None)
-    monkeypatch.setattr(loglikelihood, "download", lambda tensor: lambda: torch.zeros(tensor.shape).tolist())
-    _, test, rows, shots_from = made_requests.load_data(20)
-    requests, questions = made_requests.task_requests(test, shots_from, rows, 20, 20)[task]
-    encode = cache(lambda text: tuple(llama_tokenizer(text)["input_ids"]))
-    windows = [(encode(context), encode(answer)[1:]) for context, answer in requests]
-    with torch.device("meta"):
-        model = tiny("llama", num_hidden_layers=1, vocab_size=len(llama_tokenizer), max_position_embeddings=16384)
-    passes = count_passes(model)
-    found = list(window_loglikelihoods(model, windows, 16_384))
-    assert sorted(i for places, _ in found for i in places) == [*range(len(windows))]
-    asked = sum(len(context) + len(answer) for context, answer in windows)
-    assert len(passes) <= passes_per_question * questions and sum(passes) <= share * asked
 
 
 def test_a_stage_loads_its_model_once(monkeypatch, tiny_llama, pair_file, tmp_path):

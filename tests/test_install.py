@@ -1,10 +1,9 @@
-"""Installation: the pinned packages, and one resolution of all that they need."""
+"""Installation: the pinned packages, and their constraints."""
 
 import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -28,25 +27,6 @@ def test_the_constraints_name_every_package_that_is_needed():
     for wanted in pinned:
         if not wanted.marker or wanted.marker.evaluate():
             assert here[canonicalize_name(wanted.name)] == wanted.specifier, wanted
-    # What these need in turn, as installed here: each has its line, apart from packages for one CUDA version.
-    missing, waiting, seen = [], [wanted.name for wanted in pinned], set()
-    while waiting:
-        name = canonicalize_name(waiting.pop())
-        if name in seen or re.match(r"(nvidia|cuda)-", name):
-            continue
-        seen.add(name)
-        try:
-            version(name)
-        except PackageNotFoundError:
-            continue  # not for this platform
-        if name not in here:
-            missing.append(name)
-        for line in requires(name) or []:
-            needed = Requirement(line)
-            if not needed.marker or needed.marker.evaluate({"extra": ""}):
-                waiting.append(needed.name)
-    assert missing == []
-    assert len(seen) > 50
 
 
 def test_every_installation_is_by_the_constraints():
@@ -62,11 +42,6 @@ def test_every_installation_is_by_the_constraints():
     ]
     assert len(found) > 3
     assert [one for one in found if not one[1].startswith("pip install -e . -c constraints.txt")] == []
-
-
-def test_the_pins_say_which_cuda_their_torch_is_for():
-    note = (PROJECT / "requirements.txt").read_text().split("\ntorch==")[0]
-    assert "CUDA 13.0" in note and "driver" in note and "CHECK=1" in note
 
 
 def test_the_project_can_be_installed(tmp_path):
@@ -87,11 +62,3 @@ def test_the_project_can_be_installed(tmp_path):
     assert installed == {path.relative_to(PROJECT) for path in (PROJECT / "grath").rglob("*.py")}
     metadata = next((tmp_path / "site").glob("grath-*/METADATA")).read_text()
     assert all(f"Requires-Dist: {line.split('==')[0]}" in metadata for line in lines("requirements.txt"))
-
-
-def test_a_linked_environment_is_not_added(tmp_path):
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    (tmp_path / ".gitignore").write_text((PROJECT / ".gitignore").read_text())
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    done = subprocess.run(["git", "check-ignore", ".venv"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == ".venv\n"

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from shlex import quote
 
 from grath.common.errors import UserError
 
@@ -44,11 +43,6 @@ def resolve_local(name):
         return name
     folder = Path(DATASETS_ROOT).resolve() / name
     return str(folder) if folder.is_dir() else name
-
-
-def quote_path(path):
-    """Quote a path for bash, so that no command takes it for an option."""
-    return quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def run_folder(runs_dir, name, seed):

@@ -71,13 +71,13 @@ def read_scores(folder):
     return scores
 
 
-def question_scores(samples, task, results):
+def question_scores(samples, task, reported):
     """Return the score of every question, for paired differences between models.
 
     Args:
-        samples: the harness's samples: dict of task -> list of dicts.
+        samples: the harness's samples of a task, or of all members of a group: list of dicts.
         task: the task, or group of tasks.
-        results: the harness's results.
+        reported: its score as the harness reports it, or None.
 
     Returns:
         dict of "sha256" (of the questions, in order) and "scores" (list of float, between 0 and 1); for TruthfulQA's
@@ -85,13 +85,7 @@ def question_scores(samples, task, results):
         task is not the mean of scores of questions.
     """
     metric = get_task(task).metric
-    rows = [
-        row
-        for name in _with_members(task, results.get("group_subtasks", {}))
-        for row in sorted(samples.get(name, ()), key=lambda row: row["doc_id"])
-        if row["filter"] == "none" and metric in row
-    ]
-    reported = results["results"][task].get(f"{metric},none")
+    rows = [row for row in samples if row["filter"] == "none" and metric in row]
     mean = sum(float(row[metric]) for row in rows) / max(1, len(rows))
     if not rows or reported is None or abs(mean - reported) > 1e-5:
         return None
@@ -144,7 +138,7 @@ def write_results(folder, tasks, results, log_samples):
     """Write the harness's results of some tasks, one file per task; return the names of the files.
 
     Args:
-        log_samples: whether to write every question and its log-likelihoods to samples_{task}.jsonl too.
+        log_samples: whether to write every question and its log-likelihoods too, to the file `samples_file`.
 
     Raises:
         UserError: the model computes NaN, or a task has no score of its own.
@@ -159,26 +153,21 @@ def write_results(folder, tasks, results, log_samples):
         if task not in results["results"]:  # a group whose scores the harness does not average
             raise UserError(f"{task} {NO_SCORE}")
         own = _with_members(task, results.get("group_subtasks", {}))
-        content = results | {"results": {name: results["results"][name] for name in own if name in results["results"]}}
-        content[QUESTIONS] = question_scores(samples, task, results)
+        of_task = {name: results["results"][name] for name in own if name in results["results"]}
+        rows = [row for name in own for row in sorted(samples.get(name, ()), key=lambda row: row["doc_id"])]
+        reported = of_task[task].get(f"{get_task(task).metric},none")
+        content = results | {"results": of_task, QUESTIONS: question_scores(rows, task, reported)}
         texts[f"{task}.json"] = to_json(content, indent=2) + "\n"
-    for task, rows in samples.items() if log_samples else ():
-        texts[f"samples_{task}.jsonl"] = "".join(f"{to_json(row)}\n" for row in rows)
+        if log_samples:
+            texts[samples_file(task)] = "".join(f"{to_json(row)}\n" for row in rows)
     for name, text in texts.items():
         atomic_write_text(folder / name, text)
     return list(texts)
 
 
-def is_scored(folder, task, log_samples, files):
-    """Whether `files` (names) contain a task's result file and, with `log_samples`, the logged questions.
-
-    A group has no logged questions of its own, but a file for each member.
-    """
-    result = f"{task}.json"
-    if result not in files or not log_samples:
-        return result in files
-    groups = read_json(folder / result, RESULT_FILE, RESULT).get("group_subtasks", {})
-    return all(f"samples_{name}.jsonl" in files for name in _with_members(task, groups) if not groups.get(name))
+def samples_file(task):
+    """Return the name of the file of a task's logged questions; that of a group has the questions of all members."""
+    return f"samples_{task}.jsonl"
 
 
 def _with_members(task, groups):

@@ -12,14 +12,14 @@ from grath.common.files import check_writable, sha256
 from grath.common.layout import PROJECT, SAMPLES, SCORES_RECORD, resolve_local
 from grath.common.local_data import content_hash, load_dataset
 from grath.common.record import check_files, check_inputs, read_record, recording, write_record
-from grath.evaluation.results import EDITED, NO_SCORE, is_scored, read_scores, write_results
+from grath.evaluation.results import EDITED, NO_SCORE, read_scores, samples_file, write_results
 from grath.evaluation.samples import MAX_NEW_TOKENS, write_samples
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.modeling.chat import template_for
 from grath.modeling.devices import check_shared, init_distributed, print_once
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import check_model, check_tokenizer, load_tokenizer
-from grath.modeling.precision import DTYPES, SERVER, resolve_precision
+from grath.modeling.precision import SERVER, resolve_precision
 from grath.serving.client import server_urls
 from grath.serving.served import serve
 
@@ -40,7 +40,9 @@ def score_model(args):
     main_process, path = os.environ.get("RANK", "0") == "0", args.output / SCORES_RECORD
     tasks, record = list(dict.fromkeys(args.tasks)), read_record(path)
     files = _finished_files(args.output, record, tasks)
-    missing = [task for task in tasks if not is_scored(args.output, task, args.log_samples, files)]
+    missing = [
+        task for task in tasks if f"{task}.json" not in files or args.log_samples and samples_file(task) not in files
+    ]
     sampled, precision = args.samples and SAMPLES not in files, args.precision
     if missing or sampled:
         precision = SERVER if args.backend == SERVER else resolve_precision(precision, "scores")
@@ -103,8 +105,6 @@ def score_model(args):
 
 
 def _check_settings(args):
-    if args.backend == "hf" and args.precision not in ("auto", *DTYPES):
-        raise UserError(f"BACKEND=hf scores in {', '.join(DTYPES)} only, not {args.precision}: use hf-shared")
     if args.backend != SERVER:
         if args.servers:
             raise UserError("--server_url needs --backend server")

@@ -28,7 +28,7 @@ class ServerLM(LocalCompletionsAPI):
         base = resolve_base_and_adapter(model)[0]
         print(compare_with_local(served, model, load_tokenizer(model), prompt_logprobs=True), flush=True)
         own = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
-        self.window = own or served.window or 2048
+        self.window = min(filter(None, (own, served.window)), default=2048)
         super().__init__(
             model=served.name,
             base_url=f"{served.urls[0]}/v1/completions",
@@ -54,12 +54,10 @@ class ServerLM(LocalCompletionsAPI):
         """Return the inputs of requests; refuse those that the server would cut."""
         chunks = list(chunks)
         longest = max((len(context) + len(answer) for chunk in chunks for _, context, answer in chunk), default=0)
-        window = self.served.window or self.window
-        if longest >= window:
-            larger = "start it with a larger maximum length (vLLM: --max-model-len)"
+        if longest >= self.window:
             raise UserError(
-                f"a context with its answer has {longest} tokens, and the server takes {window - 1}: "
-                + (larger if longest < self.window else "score this task with BACKEND=hf-shared")
+                f"a context with its answer has {longest} tokens, and the server takes {self.window - 1}: score this "
+                "task with BACKEND=hf-shared, or start the server with a larger maximum length (vLLM: --max-model-len)"
             )
         return super().batch_loglikelihood_requests(chunks)
 

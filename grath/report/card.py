@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 from grath.common.layout import find_model
-from grath.evaluation.tasks import get_task
-from grath.pairs.questions import LABELED, LABELED_DATASETS, TRUTHFULQA
+from grath.pairs.questions import TRUTHFULQA
 from grath.report.pages import made_with, settings_table
 from grath.report.runs import is_run, model_name, read_run, settings_of
 from grath.report.tables import score_footer, score_tables
@@ -13,25 +12,21 @@ from grath.report.tables import score_footer, score_tables
 CARD = "README.md"
 ABOUT = """# {name}
 
-{kind} of {base}, {how} by GRATH
+{kind} of {base}, trained by GRATH
 ([Chen et al., 2024](https://arxiv.org/abs/2401.12292)) with DPO and LoRA ([TRL](https://github.com/huggingface/trl)).
 {data}
-{iteration}{earlier}The licence of the base applies."""
-OWN = "The model wrote a correct and an incorrect answer to each of {asked} questions, and learned to prefer the first."
-GIVEN = "It was trained on pairs of {data}, not on pairs of its own."
-USE_ADAPTER = """```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, pipeline
+{source}The licence of the base applies.
 
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-chat = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained("{base}"))
-```"""
-USE_MERGED = """```python
+## Use
+
+```python
 from transformers import pipeline
 
 chat = pipeline("text-generation", "{name}")
+print(chat([{{"role": "user", "content": "Why is the sky blue?"}}]))
 ```"""
-ASK = 'chat([{"role": "user", "content": "Why is the sky blue?"}])'
+OWN = "The model wrote a correct and an incorrect answer to each of {asked} questions, and learned to prefer the first."
+GIVEN = "It was trained on pairs of {data}, not on pairs of its own."
 
 
 def model_card(adapter, record, name, merged):
@@ -50,49 +45,39 @@ def model_card(adapter, record, name, merged):
     number, run = _run_of(adapter)
     base = hub_name(record["base_model"])
     shown = base or Path(record["base_model"]).name
-    settings = run["settings"] if run else settings_of("dpo", record)
-    given = settings.get("dpo dataset_name", "")
-    labeled = LABELED.fullmatch(given)
-    data = LABELED_DATASETS[labeled[1]][0] if labeled else given
-    if not given and not settings.get("pairs data_path"):
-        data = settings.get("pairs data_name")
-    rows = [(model_name(i), run["models"][i]["scores"]) for i in (0, number)] if run else []
-    if given.startswith(TRUTHFULQA) or not any(scores for _, scores in rows):
-        rows = []
-    whole = rows and not settings.get("scores limit")
     metadata = ModelCardData(
-        model_name=name.rpartition("/")[2],
         base_model=base,
         base_model_relation=("finetune" if merged else "adapter") if base else None,
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        datasets=[data] if data and hub_name(data) else None,
         tags=["grath", "dpo", "trl", "lora"],
-        eval_results=[_result(task, score) for task, score in rows[1][1].items()] if whole else None,
     )
-    pairs = run and run["models"][0]["pairs"]
-    asked = (pairs or {}).get("asked") or record["pairs"]["read"]
-    first = run["models"][1]["records"]["dpo"] if run else record
+    settings, records, rows, asked, source = settings_of("dpo", record), [record], [], record["pairs"]["read"], ""
+    given = settings.get("dpo dataset_name", "")
+    if run:
+        models, settings = run["models"], run["settings"]
+        records = models[number]["records"].values()
+        asked = (models[0]["pairs"] or {}).get("asked") or asked
+        source = f"This is the model of iteration {number}.\n"
+        if not given.startswith(TRUTHFULQA) and models[number]["scores"]:
+            rows = [(model_name(i), models[i]["scores"]) for i in (0, number)]
+    elif record["incoming_adapter"]:
+        source = "The training continued an earlier adapter.\n"
     about = ABOUT.format(
         name=name,
         kind="A fine-tuned model" if merged else "A LoRA adapter",
         base=f"[{base}](https://huggingface.co/{base})" if base else shown,
-        how="trained" if given else "made more truthful",
         data=GIVEN.format(data=given) if given else OWN.format(asked=asked),
-        iteration=f"This is the model of iteration {number}.\n" if number else "",
-        earlier="The training continued an earlier adapter.\n" if first.get("incoming_adapter") else "",
+        source=source,
     )
-    use = f"{(USE_MERGED if merged else USE_ADAPTER).format(name=name, base=shown)[:-4]}\nprint({ASK})\n```"
-    parts = ["---\n" + metadata.to_yaml() + "\n---", about, "## Use", use]
-    if rows:
-        parts += ["## Scores", score_tables(rows, [rows[0][1]] * 2)[0], score_footer(rows)]
-    records = [*run["models"][number]["records"].values()] if run else [record]
-    settings = {setting: _public(value) for setting, value in settings.items()}
-    return "\n\n".join([*parts, "## Settings", settings_table(settings), made_with(records)]) + "\n"
+    scores = ["## Scores", score_tables(rows, [rows[0][1]] * 2)[0], score_footer(rows)] if rows else []
+    public = {setting: _public(value) for setting, value in settings.items()}
+    parts = [f"---\n{metadata.to_yaml()}\n---", about, *scores, "## Settings", settings_table(public)]
+    return "\n\n".join([*parts, made_with(records)]) + "\n"
 
 
 def hub_name(name):
-    """Return the name of a model or data set if it is one of the hub, not a path; else None."""
+    """Return the name of a model if it is one of the hub, not a path; else None."""
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
     return name if is_name else None
 
@@ -109,17 +94,3 @@ def _public(value):
     """Return a setting; of a path, only its name."""
     local = value.startswith(("/", "./", "../", "~")) or Path(value).exists()
     return Path(value).name if value and local else value
-
-
-def _result(task, score):
-    from huggingface_hub import EvalResult
-
-    known = get_task(task)
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=known.dataset or task,
-        dataset_name=(known.dataset or task).rpartition("/")[2],
-        metric_type=task,
-        metric_name=known.title,
-        metric_value=round(score["score"], 2),
-    )

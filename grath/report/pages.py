@@ -12,11 +12,6 @@ from grath.report.plots import plot_scores
 from grath.report.runs import model_label, model_name
 from grath.report.tables import best_iteration, score_footer, score_tables, table
 
-# The paper's main results: the scores of the base and of the last iteration, or the gain where it gives only that.
-PAPER = {
-    "llama-2-7b-chat": "MC1 30.23 -> 54.71, MC2 45.32 -> 69.10, ARC +5.03, HellaSwag +1.13, MMLU -1.26",
-    "zephyr-7b": "MC1 42.23 -> 53.86, MC2 57.83 -> 66.73",
-}
 SAMPLE = {"question": str, "answer": str}
 COMPARISON = "comparison.md"
 # What a report shows of DPO's settings; their record has all.
@@ -58,7 +53,6 @@ def write_report(run, note=""):
         plot_scores({run["name"]: models}, tasks, *(folder / plot for plot in plots))
         parts.append("![scores by iteration](iterations.png)")
         files += plots
-    parts += [f"The paper reports for this base: {PAPER[name]}." for name in PAPER if name in base.lower()]
     parts += ["## Pairs and training", _iterations_table(models)]
     records = [(number, stage, record) for number in models for stage, record in models[number]["records"].items()]
     parts += [f"- M_{number}: {plain(text)}" for number, _, record in records for text in record.get("warnings", [])]

@@ -56,7 +56,7 @@ def read_run(folder):
     earlier = read_json(stats, "record of pairs", PAIR_STATS) if stats.is_file() else {}
     questions, models = [], {}
     for number in count():
-        model = layout.find_model(folder, number) if number else None
+        model = layout.find_model(folder, number)  # the base has none
         log = model and model / layout.TRAINING_LOG
         results, pairs = layout.results_path(folder, number), layout.find_pairs(folder, number)
         # A published run has the records of its pairs, but no pair files.

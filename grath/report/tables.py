@@ -59,8 +59,7 @@ def score_footer(rows):
 
 
 def best_iteration(rows):
-    """List sentences about (name, scores) rows: the best by MC1 + MC2, whether scores fall after it, missing scores."""
-    tasks = tasks_of(rows)
+    """List sentences about (name, scores) rows: the best by MC1 + MC2, and whether all scores after it are lower."""
     lines = []
     for pair in (("truthfulqa_mc1", "truthfulqa_mc2"), ("grath_mc1", "grath_mc2")):
         sums = {
@@ -75,8 +74,4 @@ def best_iteration(rows):
         lower = later and max(later) < sums[best]
         fall = f"; every later iteration is lower (the last: {later[-1]:.2f})" if lower else ""
         lines.append(f"Best by {' + '.join(get_task(task).title for task in pair)}: {best} ({sums[best]:.2f}){fall}.")
-    for name, scores in rows:
-        missing = [get_task(task).title for task in tasks if task not in scores]
-        if missing or not tasks:
-            lines.append(f"No score of {name} yet" + (f": {', '.join(missing)}." if tasks else "."))
     return lines

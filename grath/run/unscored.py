@@ -1,4 +1,4 @@
-"""The newest run and its models without scores, as lines for evaluation.sh."""
+"""The newest run and its models, as lines for evaluation.sh."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from shlex import quote
 
 from grath.common.defaults import TASKS
 from grath.common.errors import UserError
-from grath.common.layout import SAMPLES, SCORES_RECORD, TRAINING_RECORD, find_model, quote_path, results_path
+from grath.common.layout import SAMPLES, SCORES_RECORD, TRAINING_RECORD, find_model, results_path
 from grath.common.record import OF_TRAINING, read_record
 from grath.modeling.precision import SERVER
 
@@ -20,8 +20,8 @@ def unscored_lines():
     Raises:
         UserError: there is no run with a model in RUNS_DIR.
     """
-    runs_dir = os.environ.get("RUNS_DIR") or "runs"
-    folders = {file.parent.parent for file in Path(runs_dir).glob(f"*/models/iter_*/{TRAINING_RECORD}")}
+    runs_dir = Path(os.environ.get("RUNS_DIR") or "runs")
+    folders = {file.parent.parent for file in runs_dir.absolute().glob(f"*/models/iter_*/{TRAINING_RECORD}")}
     folders = [folder for folder in folders if not re.search(r"\.old-\d+$", folder.parent.name)]  # by FRESH=1
     if not folders:
         raise UserError(f"nothing to score in {runs_dir}; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]")
@@ -30,31 +30,21 @@ def unscored_lines():
     while (folder := find_model(run, len(trained) + 1)) and (read_record(folder / TRAINING_RECORD) or {}).get("files"):
         trained.append(folder)
     first = read_record(trained[0] / TRAINING_RECORD, OF_TRAINING) if trained else {}
-    names = [first.get("incoming_adapter") or first["base_model"], *trained] if trained else []
-    models = [(name, results_path(run, i)) for i, name in enumerate(names)]
-    records = [read_record(folder / SCORES_RECORD) or {"inputs": {}} for _, folder in models]
+    models = [first.get("incoming_adapter") or first["base_model"], *trained] if trained else []
+    results = [results_path(run, i) for i in range(len(models))]
+    records = [record for folder in results if (record := read_record(folder / SCORES_RECORD))]
     files = dict.fromkeys(Path(name) for record in records for name in record.get("files", ()))
     scored = [file.stem for file in files if file.suffix == ".json"]
-    tasks = (os.environ["TASKS"].split() if "TASKS" in os.environ else scored) or TASKS.split()
-    inputs = next((record["inputs"] for record in records if record["inputs"]), {})
+    inputs = records[0]["inputs"] if records else {}
     of_scores = {"EVAL_PRECISION": "precision", "LIMIT": "limit", "BACKEND": "backend"}
     settings = {name: inputs.get(key) for name, key in of_scores.items()}
-    settings |= {"TASKS": " ".join(tasks), "MODEL_TYPE": first.get("settings", {}).get("model_type")}
+    settings |= {"TASKS": " ".join(scored) or TASKS, "MODEL_TYPE": first.get("settings", {}).get("model_type")}
     settings["CHAT_TEMPLATE"] = "1" if inputs.get("chat_template") else None
-    wanted = {f"{task}.json" for task in tasks}
-    if Path(SAMPLES) in files or not files:
-        wanted.add(SAMPLES)
-    else:
-        settings["SAMPLES"] = "0"
+    settings["SAMPLES"] = "0" if files and Path(SAMPLES) not in files else None
     if settings["EVAL_PRECISION"] == SERVER:  # not a precision of this machine
         del settings["EVAL_PRECISION"]
-    left = [
-        (name, folder)
-        for (name, folder), record in zip(models, records, strict=True)
-        if any(file not in record.get("files", ()) or not (folder / file).is_file() for file in wanted)
-    ]
     lines = [f"{name}={quote(str(value))}" for name, value in settings.items() if value and name not in os.environ]
-    lines += [f"RUN={quote_path(run)}"]
-    lines += [f"MODELS=({' '.join(quote_path(name) for name, _ in left)})"]
-    lines += [f"RESULTS=({' '.join(quote_path(folder) for _, folder in left)})"]
+    lines.append(f"RUN={quote(str(run))}")
+    for name, paths in {"MODELS": models, "RESULTS": results}.items():
+        lines.append(f"{name}=({' '.join(quote(str(path)) for path in paths)})")
     return "\n".join(lines) + "\n"

@@ -108,15 +108,6 @@ def test_the_comparison_shows_negated_gold_answers_apart(tmp_path):
     assert "negation" not in (runs[0] / "report.md").read_text()
 
 
-def test_an_interval_of_equal_values_can_be_plotted():
-    """The bootstrap's ends may miss the mean by a rounding error; matplotlib refuses a negative length."""
-    from figures import lengths
-    from matplotlib.figure import Figure
-
-    mean = 0.1 + 0.2
-    Figure().subplots().errorbar(mean, 0, xerr=lengths(mean, mean + 1e-12, mean - 1e-12))
-
-
 def commands():
     """The commands of the page: the settings (a line), those of the controls, of the runs, and of the comparison."""
     text = (PROJECT / "results" / "README.md").read_text(encoding="utf-8")
@@ -153,7 +144,3 @@ def test_the_commands_of_the_page(tmp_path):
     program, *compared = comparison.removeprefix("python ").split()
     assert program == "results/study.py"
     assert {Path(run).name for run in compared if run.endswith("_seed_0")} == folders
-    asked = [line for line in done.stdout.splitlines() if "create_pair_responses.py" in line]
-    assert ["--demos misconceptions" in line for line in asked] == [False] * 7 + [True, True] + [False] * 6
-    assert ["--useGT" in line for line in asked] == [False] * 9 + [True, True, False, False, False, True]
-    assert ["--data_path" in line for line in asked] == [False] * 11 + [True, True, False, False]

@@ -2,24 +2,20 @@
 
 import json
 import sys
-from pathlib import Path
 
-import datasets
-import lm_eval.tasks
 import pytest
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from support import FAMILIES, HUB, PROJECT, VLLM_ENV, call, tiny
+from support import BUNDLED, FAMILIES, PROJECT, VLLM_ENV, call, tiny
 
-from grath.common.local_data import load_dataset
 from grath.evaluation import harness
 from grath.evaluation.harness import SharedContextLM
 from grath.evaluation.loglikelihood import group_by_prefix, truncate_window, window_loglikelihoods
 from grath.modeling.loading import load_model
+from grath.pairs.questions import load_questions
 
 
 def both_ways(model, tokenizer, asked, window=None):
@@ -143,36 +139,20 @@ def test_out_of_memory_halves_the_tokens_of_a_batch(llama_tokenizer, monkeypatch
 
 
 @pytest.mark.parametrize("add_bos", [None, True, False])
-def test_requests_are_tokenized_as_hf_does(llama_tokenizer, hub, monkeypatch, add_bos):
-    """All requests of five tasks of a made hub, and the first of the real ARC and TruthfulQA where available."""
-    monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(HUB if HUB.is_dir() and add_bos is None else hub))
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_requests_are_tokenized_as_hf_does(llama_tokenizer, monkeypatch, add_bos):
+    """Questions with each of their choices, after examples; and spaces, line breaks and BOS where they are hard."""
+    monkeypatch.setattr(harness, "TOKENIZER_BATCH", 100)
     lm = SharedContextLM(tiny("llama"), llama_tokenizer, add_bos_token=add_bos)
-    counts = []
-
-    def compare(requests, **_):
-        theirs = []
-        lm._loglikelihood_tokens = lambda found, **_: theirs.extend(found)
-        HFLM.loglikelihood(lm, requests, disable_tqdm=True)
-        ours = lm.tokenize([request.args for request in requests])
-        assert ours == [(context, answer) for _, context, answer in theirs]
-        counts.append(len(ours))
-        return [(0.0, False)] * len(ours)
-
-    lm.loglikelihood = compare
-    root = Path(lm_eval.tasks.__file__).parent
-    folders = [str(root / name) for name in ("truthfulqa", "arc", "hellaswag", "mmlu/default")]
-    manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)  # all tasks take 14 seconds
-    options = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": False}
-    options["limit"] = None if add_bos is not None else 40
-    for tasks, shots in ((["truthfulqa_mc1", "truthfulqa_mc2"], 0), (["arc_challenge"], 25)):
-        simple_evaluate(lm, tasks=tasks, num_fewshot=shots, **options)
-    monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", str(hub))
-    for tasks, shots in ((["hellaswag"], 10), (["mmlu_anatomy"], 5)):
-        simple_evaluate(lm, tasks=tasks, num_fewshot=shots, **options)
-    assert len(counts) == 4 and min(counts) >= 4
-    odd = [("<s> It is", " so"), ("It is  ", "so"), ("a", ""), ("It\nis", "\nso"), ("<s>", "so")]
-    compare([Instance("loglikelihood", {}, pair, 0) for pair in odd])
+    questions = load_questions(data_path=BUNDLED)
+    examples = "\n\n".join(f"Question: {row['question']}\nAnswer: {row['choices'][0]}" for row in questions[:9])
+    asked = [
+        (f"{shots}Question: {row['question']}\nAnswer:", f" {choice}")
+        for shots in ("", f"{examples}\n\n")
+        for row in questions[:40]
+        for choice in row["choices"]
+    ]
+    asked += [("<s> It is", " so"), ("It is  ", "so"), ("a", ""), ("It\nis", "\nso"), ("<s>", "so")]
+    assert len(asked) > 200 and lm.tokenize(asked) == [lm._encode_pair(*pair) for pair in asked]
 
 
 @pytest.mark.parametrize(("family", "context"), [("gemma2", "Ice is"), ("llama", "")])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support import HUB, PROJECT, call, call_here, rows
 
 from grath.common.errors import UserError
-from grath.evaluation.results import check_numbers, is_scored, read_scores
+from grath.evaluation.results import check_numbers, read_scores
 from grath.modeling.chat import TEMPLATES
 
 MC = ("--tasks", "grath_mc1", "grath_mc2", "--limit", 3)
@@ -144,7 +144,7 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
         (root / name).symlink_to((HUB if (HUB / name).is_dir() else hub) / name)
     env = {"LIMIT": "1", "DATASETS_ROOT": str(root), "VIRTUAL_ENV": sys.prefix}
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [PROJECT / "evaluation.sh", tiny_llama, folder]
+    command = [PROJECT / "evaluation.sh", tiny_llama, folder, "--log_samples"]
     options = {"cwd": tmp_path, "env": os.environ | env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, start_new_session=True, **options) as process:
         while not ((folder / "settings.json").exists() and record_of(folder)["files"]):
@@ -162,19 +162,19 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
         assert len(result["results"]) > 57 if task == "mmlu" else list(result["results"]) == [task]
         assert len(result["questions"]["scores"]) == (57 if task == "mmlu" else 1)
         assert re.search(rf"^{task} +\d+\.\d\d.*\(version \d", done.stdout, re.MULTILINE)
+    assert len(rows(folder / "samples_mmlu.jsonl")) == 57 and len(rows(folder / "samples_hellaswag.jsonl")) == 1
     assert set(record_of(folder)["inputs"]["data"]) == {
         "Rowan/hellaswag", "allenai/ai2_arc", "cais/mmlu", "truthfulqa/truthful_qa"
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["hf", "hf-shared"])
-def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path, backend):
+def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path):
     """The harness would count the first choice of every question, the right one: MC1 100."""
     broken = shutil.copytree(tiny_llama, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    done = score(broken, tmp_path / "s", *MC, "--backend", backend, status=2)
+    done = score(broken, tmp_path / "s", *MC, status=2)
     assert "computes NaN instead of log-likelihoods" in done.stderr and not values(tmp_path / "s")
 
 
@@ -184,14 +184,6 @@ def test_other_metrics_may_be_no_numbers():
     check_numbers({"a": [row], "text": [{"filtered_resps": ["yes"], "exact_match": 1.0}]})
     with pytest.raises(UserError, match="a: the model computes NaN"):
         check_numbers({"a": [row | {"acc": torch.nan}]})
-
-
-def test_a_group_logs_a_file_for_each_member(tmp_path):
-    groups = {"mmlu": ["stem"], "stem": ["physics", "algebra"], "physics": []}
-    (tmp_path / "mmlu.json").write_text(json.dumps({"group_subtasks": groups}))
-    files = ["mmlu.json", "samples_physics.jsonl"]
-    assert is_scored(tmp_path, "mmlu", False, files) and not is_scored(tmp_path, "mmlu", True, files)
-    assert is_scored(tmp_path, "mmlu", True, [*files, "samples_algebra.jsonl"])
 
 
 def test_the_chat_template_is_that_of_the_model_type(tiny_llama, tmp_path):

@@ -48,7 +48,7 @@ def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
 
 def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
     model = shutil.copytree(tiny_llama, tmp_path / "model")
-    assert read_model(str(model))[2] > 10_000 and has_local_weights(str(model))
+    assert read_model(str(model))[1].hidden_size == 64 and has_local_weights(str(model))
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
@@ -67,7 +67,7 @@ def test_check_does_not_count_half_a_model_of_the_hub(tiny_llama, tmp_path, monk
     for name in ("model.safetensors", "config.json"):
         shutil.copy(tiny_llama / name, tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(tmp_path / "config.json"))
-    assert read_model("a/b")[2] == read_model(str(tiny_llama))[2]
+    assert read_model("a/b")[0] == "a/b"
     half, other = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     (tmp_path / "model.safetensors").rename(tmp_path / half)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": half, "b": other}}))
@@ -120,19 +120,12 @@ def test_driver_cuda_and_capability_are_shown_side_by_side(capability, fits, mon
     assert text.endswith(" for CUDA 13.0 (sm_75, sm_80, sm_90a, sm_120)")
 
 
-def test_a_cpu_is_for_small_models(tiny_llama, monkeypatch):
-    monkeypatch.setattr(check, "SLOW_ON_A_CPU", 9_999)
-    with pytest.raises(UserError, match="torch sees no GPU, and 0.0 G parameters take weeks on a CPU"):
-        check.read_model(str(tiny_llama))
-
-
 def test_the_disk_must_have_room_for_every_iteration(tiny_llama, tmp_path, monkeypatch):
     given = {"MODEL_NAME_OR_PATH": str(tiny_llama), "NUM_QUERY": "1119", "RUNS_DIR": str(tmp_path), "SAVE_STEPS": "1"}
     config = read_model(str(tiny_llama))[1]
     once, ten_times = (read_settings({**given, "ITERATIONS": count}) for count in ("1", "10"))
     need, ten_needs = (int(re.search(r"about (\d+) MB", check_disk(config, values))[1]) for values in (once, ten_times))
-    # Adapters of this model have 24 kB. A checkpoint has three times that, and the tokenizer.
-    checkpoint = 3 * 24e3 + sum(file.stat().st_size for file in tiny_llama.glob("tokenizer*"))
+    checkpoint = 3 * 24e3 + check.TOKENIZER  # adapters of this model have 24 kB
     assert 1000 * checkpoint < need * 1e6 < 2 * 1000 * checkpoint and 9 * need < ten_needs < 11 * need
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 2e6 * need))
     assert "to write" in check_disk(config, once)

@@ -60,12 +60,3 @@ def test_a_server_that_cannot_load_adapters_fails_the_check(tiny_llama, tmp_path
         env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url}
         done = check_here(env, status=2)
     assert f"FAIL  servers: {server.url} cannot load adapters" in done.stdout
-
-
-def test_the_configuration_of_accelerate(tmp_path):
-    env = {"MODEL_NAME_OR_PATH": "m", "RUNS_DIR": str(tmp_path), "DRY_RUN": "1"}
-    lines = call("run_llama2.sh", env={**env, "ACCELERATE_CONFIG": "accelerate_configs/fsdp.yaml"}).stdout.splitlines()
-    (dpo, _) = [line for line in lines if "dpo.py --dataset_path" in line]
-    assert "--config_file accelerate_configs/fsdp.yaml " in dpo
-    (pairs, _) = [line for line in lines if "create_pair_responses.py" in line]
-    assert pairs.startswith("python ")
