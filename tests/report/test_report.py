@@ -77,8 +77,12 @@ def test_unfinished_stages_are_not_shown(made_run):
         record = {name: value for name, value in json.loads(path.read_text()).items() if name not in names}
         path.write_text(json.dumps(record))
     printed = call_here("grath.report", made_run).stdout
-    assert "M_1" in printed and "M_2" not in printed and "Best by" not in printed
-    assert not (made_run / "iterations.png").exists()
+    assert (
+        "M_1" in printed
+        and "M_2" not in printed
+        and "Best by" not in printed
+        and not (made_run / "iterations.png").exists()
+    )
     assert "Base model: runs/first/models/iter_1" in page(made_run)
     assert [row[1] for row in cells_of(page(made_run)) if row[0] == "M_0 -> M_1"] == ["-"]
     # A run whose base is being scored has neither models nor data yet.
