@@ -3,6 +3,7 @@
     python -m grath.run settings FOLDER       print the settings as lines for bash; FOLDER is the project that asks
     python -m grath.run check TITLE...        check the machine for the run and print its plan
     python -m grath.run unscored              print the newest run and its models as lines for bash
+    python -m grath.run configuration         print docs/configuration.md
 
 Settings come from the environment: see docs/configuration.md.
 """
@@ -16,11 +17,15 @@ from grath.common.layout import PROJECT
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=("settings", "check", "unscored"))
+    parser.add_argument("command", choices=("settings", "check", "unscored", "configuration"))
     parser.add_argument("arguments", nargs="*", help="settings: the project that asks; check: titles of the stages")
     args = parser.parse_args()
     # Each command imports what it needs.
-    if args.command == "settings":
+    if args.command == "configuration":
+        from grath.run.settings import configuration_page
+
+        print(configuration_page(), end="")
+    elif args.command == "settings":
         from grath.run.settings import check_start, read_settings, shell_lines
 
         if PROJECT not in [Path(folder).resolve() for folder in args.arguments]:

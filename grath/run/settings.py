@@ -1,7 +1,9 @@
-"""The settings of the loop: one entry for each environment variable, and their lines for the shell."""
+"""The settings of the loop: one entry for each environment variable; their lines for the shell, and their page."""
 
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -13,6 +15,8 @@ from grath.modeling.devices import check_devices, describe_device
 from grath.modeling.precision import PRECISIONS, SERVER, resolve_precision
 from grath.pairs.prompts import demos_file
 from grath.serving.client import server_urls
+
+EVERY_STAGE = "every stage"
 
 
 def one_of(*choices):
@@ -26,57 +30,118 @@ FLAG = matching("[01]", "0 or 1")
 POSITIVE = matching(r"(?=[0-9.]*[1-9])[0-9]*\.?[0-9]*([eE][-+]?[0-9]{1,2})?", "a number greater than 0")
 
 
-# Of each environment variable: its default, or None if it must be set, and a check of its value, which raises
-# `ArgumentTypeError` or `UserError`. docs/configuration.md says what each one does.
-SETTINGS = {
-    # Model and run.
-    "MODEL_NAME_OR_PATH": (None, matching("(?s).+", "set; the presets run_*.sh set it")),
-    "MODEL_TYPE": ("auto", one_of(*MODEL_TYPES)),
-    "RUN_NAME": ("grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)")),
-    "RUNS_DIR": ("runs", str),
-    "SEED": ("0", NATURAL),
-    "ITERATIONS": ("2", matching("[1-9][0-9]{0,2}", "a whole number from 1 to 999")),
-    "REFERENCE": ("rolling", one_of("rolling", "fixed")),
-    "NUM_PROCESSES": ("1", COUNT),
-    # Pairs.
-    "NUM_QUERY": (None, COUNT),
-    "DATA_NAME": (defaults.DATA_NAME, str),
-    "SUBDATA_NAME": (defaults.SUBDATA_NAME, str),
-    "SPLIT": (defaults.SPLIT, str),
-    "DATA_PATH": ("", str),
-    "USE_FS": ("1", FLAG),
-    "USE_GT": ("0", FLAG),
-    "DEMOS": (defaults.DEMOS, str),
-    "MAX_NEW_TOKENS": (defaults.MAX_NEW_TOKENS, COUNT),
-    "PAIRS_BATCH_SIZE": ("", COUNT),
-    "PAIRS_PRECISION": ("auto", one_of(*PRECISIONS)),
-    # DPO.
-    "MAX_STEPS": (defaults.MAX_STEPS, COUNT),
-    "WARMUP_STEPS": (defaults.WARMUP_STEPS, NATURAL),
-    "LEARNING_RATE": (defaults.LEARNING_RATE, POSITIVE),
-    "BETA": (defaults.BETA, POSITIVE),
-    "DPO_BATCH_SIZE": ("", COUNT),
-    "GRADIENT_ACCUMULATION_STEPS": ("", COUNT),
-    "MAX_LENGTH": (defaults.MAX_LENGTH, COUNT),
-    "SAVE_STEPS": (defaults.SAVE_STEPS, COUNT),
-    "DPO_PRECISION": ("auto", one_of(*PRECISIONS)),
-    "ACCELERATE_CONFIG": ("", str),
-    "REPORT_TO": ("none", str),
-    # Scores.
-    "TASKS": (defaults.TASKS, str),
-    "EVAL_BATCH_SIZE": ("", batch_size),
-    "EVAL_PRECISION": ("auto", one_of(*PRECISIONS)),
-    "LIMIT": ("", limit),
-    "BACKEND": ("hf-shared", one_of("hf", "hf-shared", SERVER)),
-    "CHAT_TEMPLATE": ("0", FLAG),
-    "SAMPLES": ("1", FLAG),
-    # Inference servers.
-    "SERVER_URL": ("", lambda urls: server_urls(urls.split())),
-    "SERVER_TIMEOUT": (defaults.SERVER_TIMEOUT, COUNT),
-    # What the command does.
-    "DRY_RUN": ("0", FLAG),
-    "CHECK": ("0", FLAG),
-    "FRESH": ("0", FLAG),
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Args:
+        name: the environment variable.
+        default: its value if it is not set or empty; None if it must be set.
+        check: raises `ArgumentTypeError` or `UserError` for a value that is not valid.
+        stage: the first stage that compares the setting with its record; None if none does.
+        help: one line for docs/configuration.md.
+        paper: the paper's value, if it has one.
+    """
+
+    name: str
+    default: str | float | None
+    check: Callable[[str], object]
+    stage: str | None
+    help: str
+    paper: str = ""
+
+
+GROUPS = {
+    "Model and run": [
+        Setting("MODEL_NAME_OR_PATH", None, matching("(?s).+", "set; the presets run_*.sh set it"), EVERY_STAGE,
+                "required (the presets set it): hub name or folder of a model or an adapter",
+                "Llama-2-7b-chat-hf, zephyr-7b-beta"),
+        Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), "pairs",
+                "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
+        Setting("RUN_NAME", "grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)"), None,
+                "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
+        Setting("RUNS_DIR", "runs", str, None, "folder of all runs"),
+        Setting("SEED", "0", NATURAL, "pairs", "seed of every random draw; for pairs, only with `USE_GT=1`", "0"),
+        Setting("ITERATIONS", "2", matching("[1-9][0-9]{0,2}", "a whole number from 1 to 999"), None,
+                "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
+        Setting("REFERENCE", "rolling", one_of("rolling", "fixed"), "dpo",
+                "reference model of DPO: the iteration's starting model (`rolling`) or the base (`fixed`)",
+                "rolling; fixed against overfitting"),
+        Setting("NUM_PROCESSES", "1", COUNT, None, "processes, one for each GPU, in every stage", "1"),
+    ],
+    "Pairs": [
+        Setting("NUM_QUERY", None, COUNT, "pairs", "required (the presets set it): number of questions to ask", "1119"),
+        Setting("DATA_NAME", defaults.DATA_NAME, str, "pairs", "hub data set of the questions, in the ARC schema",
+                "allenai/ai2_arc"),
+        Setting("SUBDATA_NAME", defaults.SUBDATA_NAME, str, "pairs", "its configuration", "ARC-Challenge"),
+        Setting("SPLIT", defaults.SPLIT, str, "pairs", "its split", "train"),
+        Setting("DATA_PATH", "", str, "pairs", "local JSON-lines file of questions, instead of `DATA_NAME`"),
+        Setting("USE_FS", "1", FLAG, "pairs", "1: few-shot examples in the prompt", "1"),
+        Setting("USE_GT", "0", FLAG, "pairs", "1: ground-truth candidates in the prompt", "0"),
+        Setting("DEMOS", defaults.DEMOS, str, "pairs",
+                "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file", "TruthfulQA's"),
+        Setting("MAX_NEW_TOKENS", defaults.MAX_NEW_TOKENS, COUNT, "pairs", "maximum tokens of a response", "100"),
+        Setting("PAIRS_BATCH_SIZE", "", COUNT, None,
+                "questions at once; empty: 256 on a GPU, halved while they do not fit in its memory; 64 on a CPU; "
+                "512 at each server. In int8, responses depend on it", "1"),
+        Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
+                "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
+    ],
+    "DPO": [
+        Setting("MAX_STEPS", defaults.MAX_STEPS, COUNT, "dpo", "optimizer steps per iteration",
+                "1000 (Zephyr rolling: 500)"),
+        Setting("WARMUP_STEPS", defaults.WARMUP_STEPS, NATURAL, "dpo", "warm-up steps of the cosine schedule", "100"),
+        Setting("LEARNING_RATE", defaults.LEARNING_RATE, POSITIVE, "dpo", "peak learning rate", "5e-4"),
+        Setting("BETA", defaults.BETA, POSITIVE, "dpo", "DPO's beta", "0.1"),
+        Setting("DPO_BATCH_SIZE", "", COUNT, "dpo",
+                "pairs in a forward pass of each process; empty: the most of 16, 8, 4, 2 and 1 that fit in the GPU's "
+                "memory; 4 on a CPU, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
+        Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT, "dpo",
+                "forward passes in a step; empty: as many as give at most 16 pairs over all processes", "4"),
+        Setting("MAX_LENGTH", defaults.MAX_LENGTH, COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
+        Setting("SAVE_STEPS", defaults.SAVE_STEPS, COUNT, None, "steps between checkpoints", "100"),
+        Setting("DPO_PRECISION", "auto", one_of(*PRECISIONS), "dpo",
+                "precision of the base in training; `auto`: fp4 on a GPU, bf16 on a CPU", "4 bits"),
+        Setting("ACCELERATE_CONFIG", "", str, None,
+                "configuration of `accelerate launch`, such as `accelerate_configs/fsdp.yaml`; empty: one GPU, or data "
+                "parallel. Do not change it during a training"),
+        Setting("REPORT_TO", "none", str, None,
+                "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
+    ],
+    "Scores": [
+        Setting("TASKS", defaults.TASKS, str, None, "tasks of lm-evaluation-harness; empty: no scores",
+                defaults.TASKS),
+        Setting("EVAL_BATCH_SIZE", "", batch_size, None,
+                "contexts at once, at most; empty: by their tokens (`hf-shared`), 16 (`hf`), or 512 (`server`)", "16"),
+        Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
+                "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
+        Setting("LIMIT", "", limit, "scores", "questions of each task; empty: all"),
+        Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared", SERVER), "scores",
+                "`hf-shared` computes every context once; `hf` is the harness's own model class; `server`: on "
+                "`SERVER_URL`, and the default if that is set", "hf"),
+        Setting("CHAT_TEMPLATE", "0", FLAG, "scores", "1: apply the chat template (the leaderboard does not)", "0"),
+        Setting("SAMPLES", "1", FLAG, None, "1: also write the model's own answers to five questions"),
+    ],
+    "Inference servers": [
+        Setting("SERVER_URL", "", lambda urls: server_urls(urls.split()), None,
+                "servers with the OpenAI completions API for pairs and scores, separated by spaces; empty: this "
+                "machine. A run uses servers from start to end, or not at all"),
+        Setting("SERVER_TIMEOUT", defaults.SERVER_TIMEOUT, COUNT, None,
+                "seconds to wait for a server that does not respond"),
+    ],
+    "What the command does": [
+        Setting("DRY_RUN", "0", FLAG, None, "1: print the commands and run none"),
+        Setting("CHECK", "0", FLAG, None, "1: check the machine for this run in seconds and print the plan"),
+        Setting("FRESH", "0", FLAG, None, "1: move an old run of this name aside and start again"),
+    ],
+}  # fmt: skip
+SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in group}
+# Read by the libraries or by every command, not by the loop.
+OTHER_VARIABLES = {
+    "DATASETS_ROOT": "folder that `prefetch.sh` has filled with models and data sets; the hub is not used",
+    "DEVICE": "`cpu`: use the CPU even if there is a GPU",
+    "OPENAI_API_KEY": "key of the servers in `SERVER_URL`, if they need one; it is never recorded",
+    "GRATH_DEBUG": "1: print the traceback of every error, and how fast each way to multiply matrices is on this CPU",
 }
 STAGE_OF_PRECISION = {"PAIRS_PRECISION": "pairs", "DPO_PRECISION": "dpo", "EVAL_PRECISION": "scores"}
 
@@ -90,18 +155,18 @@ def read_settings(environment=os.environ):
     if layout.DATASETS_ROOT and not Path(layout.DATASETS_ROOT).is_dir():
         raise UserError(f"DATASETS_ROOT: there is no folder '{layout.DATASETS_ROOT}'")
     values = {}
-    for name, (default, check) in SETTINGS.items():
-        value = environment.get(name, "")
-        if not value and not (name == "TASKS" and "TASKS" in environment):
-            value = str(default or "")
+    for setting in SETTINGS.values():
+        value = environment.get(setting.name, "")
+        if not value and not (setting.name == "TASKS" and "TASKS" in environment):
+            value = str(setting.default or "")
         try:
-            if value or default is None:
-                check(value)
+            if value or setting.default is None:
+                setting.check(value)
         except ArgumentTypeError as error:
-            raise UserError(f"{name} {error}") from None
+            raise UserError(f"{setting.name} {error}") from None
         if str(Path(value)).startswith("-"):  # a command would take it for an option
-            raise UserError(f"{name} must not start with a hyphen, like '{value}'")
-        values[name] = value
+            raise UserError(f"{setting.name} must not start with a hyphen, like '{value}'")
+        values[setting.name] = value
     if values["SERVER_URL"] and not environment.get("BACKEND"):
         values["BACKEND"] = SERVER
     if values["BACKEND"] == SERVER and not values["SERVER_URL"]:
@@ -165,9 +230,38 @@ def shell_lines(values):
         "MODELS": [values["MODEL_NAME_OR_PATH"], *(layout.model_path(run, i, *asked) for i in numbers[1:])],
         "RESULTS": [layout.results_path(run, i) for i in numbers],
     }
-    differing = [name for name, (default, _) in SETTINGS.items() if values[name] != str(default or "")]
+    differing = [name for name, setting in SETTINGS.items() if values[name] != str(setting.default or "")]
     others = " ".join(f"{name}={quote(values[name])}" for name in differing)
     plain = values | {"OTHERS": others, "RUN": str(run)}
     lines = [f"{name}={quote(value)}\n" for name, value in plain.items()]
     lines += [f"{name}=({' '.join(quote(str(path)) for path in paths)})\n" for name, paths in arrays.items()]
     return "".join(lines)
+
+
+def configuration_page():
+    """Return docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every setting of the loop is an environment variable: `MAX_STEPS=500 ./run_llama2.sh`. A preset sets those of",
+        "its model; what you set wins over the preset. An empty value is the default, except for `TASKS`.",
+        "",
+        "*Compared by* is the first stage that compares the setting with the record next to its output. If that stage",
+        "has started with another value, it refuses to start again and names the difference. A dash means that no",
+        "stage compares the setting, so you can change it between two starts of a run. It does not mean that every",
+        "output stays the same: in int8, responses depend on `PAIRS_BATCH_SIZE`, and scores on `EVAL_BATCH_SIZE`.",
+        "`RUN_NAME`, `RUNS_DIR` and `SEED` choose the run. Of `DPO_BATCH_SIZE`, `GRADIENT_ACCUMULATION_STEPS` and",
+        "`NUM_PROCESSES`, only the number of pairs in a step is compared.",
+        "",
+        "This page is generated: `python -m grath.run configuration > docs/configuration.md`.",
+    ]
+    for title, group in GROUPS.items():
+        lines += ["", f"## {title}", "", "| variable | default | paper | compared by | meaning |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for setting in group:
+            default = f"`{setting.default}`" if setting.default else "empty"
+            cells = [f"`{setting.name}`", default, setting.paper or "-", setting.stage or "-", setting.help]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Other variables", "", "| variable | meaning |", "| --- | --- |"]
+    lines += [f"| `{name}` | {text} |" for name, text in OTHER_VARIABLES.items()]
+    return "\n".join(lines) + "\n"

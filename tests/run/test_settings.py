@@ -5,10 +5,10 @@ import subprocess
 
 import pytest
 import torch
-from support import PROJECT, call, cells_of
+from support import PROJECT, call
 
 from grath.common.errors import UserError
-from grath.run.settings import SETTINGS, check_start, read_settings, shell_lines
+from grath.run.settings import EVERY_STAGE, SETTINGS, check_start, configuration_page, read_settings, shell_lines
 
 REQUIRED = {"MODEL_NAME_OR_PATH": "a/b", "NUM_QUERY": "7"}
 
@@ -49,21 +49,30 @@ def test_an_empty_value_is_the_default_except_for_tasks():
     assert read(TASKS=" a\n b ")["TASKS"] == "a b"
 
 
-def test_every_setting_has_its_row_on_the_page():
-    """With its default, which is the paper's value where that is one number."""
-    page = (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    rows = [row for row in cells_of(page.split("## Other variables")[0]) if row[0].startswith("`")]
-    shown = [f"`{default}`" if default else "empty" for default, _ in SETTINGS.values()]
-    assert [row[:2] for row in rows] == [[f"`{name}`", default] for name, default in zip(SETTINGS, shown, strict=True)]
-    assert {row[3] for row in rows} == {"-", "every stage", "pairs", "dpo", "scores"}
-    papers = [row for row in rows if re.fullmatch(r"[\d.e-]*\d", row[2]) and row[1] != "empty"]
-    assert len(papers) > 10 and [row for row in papers if float(row[1].strip("`")) != float(row[2])] == []
+def test_every_default_is_valid_and_every_setting_has_its_help():
+    for setting in SETTINGS.values():
+        assert (setting.default is None) == (setting.name in REQUIRED)
+        if setting.default:
+            setting.check(str(setting.default))
+        assert setting.help and setting.stage in (None, EVERY_STAGE, "pairs", "dpo", "scores")
+
+
+def test_the_papers_values_are_the_defaults():
+    """Where the paper's value is one number, it is the default, except for batch sizes, which change no result."""
+    others = {"PAIRS_BATCH_SIZE", "DPO_BATCH_SIZE", "EVAL_BATCH_SIZE", "NUM_QUERY", "GRADIENT_ACCUMULATION_STEPS"}
+    papers = {s.name: float(s.paper) for s in SETTINGS.values() if re.fullmatch(r"[\d.e-]+", s.paper)}
+    assert len(papers) > 10
+    assert {name for name in papers.keys() - others if float(SETTINGS[name].default) != papers[name]} == set()
 
 
 def test_a_missing_folder_of_data_sets_is_refused(monkeypatch):
     monkeypatch.setattr("grath.common.layout.DATASETS_ROOT", "nowhere")
     with pytest.raises(UserError, match="DATASETS_ROOT: there is no folder 'nowhere'"):
         read()
+
+
+def test_the_page_is_generated():
+    assert (PROJECT / "docs" / "configuration.md").read_text(encoding="utf-8") == configuration_page()
 
 
 def test_the_shell_uses_no_setting_that_has_no_entry():
