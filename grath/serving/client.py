@@ -13,10 +13,10 @@ import random
 import re
 import sys
 from base64 import b64encode
-from functools import cache
 from urllib.parse import urlsplit
 
 from grath.common.errors import UserError, printable
+from grath.common.files import parse_json
 
 KEY = "OPENAI_API_KEY"
 # Seconds before a request is sent again: doubled from the first to the second value.
@@ -24,7 +24,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30
 # Seconds of failures after which a line says what is waited for.
 SILENT_WAIT = 10
 # HTTP statuses of a server that is busy, starting or broken; every other one from 400 on refuses the request.
-TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, *range(520, 525), 529}
 NOT_FOUND = 404
 # Maximum bytes of a response; for a completion, see `completions`. Characters of a server's text in a message.
 MOST_BYTES, MOST_SHOWN = 2**21, 300
@@ -46,45 +46,49 @@ def server_urls(urls):
     """Check the servers' http or https addresses, and return them without a trailing /v1: tuple of str."""
     checked = []
     for url in urls:
-        if "@" in url:
+        if "@" in url or contains_key(url):
             raise UserError(f"a server's address is recorded, so it may contain no password: set {KEY} instead")
         try:
             parts = urlsplit(url)
-            sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+            (parts.hostname or "").encode("idna")
+            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and len(url.split()) == 1
         except ValueError:
             sound = False
         if not sound or parts.query or parts.fragment:
-            raise UserError(f"{hide_key(url)!r} is not a server's address, such as http://host:8000")
+            raise UserError(f"{show(url)!r} is not a server's address, such as http://host:8000")
         checked.append(url.rstrip("/").removesuffix("/v1"))
     return tuple(dict.fromkeys(checked))
 
 
 def show(text):
-    """Return a server's text for a message: one short line, without the API key, control characters escaped."""
-    line = hide_key(" ".join(text.split())) if isinstance(text, str) else type(text).__name__
-    return printable(line[:MOST_SHOWN])
+    """Return a server's text for a message: one short line, control characters escaped; nothing of it with the key."""
+    if not isinstance(text, str):
+        return type(text).__name__
+    if contains_key(text):
+        return "(a text with the API key)"
+    return printable(" ".join(text.replace(_key() or "\0", "***").split())[:MOST_SHOWN])
 
 
-def hide_key(text):
-    """Return `text` without the API key, also where its characters are escaped (JSON, URL, HTML) or base64."""
-    return _spellings(key).sub("***", text) if (key := _key()) else text
+def contains_key(text):
+    """Whether a text (str) contains the API key, also escaped, between other characters, in hexadecimal or base64.
 
-
-def has_key(text):
-    """Whether `text` contains the API key, unless that is a placeholder such as EMPTY, which may occur in any text."""
+    A placeholder such as EMPTY, which may occur in any text, counts as no key.
+    """
     key = _key()
-    return len(key) > 7 and not key.isalpha() and hide_key(text) != text
+    if len(_letters(key)) < 8 or key.isalpha():
+        return False
+    found, raw = _letters(text), key.encode()
+    # In base64, the same bytes look different at each of three offsets.
+    encoded = [b64encode(bytes(i) + raw).decode()[-(-8 * i // 6) : 8 * (i + len(raw)) // 6] for i in range(3)]
+    return any(_letters(form) in found for form in (key, raw.hex(), *encoded))
 
 
-@cache
-def _spellings(key):
-    escaped = r"\\*(?:{0}|u{1:04x}|(?:x|%|&\#x){1:02x};?|&\#{1};)"
-    found = ["".join(escaped.format(re.escape(c), ord(c)) for c in key)]
-    if len(key) > 7:  # in base64, the same bytes look different at each of three offsets
-        raw = key.encode()
-        encoded = [b64encode(bytes(i) + raw).decode()[-(-8 * i // 6) : 8 * (i + len(raw)) // 6] for i in range(3)]
-        found += [re.escape(one) for one in encoded]
-    return re.compile("|".join(found), re.IGNORECASE)
+def _letters(text):
+    """Return the letters and digits of a text, also those that are escaped: %41, \\x41, \\u0041, &#65; and &#x41;."""
+    text = text.replace("\\", "").replace("%25", "%").replace("%25", "%")
+    text = re.sub(r"&#(\d{1,3});?", lambda found: chr(int(found[1])), text)
+    text = re.sub(r"(?:u00|&#x|x|%)([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), text, flags=re.IGNORECASE)
+    return re.sub(r"[\W_]", "", text).lower()
 
 
 def _key():
@@ -112,7 +116,7 @@ async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
         Unavailable: no response, or one with a status of `try_again`.
         Refused: the server refuses or redirects the request, or sends more than `limit` bytes.
     """
-    from aiohttp import ClientConnectorCertificateError, ClientError
+    from aiohttp import ClientConnectorCertificateError, ClientConnectorSSLError, ClientError
 
     method, content = "GET" if body is None else "POST", bytearray()
     try:
@@ -124,23 +128,24 @@ async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
                     break
     except TimeoutError:
         raise Unavailable("no response in time") from None
-    except ClientConnectorCertificateError as error:
+    except (ClientConnectorCertificateError, ClientConnectorSSLError) as error:
         raise UserError(f"{url}: {show(str(error))}") from None
     except (ClientError, OSError) as error:
         raise Unavailable(show(str(error)) or type(error).__name__) from None
     try:
-        found = json.loads(content)
-        if b"\\ud" in content.lower():  # half of a surrogate pair could not be written again
-            json.dumps(found, ensure_ascii=False).encode()
+        text = content.decode("utf-8-sig")
+        # Half of a surrogate pair could not be written again.
+        found = parse_json(text) if "\\ud" in text.lower() else json.loads(text)
     except (ValueError, RecursionError):
         found = None
     if status in try_again:
         raise Unavailable(f"HTTP {status}: {_reason(found, content)}")
-    if 300 <= status < 400:
+    if 300 <= status < 400 and location:
         raise Refused(f"{url} redirects to {show(location)}, which is not followed: give the final address", status)
     error = isinstance(found, dict) and (found.get("error") or found.get("object") == "error")
-    if status >= 400 or error:
-        if isinstance(error, dict) and error.get("code") in (429, 503):  # a proxy's status 200
+    if status >= 300 or error:
+        code = str((error if isinstance(error, dict) else found).get("code")) if error else None
+        if status < 300 and code in map(str, try_again - {500}):  # of a proxy
             raise Unavailable(_reason(found, content))
         raise Refused(f"{url} refuses the request (HTTP {status}): {_reason(found, content)}", status)
     if len(content) > limit:

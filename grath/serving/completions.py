@@ -5,7 +5,6 @@ meanwhile. `_check` compares every response with its request.
 """
 
 import asyncio
-import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,7 +45,7 @@ class Served:
     loaded: set = field(default_factory=set)  # the servers on which this process has loaded the adapter
 
 
-def request_completions(served, bodies, in_flight=None, text_of=None):
+def request_completions(served, bodies, in_flight=None, text_of=None, try_again=client.TRY_AGAIN):
     """Send completion requests to all servers of a model, each until it has its response.
 
     Args:
@@ -55,6 +54,7 @@ def request_completions(served, bodies, in_flight=None, text_of=None):
         in_flight: most requests in flight at each server; None is `MOST_IN_FLIGHT`.
         text_of: function of a token id that returns the token's text without white space around it, or None where a
             server may write another; if given, a response must have the log-probabilities of the prompt's tokens.
+        try_again: HTTP statuses after which a request is sent again.
 
     Yields:
         (index, response's dict) of each request once, as the responses come. A response has one choice.
@@ -64,7 +64,7 @@ def request_completions(served, bodies, in_flight=None, text_of=None):
         TimeoutError: no request had a response for the timeout of `served`.
     """
     loop, results = asyncio.new_event_loop(), SimpleQueue()
-    asking = loop.create_task(_request_completions(served, bodies, in_flight, text_of, results))
+    asking = loop.create_task(_request_completions(served, bodies, in_flight, text_of, try_again, results))
     asking.add_done_callback(results.put)
     asking.add_done_callback(lambda _: loop.stop())
     # A signal's exception is raised at any line of the main thread, which must not be one of the event loop.
@@ -80,22 +80,23 @@ def request_completions(served, bodies, in_flight=None, text_of=None):
         loop.close()
 
 
-async def _request_completions(served, bodies, in_flight, text_of, results):
+async def _request_completions(served, bodies, in_flight, text_of, try_again, results):
     async with client.open_session(served.timeout) as session:
-        send = partial(_request, session, served, bodies, text_of)
+        send = partial(_request, session, served, bodies, text_of, try_again)
         senders = [(url, partial(send, url, asyncio.Lock())) for url in served.urls]
         # The servers take turns, so that they share few requests too.
         senders *= min(in_flight or MOST_IN_FLIGHT, len(bodies))
         await client.send_all(senders, len(bodies), served.timeout, lambda *found: results.put(found))
 
 
-async def _request(session, served, bodies, text_of, url, loading, index):
+async def _request(session, served, bodies, text_of, try_again, url, loading, index):
     """Send a request, and check its response; where a restarted server has lost the adapter, load it again first."""
     body = {"model": served.name, **bodies[index]}
     ids = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
     tokens = body.get("max_tokens", 0) + (len(ids) if body.get("echo") else 0)
     try:
-        found = await client.send(session, f"{url}/v1/completions", body, limit=BYTES + BYTES_PER_TOKEN * tokens)
+        most = BYTES + BYTES_PER_TOKEN * tokens
+        found = await client.send(session, f"{url}/v1/completions", body, try_again, most)
     except Refused as error:
         if not served.adapter or error.status != client.NOT_FOUND:
             raise
@@ -107,13 +108,15 @@ async def _request(session, served, bodies, text_of, url, loading, index):
             if len(served.urls) == 1:  # else another server may answer
                 raise
         raise Unavailable(str(error)) from None
-    if wrong := _check(found, served, ids, text_of):
+    if wrong := _check(found, served, ids, text_of, body.get("max_tokens", 0)):
         raise Refused(f"{url} {wrong}", 200)
     return found
 
 
-def _check(response, served, ids, text_of):
+def _check(response, served, ids, text_of, most):
     """Return why a response does not answer a request for a completion of the tokens `ids`, or None.
+
+    `most` is the number of tokens that were asked for.
 
     Raises:
         Unavailable: there is no completion; there may be one on the next try.
@@ -122,6 +125,9 @@ def _check(response, served, ids, text_of):
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
         raise Unavailable("the response is not JSON with a completion")
     choice, model, usage = choices[0], response.get("model"), response.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    if choice.get("finish_reason") == "content_filter":
+        return "filters completions: start it without a filter"
     if choice.get("finish_reason") not in FINISHED:
         raise Unavailable(f"a completion has ended early: {show(choice['finish_reason'])}")
     if len(choices) > 1 or choice.get("index") not in (None, 0):
@@ -129,7 +135,11 @@ def _check(response, served, ids, text_of):
     choice["index"] = 0
     if model is not None and not is_named(model, {served.name, *served.names}):
         return f"answers with another model, {show(model)}, not {show(served.name)}"
-    read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    read, made = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    cut = choice.get("finish_reason") == "length"
+    # The probe and scores ask for one token.
+    if most > 1 and type(made) is int and (made > most or made < most and cut):
+        return f"ends completions at another length than {most} tokens: start it without a limit of its own"
     if read is not None and read != len(ids):
         read = show(str(read) if type(read) is int else read)
         return f"has not read the {len(ids)} tokens of a prompt ({read}): start it so that it cuts none"
@@ -137,7 +147,7 @@ def _check(response, served, ids, text_of):
         return "sends a completion that is not text"
     if text_of:
         return _check_logprobs(choice.get("logprobs"), [*map(text_of, ids), None])
-    return "sends the API key in a completion" if client.has_key(choice["text"]) else None
+    return "sends the API key in a completion" if client.contains_key(choice["text"]) else None
 
 
 def _check_logprobs(logprobs, texts):
@@ -150,6 +160,8 @@ def _check_logprobs(logprobs, texts):
     tops = [value for top in tops[1:] for value in (isinstance(top, dict) and top.values()) or (None,)]
     if not all(map(is_logprob, values[1:] + tops)):
         return "returns a log-probability that is missing, or no number up to 0"
+    if len(values) > 3 and len(set(values[1:])) == 1:
+        return f"returns {values[1]} as the log-probability of every token"
     tokens = [token.strip() if isinstance(token, str) else None for token in tokens]
     same = all(text in (None, token) for token, text in zip(tokens, texts, strict=True))
     return None if same else "returns log-probabilities of tokens other than those sent"
@@ -157,7 +169,7 @@ def _check_logprobs(logprobs, texts):
 
 def is_logprob(value):
     """Whether a value from a server is a log-probability, up to rounding."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < 0.01
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e6 < value < 0.01
 
 
 def is_named(name, names):

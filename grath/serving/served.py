@@ -9,11 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.files import sha256
-from grath.common.layout import ADAPTER
+from grath.common.files import file_hash, hash_of
+from grath.common.layout import ADAPTER, ADAPTER_CONFIG
 from grath.modeling.loading import has_local_weights, load_for_inference, resolve_base_and_adapter
 from grath.serving import completions
-from grath.serving.client import NOT_FOUND, Refused, Unavailable, open_session, send, send_until, server_urls, show
+from grath.serving.client import (
+    NOT_FOUND,
+    TRY_AGAIN,
+    Refused,
+    Unavailable,
+    open_session,
+    send,
+    send_until,
+    server_urls,
+    show,
+)
 from grath.serving.completions import LOAD, START, UNLOAD, Served, is_logprob, is_named
 
 # Its tokens are likely enough to be stable in 16 bits, and open enough to tell one model from another.
@@ -43,7 +53,9 @@ def serve(model, urls, timeout):
     base, adapter = resolve_base_and_adapter(model)
     found = asyncio.run(_entries(base, server_urls(urls), timeout))
     windows = [own["window"] for own in found.values() if own["window"]]
-    name = f"grath-{sha256(Path(adapter) / ADAPTER)[:12]}" if adapter else next(iter(found.values()))["id"]
+    name = next(iter(found.values()))["id"]
+    if adapter:
+        name = f"grath-{hash_of(file_hash(Path(adapter) / file) for file in (ADAPTER, ADAPTER_CONFIG))[:12]}"
     # An answer with the name of its base does not come from the adapter.
     names = () if adapter else frozenset().union(*(own["names"] for own in found.values()))
     served = Served(tuple(found), name, adapter, min(windows, default=None), timeout, names)
@@ -93,7 +105,7 @@ async def _check_adapters(urls, timeout):
             try:
                 await send_until(session, timeout, f"{url}{LOAD}", {}, ())
             except Refused as error:  # the request has no adapter
-                if error.status == NOT_FOUND:
+                if error.status in (NOT_FOUND, 405):
                     raise UserError(f"{url} cannot load adapters: start it with {START}") from None
 
 
@@ -186,8 +198,12 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
 
 def _probe(served, ids):
     """Return (text, log-probability) of the probe's tokens and one more, as far as the server returns them."""
-    body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    ((_, response),) = completions.request_completions(served, [body])
+    body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+    try:
+        found = completions.request_completions(served, [body | {"echo": True}], try_again=TRY_AGAIN - {500})
+        ((_, response),) = found
+    except Refused:  # llama.cpp answers 500: it has no echo
+        ((_, response),) = completions.request_completions(served, [body])
     logprobs = response["choices"][0].get("logprobs")
     try:
         if content := logprobs.get("content"):  # llama.cpp

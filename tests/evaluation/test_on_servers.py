@@ -90,6 +90,11 @@ WRONG = {
     "text": (replace("token_logprobs", "-1.5"), "missing, or no number"),
     "nan": (replace("token_logprobs", float("nan")), "missing, or no number"),
     "positive": (replace("token_logprobs", 0.5), "missing, or no number"),
+    "huge": (replace("token_logprobs", -(10**400)), "missing, or no number"),
+    "constant": (
+        of_logprobs(lambda found: found.update(token_logprobs=[None, *(-9999.0 for _ in found["tokens"][1:])])),
+        "as the log-probability of every token",
+    ),
     "no best": (replace("top_logprobs", {}), "missing, or no number"),
     "best is a list": (replace("top_logprobs", [-1.0]), "missing, or no number"),
     "token": (replace("tokens", "another"), "tokens other than those"),

@@ -123,6 +123,8 @@ class InferenceServer:
                     await response.write(b" ")
                     await asyncio.sleep(0.05)
                 return response
+            if body.get("echo") and not self.prompt_logprobs:  # as llama.cpp
+                fault, self.status = b'{"error": {"code": 500, "message": "Only no echo is supported"}}', 500
             if isinstance(fault, bytes):
                 return web.Response(body=fault, headers=self.headers, status=self.status)
             found = self._response(body)
@@ -142,7 +144,7 @@ class InferenceServer:
         return {"choices": choices, "usage": {"completion_tokens": 1}}
 
     def _choice(self, body, ids):
-        if not body.get("echo"):
+        if not body.get("logprobs"):
             return {"text": self.answer(ids)}
         logprobs = self._model(body["model"])(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         best, token = logprobs.max(-1)
