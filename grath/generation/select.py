@@ -14,6 +14,7 @@ from grath.generation.attention import unsupported_reason
 from grath.generation.hf import generate_hf
 from grath.generation.shared_prefix import generate_shared_prefix
 from grath.modeling.loading import eos_token_ids
+from grath.pairs.responses import DELIMITER
 from grath.serving.completions import request_completions
 
 # Rows to begin with. On a GPU, a step of the shared-prefix engine takes hardly longer for more of them.
@@ -48,13 +49,16 @@ class LocalGenerator:
         generate_fn = generate_shared_prefix if self.engine == "shared_prefix" else generate_hf
         self.rows = self.rows or (GPU_ROWS if self.engine == "shared_prefix" and device.type == "cuda" else ROWS)
         state.print(f"Asking {len(prompts)} questions ({self.engine}, {device}, batches of {self.rows})")
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        # `parse_response` needs those around a model's reasoning.
+        hidden = {i for i in special if not DELIMITER.search(self.tokenizer.convert_ids_to_tokens(i))}
         eos_ids, left = eos_token_ids(self.model, self.tokenizer), list(range(len(prompts)))
         while left:
             done, unfinished = set(), [prompts[i] for i in left]
             try:
                 for position, ids in generate_fn(self.model, unfinished, self.max_new_tokens, self.rows, eos_ids):
                     done.add(left[position])
-                    yield left[position], self.tokenizer.decode(ids, skip_special_tokens=True)
+                    yield left[position], self.tokenizer.decode([i for i in ids if i not in hidden])
             except torch.OutOfMemoryError:
                 used = min(self.rows, len(left))
                 if used == 1:

@@ -9,17 +9,26 @@ from glob import escape
 from grath.common.files import fits, parse_json
 from grath.modeling.devices import print_once
 
-QUESTION, CORRECT, INCORRECT = "Question:", "Correct answer:", "Incorrect answer:"
-# What a reasoning model puts around its reasoning: <think>, [THINK], <|begin_of_thought|>, and how it ends.
-_KIND = r"(?:think|thought|reason|reflect|analysis|scratchpad)\w*\|?[>\]]"
-OPENING = re.compile(rf"^[ \t]*[<\[]\|?(?:begin_of_)?{_KIND}", re.IGNORECASE | re.MULTILINE)
-CLOSING = re.compile(rf"[<\[]\|?(?:/|end_of_){_KIND}", re.IGNORECASE)
+QUESTION, CORRECT, INCORRECT = "question", "correct", "incorrect"
+# A line of a pair; its label may be a heading or emphasised, in a list, or in other capitals.
+_LABEL = r"(?:(correct|incorrect) answer|(?:next |another |new )?q(?:uestion)?)"
+LINE = re.compile(rf"[\W\d_]*{_LABEL}[\s\d*_]{{0,6}}:(.*)", re.IGNORECASE)
+LABEL = re.compile(r"(?:in)?correct answer[*_ ]{0,4}:", re.IGNORECASE)
+INCORRECT_LABEL = re.compile(r"incorrect answer[*_ ]{0,4}:", re.IGNORECASE)
+# What a reasoning model puts around its reasoning: <think>, [THINK], <|begin_of_thought|>, <|channel|>analysis.
+_KIND = r"(?:[a-z]+[_:]){0,3}(?:think|thought|reason|reflect|analysis|scratchpad|cot)\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
+_CHANNEL = r"<\|?channel\|?>\s*"
+OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
+CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)
+# A special token around reasoning.
+DELIMITER = re.compile("think|thought|reason|reflect|channel", re.IGNORECASE)
 
 
 def opens_reasoning(prompt):
-    """Return the line with which a prompt (str) begins the model's reasoning, or an empty string."""
+    """Return the tag with which a prompt (str) begins the model's reasoning, or an empty string."""
     last = prompt.rstrip().rpartition("\n")[2]
-    return f"{last}\n" if OPENING.fullmatch(last) else ""
+    tags = [tag for tag in OPENING.finditer(last) if tag.end() == len(last)]
+    return f"{tags[0][0]}\n" if tags and last[: tags[0].start()].rstrip()[-1:] in ("", ">", "]") else ""
 
 
 def parse_response(response):
@@ -29,38 +38,52 @@ def parse_response(response):
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
     start = max((tag.end() for tag in CLOSING.finditer(response)), default=0)
-    if OPENING.search(response, start):
-        return None, "reasoning without an end"
-    lines = [line.strip().lstrip("*") for line in re.split(r"[\r\n]", response[start:]) if line.strip()]
+    opened = OPENING.search(response, start)
+    text = response[start : opened.start()] if opened else response[start:]
+    lines = [_labelled(line.strip()) for line in re.split(r"[\r\n]", text) if line.strip()]
     pairs = [(number, *found) for number in range(len(lines)) if (found := _pair_at(lines, number))]
+    if not pairs and opened:
+        return None, "reasoning without an end"
     if not pairs:
-        found = any(CORRECT in line for line in lines)
-        return None, "no incorrect answer after the correct one" if found else "no correct answer"
+        alone = re.search("(?<!in)correct answer", text, re.IGNORECASE)
+        return None, "no incorrect answer after the correct one" if alone else "no correct answer"
     # A model may go on with a question of its own.
-    asked = [number for number, line in enumerate(lines) if line.startswith(QUESTION)]
-    own = next((lines[number] for number in reversed(asked) if number < pairs[0][0]), None)
-    end = next((number for number in asked if number > pairs[0][0] and lines[number] != own), len(lines))
+    asked = {number: re.sub(r"\W", "", text).lower() for number, (label, text) in enumerate(lines) if label == QUESTION}
+    own = next((asked[number] for number in reversed(asked) if number < pairs[0][0]), None)
+    end = next((number for number in asked if number > pairs[0][0] and asked[number] != own), len(lines))
     correct, incorrect = next(answers for number, *answers in reversed(pairs) if number < end)
     if not correct or not incorrect:
         return None, "empty answer"
-    if any(label in answer for label in (CORRECT, INCORRECT) for answer in (correct, incorrect)):
+    if LABEL.search(correct) or LABEL.search(incorrect):
         return None, "a label in an answer"
     return (correct, incorrect), None
 
 
+def _labelled(line):
+    """Split a line into its label, QUESTION, CORRECT, INCORRECT or an empty string, and its text."""
+    found = LINE.match(line)
+    return ((found[1] or QUESTION).lower(), found[2]) if found else ("", line)
+
+
 def _pair_at(lines, number):
-    """Return the answers of the pair that begins in a line, or None; both can be in one line."""
-    if not lines[number].startswith(CORRECT):
+    """Return the answers of the pair that begins in a line, or None. Both can be in one line, or below their labels."""
+    if lines[number][0] != CORRECT:
         return None
-    correct, label, incorrect = lines[number].removeprefix(CORRECT).partition(INCORRECT)
-    following = lines[number + 1 : number + 3]
-    if not label:
-        if not correct.strip("* ") and following and not following[0].startswith(INCORRECT):
-            correct = following.pop(0)
-        if not following or not following[0].startswith(INCORRECT):
-            return None
-        incorrect = following[0].removeprefix(INCORRECT)
-    return correct.lstrip("*").strip(), incorrect.lstrip("*").strip()
+    correct, after = _text_at(lines, number)
+    if len(parts := INCORRECT_LABEL.split(correct)) == 2:
+        return [part.strip("* ") for part in parts]
+    if after == len(lines) or lines[after][0] != INCORRECT:
+        return None
+    below = after == number + 2
+    return correct, _text_at(lines, after)[0] if below else lines[after][1].strip("* ")
+
+
+def _text_at(lines, number):
+    """Return the text next to a label, or that in the next line, and the number of the line after it."""
+    text = lines[number][1].strip("* ")
+    if not text and number + 1 < len(lines) and not lines[number + 1][0]:
+        return lines[number + 1][1].strip("* "), number + 2
+    return text, number + 1
 
 
 def parse_responses(questions, responses):

@@ -151,6 +151,7 @@ def test_an_unsupported_model_falls_back_to_generate(tiny_llama, tmp_path):
 def test_reasoning_that_the_prompt_begins_must_end():
     opened = opens_reasoning("<|im_start|>assistant\n<think>\n")
     assert opened == "<think>\n" and opens_reasoning("<think>\n</think>\n\n") == opens_reasoning("user: <think>") == ""
+    assert opens_reasoning("<|Assistant|><think>\n") == "<think>\n"
     assert parse_response(opened + FINAL) == (None, "reasoning without an end")
     assert parse_response(f"{opened}{DRAFT}</think>\n{FINAL}")[0] == ("yes", "no")
 
@@ -193,6 +194,31 @@ def test_candidates_depend_only_on_seed_and_question():
         ("Correct answer:" + "\n" * 10**5 + "x", (None, "no incorrect answer after the correct one")),
         ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, (None, "no correct answer")),
         ("**Correct answer:** yes\n**Incorrect answer:** no", (("yes", "no"), None)),
+        # Labels as models write them; emphasis is not part of an answer.
+        ("- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*", (("yes", "no"), None)),
+        ("1. Correct answer : yes\n2. Incorrect answer : no", (("yes", "no"), None)),
+        ("### Correct answer:\nyes\n\n### Incorrect answer:\nno", (("yes", "no"), None)),
+        # Other names of the next question, and of reasoning.
+        (f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}", (("yes", "no"), None)),
+        (f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}", (("yes", "no"), None)),
+        (f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}", (("yes", "no"), None)),
+        (f"{FINAL}\nI was sure without <think>.", (("yes", "no"), None)),
+        *(
+            (f"Well. {opening}{DRAFT}{closing}{FINAL if closing else ''}", expected)
+            for opening, closing in [
+                ("<|START_THINKING|>", "<|END_THINKING|>"),
+                ("◁think▷", "◁/think▷"),
+                ("<seed:think>", "</seed:think>"),
+                ("<chain_of_thought>", "</chain_of_thought>"),
+                ('<think effort="low">', "</think>"),
+                ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+            ]
+            for closing, expected in [
+                (closing, (("yes", "no"), None)),
+                ("", (None, "reasoning without an end")),
+            ]
+        ),
+        ("<" + "a_" * 10**5 + "think" + "\\" * 10**5 + "a:" * 10**5, (None, "no correct answer")),
     ],
 )
 def test_parsing(response, expected):
