@@ -24,10 +24,10 @@ from pathlib import Path
 from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_STEP, UNCOMPARED
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, hash_of, sha256
-from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path
+from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path, written_path
 from grath.common.record import check_inputs, read_record, recording
 from grath.dpo import option
-from grath.modeling.adapters import LORA_SIZES, check_adapter
+from grath.modeling.adapters import PEFT_SIZES, check_adapter
 from grath.modeling.chat import MODEL_TYPES, TODAY, template_for
 from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import check_vocabulary, load_model, load_tokenizer, resolve_base_and_adapter
@@ -66,7 +66,7 @@ def parse_args():
         raise UserError("give either --dataset_path (a pair file) or --dataset_name")
     if adapter := resolve_base_and_adapter(args.model_name_or_path)[1]:
         own = check_adapter(Path(adapter))
-        args.lora_r, args.lora_alpha, args.lora_dropout = (own.get(name, 0) for name in LORA_SIZES)
+        args.lora_r, args.lora_alpha, args.lora_dropout = ({**PEFT_SIZES, **own}[name] for name in PEFT_SIZES)
     check_signs(vars(args))
     check_writable(config.output_dir)
     return args, config
@@ -85,8 +85,9 @@ def load_rows(args, seed):
 def identities(args):
     """Return the hashes of the model and of its own tokenizer: dict. Refuse pairs that another state of it wrote."""
     found = {"model": model_identity(args.model_name_or_path)}
-    wrote = args.dataset_path and read_record(record_path(Path(args.dataset_path)))
-    if wrote and wrote.get("model") == args.model_name_or_path:
+    wrote = args.dataset_path and read_record(record_path(written_path(Path(args.dataset_path))))
+    same = {resolve_base_and_adapter(name) for name in ((wrote or {}).get("model"), args.model_name_or_path) if name}
+    if wrote and len(same) == 1:
         advice = "since then, the model has been replaced; write the pairs again"
         check_inputs({"inputs": wrote["inputs"].get("model", {})}, found["model"], args.dataset_path, advice)
     return found | ({"tokenizer": tokenizer_identity(args.tokenizer_name)} if args.tokenizer_name else {})

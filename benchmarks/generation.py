@@ -32,7 +32,7 @@ from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.layout import PROJECT, resolve_local
 from grath.generation.cache import common_prefix_length
-from grath.generation.hf import GREEDY, generate_hf, truncate_at_eos
+from grath.generation.hf import generate_hf, truncate_at_eos
 from grath.generation.shared_prefix import generate_shared_prefix
 from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
 from grath.modeling.loading import eos_token_ids, load_for_inference, load_model, load_tokenizer
@@ -61,7 +61,8 @@ def copied(model, prompts, max_new_tokens, batch_size, eos_ids):
                 attention_mask=torch.tensor(mask, device=model.device),
                 past_key_values=cache,
                 max_new_tokens=max_new_tokens,
-                **GREEDY,
+                do_sample=False,
+                repetition_penalty=1.0,
                 eos_token_id=eos_ids,
                 pad_token_id=eos_ids[0],
             )

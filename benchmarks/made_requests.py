@@ -6,9 +6,10 @@ import random
 from grath.common.defaults import MAX_LENGTH
 from grath.common.files import read_json_lines
 from grath.common.layout import PROJECT
+from grath.common.local_data import load_dataset
 from grath.modeling.chat import prompt_ids, template_for
 from grath.pairs.prompts import build_messages, load_demos
-from grath.pairs.questions import load_hub_split, load_questions
+from grath.pairs.questions import load_questions
 
 SUBJECTS = 57
 
@@ -109,7 +110,7 @@ def load_data(limit):
     """Load ARC's training and test questions and TruthfulQA's rows; without DATASETS_ROOT, the bundled ones."""
     if os.environ.get("DATASETS_ROOT"):
         train, test = (load_questions("allenai/ai2_arc", "ARC-Challenge", split) for split in ("train", "test"))
-        rows = list(load_hub_split("truthfulqa/truthful_qa", "multiple_choice", "validation"))
+        rows = list(load_dataset("truthfulqa/truthful_qa", "multiple_choice", split="validation"))
     else:
         train = load_questions(data_path=PROJECT / "data" / "questions.jsonl")
         test = train[:60]

@@ -70,6 +70,11 @@ def combined_path(path):
     return path.with_name(f"{path.stem}{COMBINED}.json")
 
 
+def written_path(path):
+    """Return the pair file that a model wrote: `path`, or the one with new answers if `path` is a combined file."""
+    return path.with_name(f"{path.stem.removesuffix(COMBINED)}.json")
+
+
 def record_path(path):
     """Return the path of the record of the pair file `path`."""
     return path.with_name(f"{path.name}.record.json")

@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 
 from grath.common.arguments import HelpFormatter, OneLineErrors, Parser
 from grath.common.errors import UserError
+from grath.common.files import check_regular
 
 
 class YamlParser(OneLineErrors, HfArgumentParser):
@@ -52,11 +53,12 @@ class YamlParser(OneLineErrors, HfArgumentParser):
 
 def read_options(path):
     """Read the options in a YAML file: dict."""
+    check_regular(path)
     try:
         options = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, RecursionError) as error:  # also if it is not UTF-8 text
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # of its constructors
         raise UserError(f"the --config file is not YAML: {error}") from None
     if not isinstance(options, dict):
         raise UserError(f"the --config file {path} must contain a YAML mapping")

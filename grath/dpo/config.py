@@ -59,6 +59,8 @@ class GrathDPOConfig(DPOConfig):
             raise UserError("--output_dir is required: the folder to save the adapter in")
         check_signs(vars(self))
         defaults.check_trackers(self.report_to)
+        if self.max_steps == 0:
+            raise UserError("--max_steps must be greater than 0, or -1 to train for --num_train_epochs")
         if self.max_steps > 0 and self.num_train_epochs != EPOCHS:
             raise UserError("--num_train_epochs has no effect unless --max_steps is -1")
         self.precision = resolve_precision(self.precision, "dpo")
@@ -78,6 +80,7 @@ class GrathDPOConfig(DPOConfig):
             self.fp16 = self.fp16 or self.precision == "fp16" or (quantized and not self.bf16)
         # A user's accelerate configuration may differ; what is recorded here is used.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        os.environ.pop("ACCELERATE_FP8_BACKEND", None)
         os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # --torch_compile sets it again
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()

@@ -5,6 +5,7 @@ Iteration i starts from model M_i, an adapter on the pretrained base M_0, and pr
 model's weights.
 """
 
+import re
 from functools import partial
 from math import ceil
 
@@ -18,6 +19,7 @@ from grath.common.progress import progress_bar
 from grath.dpo.dataset import filter_pairs, pair_lengths, training_order
 from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
+from grath.modeling.chat import render
 from grath.modeling.devices import halve_if_out_of_memory, print_once, this_device
 from grath.modeling.loading import check_tokens, resolve_base_and_adapter
 
@@ -43,6 +45,9 @@ class GrathDPOTrainer(DPOTrainer):
         config, incoming = kwargs["args"], kwargs["model"].named_parameters()
         incoming = {name: weight.data for name, weight in incoming if weight.requires_grad}
         self.embeddings = kwargs["model"].get_input_embeddings().weight.shape[0]
+        self.window = getattr(kwargs["model"].config.get_text_config(), "max_position_embeddings", None)
+        if config.disable_dropout:
+            disable_functional_dropout(kwargs["model"])
         precompute, config.precompute_ref_log_probs = config.precompute_ref_log_probs, False
         super().__init__(*args, **kwargs)
         config.precompute_ref_log_probs = precompute
@@ -73,10 +78,17 @@ class GrathDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, name):
         if "prompt_ids" not in dataset.column_names:
+            for row in dataset:
+                turns = [
+                    turn for part in ("prompt", "chosen") for turn in row.get(part) or [] if isinstance(turn, dict)
+                ]
+                if turns:
+                    render(processing_class, turns, processing_class.chat_template)
             dataset = super()._prepare_dataset(dataset, processing_class, args, name)
             sequences = [row[f"{part}_ids"] for row in dataset for part in ("prompt", "chosen", "rejected")]
             check_tokens(processing_class, sequences, self.embeddings)
-        dataset, self.counts = filter_pairs(dataset, args.max_length)
+        limits = [limit for limit in (args.max_length, self.window) if limit]
+        dataset, self.counts = filter_pairs(dataset, min(limits, default=None))
         return dataset
 
     def order_pairs(self):
@@ -151,6 +163,14 @@ class GrathDPOTrainer(DPOTrainer):
 
     def _collate(self, pairs, rows):
         return send_to_device(self.data_collator([pairs[row] for row in rows]), self.accelerator.device)
+
+
+def disable_functional_dropout(model):
+    """Set every probability of dropout and every noise to 0 that a model keeps as a number; TRL only sets modules."""
+    for holder in (model.config, *model.modules()):
+        for name, value in vars(holder).items():
+            if isinstance(value, float) and re.search("drop|jitter", name):
+                setattr(holder, name, 0.0)
 
 
 def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):

@@ -1,12 +1,18 @@
 """Greedy generation with `generate` of transformers, for models that the engine does not support."""
 
 import torch
+from transformers import GenerationConfig
 
-# What a model's own generation configuration could change in greedy decoding.
-GREEDY = {
-    "do_sample": False, "temperature": None, "top_p": None, "num_beams": 1, "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}  # fmt: skip
+from grath.common.errors import UserError
+
+NAN = "the model computes NaN: often this is an overflow in fp16 (choose bf16 or fp32), or its weights are broken"
+
+
+def refuse_nan(ids, scores):
+    """Logits processor of transformers that raises `UserError` for NaN."""
+    if scores.isnan().any():
+        raise UserError(NAN)
+    return scores
 
 
 @torch.inference_mode()
@@ -16,6 +22,9 @@ def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids):
     It takes and yields what `generate_shared_prefix` does.
     """
     model.eval()
+    # In place of the model's own, of which every option would count.
+    tokens = {"eos_token_id": list(eos_ids), "pad_token_id": eos_ids[0]}
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -23,14 +32,8 @@ def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids):
         pads = [longest - len(prompts[i]) for i in batch]
         ids = torch.tensor([[0] * pad + prompts[i] for i, pad in zip(batch, pads, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            **GREEDY,
-            eos_token_id=list(eos_ids),
-            pad_token_id=eos_ids[0],
-        )
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        output = model.generate(**inputs, logits_processor=[refuse_nan])
         for i, completion in zip(batch, output[:, longest:].tolist(), strict=True):
             yield i, truncate_at_eos(completion, eos_ids)
 

@@ -5,9 +5,10 @@ from itertools import accumulate, islice
 
 import torch
 
+from grath.common.errors import UserError
 from grath.generation.attention import engine_attention
 from grath.generation.cache import common_prefix_length, prefill_prefix, upload
-from grath.generation.hf import truncate_at_eos
+from grath.generation.hf import NAN, truncate_at_eos
 from grath.generation.prompt_lookup import LONGEST_DRAFT, NgramIndex
 
 # Prompts in a prefill.
@@ -87,7 +88,11 @@ class _ActiveBatch:
     def _greedy_tokens(self, hidden):
         """Return the most likely next tokens after last hidden states (N, d): list of N ids."""
         # The first of equal maxima, like `argmax`, which takes 4 times as long for 16-bit numbers on a CPU.
-        return self.model.get_output_embeddings()(hidden).max(-1).indices.tolist()
+        best = self.model.get_output_embeddings()(hidden).max(-1)
+        tokens = best.indices.masked_fill(best.values.isnan(), -1).tolist()
+        if -1 in tokens:
+            raise UserError(NAN)
+        return tokens
 
     def _append_tokens(self, first, generated):
         """Append a list of tokens to every row from `first` on; remove the rows that are done, and return them."""

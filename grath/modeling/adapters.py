@@ -1,5 +1,6 @@
 """Which adapters every command takes: plain LoRA on linear layers, of any rank, as its training saved it."""
 
+import math
 import re
 from types import NoneType
 
@@ -8,7 +9,8 @@ from grath.common.files import read_json
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD
 from grath.common.record import NUMBER, check_files, read_record
 
-LORA_SIZES = ("r", "lora_alpha", "lora_dropout")
+# PEFT's own values, where a configuration leaves them out.
+PEFT_SIZES = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 LAYERS = (str, [str], NoneType)
 CONFIG = {
     "base_model_name_or_path": str,
@@ -26,7 +28,7 @@ TAKEN = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "eva_config", "loftq_config", "runtime_config",
 }  # fmt: skip
 # Values of other options with which LoRA is plain.
 PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
@@ -53,6 +55,8 @@ def check_adapter(folder):
         raise UserError(f"the adapter {folder} is {kind}, not LoRA for a causal language model: {MERGE}")
     if config.get("revision") not in (None, "", "main"):
         raise UserError(f"the adapter {folder} needs the revision {config['revision']!r} of its base: {MERGE}")
+    if not all(math.isfinite(config.get(name, 0)) for name in ("lora_alpha", "lora_dropout")):
+        raise UserError(f"the adapter {folder} has a lora_alpha or lora_dropout that is not finite: train it again")
     for name, value in config.items():
         if value and name not in TAKEN and value not in PLAIN.get(name, ()):
             raise UserError(f"the adapter {folder} has {name} {value!r}, so it is not plain LoRA: {MERGE}"[:500])
@@ -76,6 +80,9 @@ def check_layers(model, folder):
     differing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ _weight_names(folder)
     if differing:
         raise UserError(f"the adapter {folder} does not fit its base: {min(differing)} is only in one of the two")
+    for name, weight in model.named_parameters():
+        if "lora_" in name and not weight.isfinite().all():
+            raise UserError(f"the adapter {folder} has a weight that is not a number, in {name}: train it again")
 
 
 def _weight_names(folder):

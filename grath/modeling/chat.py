@@ -31,7 +31,8 @@ TEMPLATES = {
 MODEL_TYPES = ("auto", *TEMPLATES)
 # What a template that asks for the date gets, so that the same command uses the same prompts every day.
 TODAY = date(2024, 1, 22)
-ASKS_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+PROBE = "What is ice?"
+ASKS_DATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 OTHER_TEMPLATE = f"set --model_type (MODEL_TYPE) to {', '.join(TEMPLATES)}, or choose another --tokenizer_name"
 
 
@@ -57,25 +58,30 @@ def template_for(tokenizer, model_type):
             raise UserError(f"--model_type {model_type} needs a BOS token, and this tokenizer has none")
     template = ASKS_DATE.sub(lambda found: repr(TODAY.strftime(found[2])), template)
     code = re.sub(r"{#.*?#}", "", template, flags=re.DOTALL)
-    if re.search(r"strftime_now\b(?!\s+is\s)|\|\s*random\b", code):
+    if re.search(r"strftime_now\b(?!\s+is\s)|\|\s*random\b|\blipsum\b", code):
         raise UserError(f"the chat template gives different prompts on different days, or at random: {OTHER_TEMPLATE}")
-    for begins_answer in (True, False):
-        probe = [{"role": "user", "content": "What is ice?"}]
-        _render(tokenizer, probe, template, add_generation_prompt=begins_answer)
+    probe = [{"role": "user", "content": PROBE}]
+    if " at 0x" in render(tokenizer, probe, template):
+        raise UserError(f"the chat template shows an address in memory: {OTHER_TEMPLATE}")
+    prompt, _ = answer_ids(tokenizer, probe, "Water.", template)
+    if "".join(PROBE.split()) not in "".join(tokenizer.decode(prompt).split()):
+        raise UserError(f"the chat template begins differently if an answer follows: {OTHER_TEMPLATE}")
     return template
 
 
-def _render(tokenizer, messages, template, **options):
-    """Render a conversation: str. Raise `UserError` if the template fails, or a user's turn is not in the result."""
+def render(tokenizer, messages, template, **options):
+    """Render a conversation: str. Raise `UserError` if the template fails, or leaves out or changes a turn."""
     try:
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     except Exception as error:  # a template can raise anything
         raise UserError(f"the chat template fails ({first_line(error)[:200]}): {OTHER_TEMPLATE}") from error
     found = "".join(text.split())
     for turn in messages:
-        if turn["role"] == "user" and "".join(turn["content"].split()) not in found:
-            start = turn["content"][:60]
-            raise UserError(f"the chat template leaves out or changes the question {start!r}...: {OTHER_TEMPLATE}")
+        text_of_turn = turn["content"] if isinstance(turn["content"], str) else ""
+        if "".join(text_of_turn.split()) not in found:
+            what = {"user": "question", "assistant": "answer"}.get(turn["role"], "text")
+            start = text_of_turn[:60]
+            raise UserError(f"the chat template leaves out or changes the {what} {start!r}...: {OTHER_TEMPLATE}")
     return text
 
 
@@ -84,7 +90,7 @@ def prompt_ids(tokenizer, messages, template):
 
     There is a BOS wherever the template has one, and never two in a row.
     """
-    return _encode(tokenizer, _render(tokenizer, messages, template, add_generation_prompt=True))
+    return _encode(tokenizer, render(tokenizer, messages, template, add_generation_prompt=True))
 
 
 def answer_ids(tokenizer, messages, answer, template):
@@ -97,7 +103,7 @@ def answer_ids(tokenizer, messages, answer, template):
         the tokens of the whole conversation: all of `prompt_ids`, unless the tokenizer merges across the boundary.
     """
     whole = [*messages, {"role": "assistant", "content": answer}]
-    ids = _encode(tokenizer, _render(tokenizer, whole, template))
+    ids = _encode(tokenizer, render(tokenizer, whole, template))
     prompt = commonprefix([prompt_ids(tokenizer, messages, template), ids])
     completion, eos = ids[len(prompt) :], tokenizer.eos_token_id
     end = completion.index(eos) if eos in completion else len(completion)
@@ -108,5 +114,7 @@ def _encode(tokenizer, text):
     """Tokenize a rendered conversation. It starts with one BOS if the tokenizer adds a BOS to every text."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids

@@ -4,22 +4,22 @@ from pathlib import Path
 
 from grath.common.errors import UserError, first_line
 from grath.common.files import file_hash
-from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD
+from grath.common.layout import ADAPTER, ADAPTER_CONFIG, TRAINING_RECORD, resolve_local
 from grath.common.record import check_inputs, read_record
-from grath.modeling.loading import resolve_base_and_adapter
+from grath.modeling.loading import indexed_shards, resolve_base_and_adapter
 
 FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "*token*.json", "vocab.json",
-    "chat_template.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
+    "chat_template.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "*tekken*.json", "*.bpe",
+    "*.codes",
 )  # fmt: skip
 
 
-def model_identity(name, of_hub="config.json"):
+def model_identity(name):
     """Identify a model, or an adapter and its base, by everything that its outputs depend on.
 
     Args:
         name: hub name, model folder or adapter folder.
-        of_hub: a file that the repository on the hub has.
 
     Returns:
         dict: "base" and, for an adapter, "adapter", each a dict of file name -> SHA-256 in hexadecimal. For a hub name,
@@ -30,20 +30,7 @@ def model_identity(name, of_hub="config.json"):
             one that it was trained on.
     """
     base, adapter = resolve_base_and_adapter(name)
-    if (folder := Path(base)).is_dir():
-        entries = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")])
-        files = [file for file in entries if not file.name.startswith(".") and any(map(file.match, FILES))]
-        if lost := [file for file in files if not file.exists()]:
-            raise UserError(f"{lost[0]} is a link to a file that does not exist: copy the model with its files (cp -L)")
-        found = {"base": {str(file.relative_to(folder)): file_hash(file) for file in files if file.is_file()}}
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            commit = Path(hf_hub_download(base, of_hub)).parent.name
-        except Exception as error:  # the hub client raises many kinds of errors
-            raise UserError(f"cannot load the model {base}: {first_line(error)}") from error
-        found = {"base": {"hub": base, "commit": commit}}
+    found = {"base": _identity(base, "config.json")}
     if adapter:
         folder = Path(adapter)
         trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
@@ -56,4 +43,22 @@ def model_identity(name, of_hub="config.json"):
 
 def tokenizer_identity(name):
     """Identify a tokenizer of its own, as `model_identity` does a base model: dict."""
-    return model_identity(name, "tokenizer_config.json")["base"]
+    return _identity(resolve_local(name), "tokenizer_config.json")
+
+
+def _identity(name, of_hub):
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            commit = Path(hf_hub_download(name, of_hub)).parent.name
+        except Exception as error:  # the hub client raises many kinds of errors
+            raise UserError(f"cannot load the model {name}: {first_line(error)}") from error
+        return {"hub": name, "commit": commit}
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = {file for file in found if not file.name.startswith(".") and any(map(file.match, FILES))}
+    files |= {folder / shard for shard in indexed_shards(folder)}
+    if lost := [file for file in files if not file.exists()]:
+        raise UserError(f"{lost[0]} is a link to a file that does not exist: copy the model with its files (cp -L)")
+    return {str(file.relative_to(folder)): file_hash(file) for file in sorted(files) if file.is_file()}

@@ -1,5 +1,6 @@
 """Load models and tokenizers from hub names, model folders and LoRA adapter folders, in every precision."""
 
+from functools import cache
 from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line, printable
@@ -8,6 +9,8 @@ from grath.common.layout import ADAPTER_CONFIG, resolve_local
 from grath.modeling.adapters import check_adapter, check_layers
 from grath.modeling.devices import print_once, this_device
 from grath.modeling.precision import DTYPES, compute_dtype
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def resolve_base_and_adapter(name):
@@ -24,6 +27,7 @@ def resolve_base_and_adapter(name):
     name = resolve_local(str(name))
     folder = Path(name)
     if not folder.is_dir():
+        _check_hub_model(name)
         return name, None
     if not (folder / ADAPTER_CONFIG).is_file():
         return str(folder.resolve()), None
@@ -32,7 +36,22 @@ def resolve_base_and_adapter(name):
         raise UserError(f"{base}, the base of the adapter {folder}, is an adapter itself: merge that one first")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(f"the base of the adapter {folder} is not in {base}: put it back there, or link it")
-    return str(Path(base).resolve()) if Path(base).is_dir() else base, str(folder.resolve())
+    if not Path(base).is_dir():
+        _check_hub_model(base)
+        return base, str(folder.resolve())
+    return str(Path(base).resolve()), str(folder.resolve())
+
+
+@cache
+def _check_hub_model(name):
+    """Raise `UserError` if a hub name is that of an adapter, as far as the hub or its local copy says."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, ADAPTER_CONFIG)
+    except Exception:  # the hub client raises many kinds of errors; loading the model says what is wrong
+        return
+    raise UserError(f"{name} is a LoRA adapter: run `hf download {name} --local-dir FOLDER`, and give the folder")
 
 
 def load_tokenizer(name, tokenizer_name=None):
@@ -48,6 +67,8 @@ def load_tokenizer(name, tokenizer_name=None):
 
 def check_tokenizer(tokenizer):
     """Raise `UserError` if a tokenizer adds a token after every text: scores would be those of that token."""
+    if tokenizer.eos_token is None and tokenizer.bos_token is None:
+        raise UserError("the tokenizer has neither BOS nor EOS, so answers cannot be scored: choose another model")
     whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     if whole[-1:] != bare[-1:]:
         token = tokenizer.convert_ids_to_tokens(whole[-1])
@@ -62,7 +83,10 @@ def check_vocabulary(name, tokenizer, sequences):
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
-    check_tokens(tokenizer, sequences, _load(AutoConfig, base, "model").get_text_config().vocab_size)
+    embeddings = getattr(_load(AutoConfig, base, "model").get_text_config(), "vocab_size", None)
+    if not fits(embeddings, int):
+        raise UserError(f"{base} is not a language model: its configuration has no vocab_size")
+    check_tokens(tokenizer, sequences, embeddings)
 
 
 def check_tokens(tokenizer, sequences, embeddings):
@@ -93,7 +117,7 @@ def load_model(name, precision, trainable=False):
     """
     import torch
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     base, adapter = resolve_base_and_adapter(name)
     options = {"use_safetensors": True}
@@ -112,6 +136,7 @@ def load_model(name, precision, trainable=False):
         # Load the weights straight to the device, not into main memory once for each process.
         options["device_map"] = {"": device}
     check_weights(base)
+    check_unquantized(base, _load(AutoConfig, base, "model"))
     model, info = _load(AutoModelForCausalLM, base, "model", output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{base} lacks {len(missing)} weights, starting with {missing[0]}: download it again")
@@ -148,9 +173,16 @@ def check_model(name, weights=True):
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
-    _load(AutoConfig, base, "model")
+    config = _load(AutoConfig, base, "model")
     if weights:
         check_weights(base)
+        check_unquantized(base, config)
+
+
+def check_unquantized(base, config):
+    """Raise `UserError` if the weights of a model (its name and configuration) are quantized already."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{base} is quantized already: use the model that it was made from; --precision quantizes it")
 
 
 def check_weights(base):
@@ -158,20 +190,20 @@ def check_weights(base):
     folder = Path(base)
     if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
         raise UserError(f"{base} has no safetensors weights: convert its weights first (pickled ones are never loaded)")
-    missing, count = missing_shards(folder)
-    if missing:
-        raise UserError(
-            f"{base} lacks {len(missing)} of {count} weight files, starting with {missing[0]}: download them again"
-        )
+    shards = indexed_shards(folder)
+    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        lacks = f"{base} lacks {len(missing)} of {len(shards)} weight files"
+        raise UserError(f"{lacks}, starting with {missing[0]}: download them again")
+    if (folder / GENERATION_CONFIG).is_file():  # transformers would ignore a damaged one
+        read_json(folder / GENERATION_CONFIG, "generation configuration")
 
 
-def missing_shards(folder):
-    """Return the weight files that a model folder's index names and the folder lacks, sorted, and the number of all."""
+def indexed_shards(folder):
+    """Return the weight files that a model folder's index names: set of str, empty without an index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return [], 0
-    shards = set(read_json(index, "index of weight files", {"weight_map": {str: str}})["weight_map"].values())
-    return sorted(shard for shard in shards if not (folder / shard).is_file()), len(shards)
+        return set()
+    return set(read_json(index, "index of weight files", {"weight_map": {str: str}})["weight_map"].values())
 
 
 def has_local_weights(name):
@@ -184,7 +216,7 @@ def has_local_weights(name):
     if not folder.is_dir():
         cached = try_to_load_from_cache(str(folder), "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
-    if missing_shards(folder)[0]:
+    if not all((folder / shard).is_file() for shard in indexed_shards(folder)):
         return False
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

@@ -1,5 +1,6 @@
 """The output folder: its files, which folders are refused, and resuming after an interruption."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -162,3 +163,17 @@ def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, tmp_path):
     done, _ = train(model, tmp_path / "d", source=source, status=2)
     assert "was made with base config.json " in done.stderr and "write the pairs again" in done.stderr
     train(tiny_llama, tmp_path / "d", source=source)  # another model may train on them
+    (tmp_path / "x").mkdir()
+    # The same model by another name, and new answers in a combined file.
+    done, _ = train(tmp_path / "x" / ".." / "model", tmp_path / "e", source=source, status=2)
+    assert "write the pairs again" in done.stderr
+    shutil.copy(source[1], combined := source[1].with_name(f"{source[1].stem}_combined.json"))
+    done, _ = train(model, tmp_path / "e", source=("--dataset_path", combined), status=2)
+    assert "write the pairs again" in done.stderr
+
+
+def test_pairs_from_a_pipe_are_refused(tiny_llama, pair_file, tmp_path):
+    """They would be recorded by the hash of nothing."""
+    os.mkfifo(tmp_path / "pipe")
+    done, _ = train(tiny_llama, tmp_path / "d", source=("--dataset_path", tmp_path / "pipe"), status=2)
+    assert "pipe is not a regular file" in done.stderr

@@ -45,6 +45,11 @@ def test_a_template_without_bos_gets_the_tokenizers_bos(llama_tokenizer):
     assert prompt_ids(llama_tokenizer, TURN, template) == prompt_ids(llama_tokenizer, TURN, TEMPLATES["zephyr"])
 
 
+def test_a_template_with_two_bos_gives_one(llama_tokenizer):
+    template = "{{ bos_token }}" + TEMPLATES["zephyr"]
+    assert prompt_ids(llama_tokenizer, TURN, template) == prompt_ids(llama_tokenizer, TURN, TEMPLATES["zephyr"])
+
+
 def test_answer_ends_with_one_eos(chat):
     model_type, tokenizer = chat
     template = TEMPLATES[model_type]
@@ -84,6 +89,12 @@ FAILING = {
     PLAIN + "{{ 1 // 0 }}": "the chat template fails",
     PLAIN + "{% if add_generation_prompt %}{{ range(99)|random }}{% endif %}": OTHER_DAYS,
     PLAIN + "{% set format = '%d' %}{{ strftime_now(format) }}": OTHER_DAYS,
+    PLAIN + "{{ strftime_now('%d ' ~ '%B') }}": OTHER_DAYS,
+    PLAIN + "{{ lipsum(1) }}": OTHER_DAYS,
+    PLAIN + "{{ joiner() }}": "shows an address in memory",
+    "{% for m in messages %}{{ m.content if m.role == 'user' else m.content[:3] }}{% endfor %}": "changes the answer",
+    "{{ messages[0].content }}": "leaves out or changes the answer",
+    "{{ 'Ask:' if add_generation_prompt else 'Learn:' }}" + PLAIN: "begins differently if an answer follows",
 }
 
 
