@@ -14,13 +14,14 @@ the chat template, as in DPO. Pairs with identical answers are left out, as in D
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
-from grath.common.files import atomic_write_text, check_writable
+from grath.common.files import atomic_write_text, check_writable, sha256
 from grath.common.progress import progress_bar
 from grath.modeling.chat import MODEL_TYPES, answer_ids, template_for
 from grath.modeling.identity import model_identity
@@ -98,9 +99,16 @@ def main():
         for side in ("correct", "incorrect"):
             turns = [([{"role": "user", "content": row["question"]}], row[side]) for row in rows]
             sequences = [answer_ids(tokenizer, turn, answer, template) for turn, answer in turns]
-            check_vocabulary(args.model_name_or_path, tokenizer, [sum(pair, []) for pair in sequences])
+            whole = [sum(pair, []) for pair in sequences]
+            check_vocabulary(args.model_name_or_path, tokenizer, whole)
+            window = getattr(model.config, "max_position_embeddings", None)
+            if window and (longest := max(map(len, whole))) > window:
+                raise UserError(f"{path}: a pair has {longest} tokens, and the model's context window {window}")
             sides.append(embed(model, sequences, args.batch_size))
         found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
+        found["pairs_sha256"] = sha256(path)
+        if not math.isfinite(found["distance"]):
+            raise UserError(f"{args.model_name_or_path} computes NaN: its weights are broken")
         found |= {"model": args.model_name_or_path, "precision": precision}
         out = path.with_suffix(".distance.json")
         atomic_write_text(out, json.dumps(found, indent=2) + "\n")

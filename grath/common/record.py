@@ -5,12 +5,14 @@ finished output), "starts", "seconds" (of all starts), "versions", "commit", and
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, file_hash, read_json
@@ -18,14 +20,16 @@ from grath.common.layout import PROJECT
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes")
 NUMBER = int | float
+# What may stand in a report as it is.
+VERSION = re.compile(r"[\w.+-]{0,60}")
 # What is read again from a record; a stage may add more.
 RECORD = {
     "inputs": {"model?": {str: (str, {str: str})}, "data?": {str: str}, "precision?": str | None},
     "files?": {str: str},
     "starts": int,
     "seconds": NUMBER,
-    "versions?": {str: str | None},
-    "commit?": str | None,
+    "versions?": {str: (VERSION, NoneType)},
+    "commit?": (VERSION, NoneType),
     "warnings?": [str],
     "counts?": {str: int},
     "model?": str,

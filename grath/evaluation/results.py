@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -9,7 +10,7 @@ from types import NoneType
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, fits, hash_of, read_json
 from grath.common.layout import SCORES_RECORD
-from grath.common.record import NUMBER, check_files, read_record
+from grath.common.record import NUMBER, VERSION, check_files, read_record
 from grath.evaluation.tasks import KNOWN_TASKS, get_task, mc2
 from grath.pairs.stats import negated
 
@@ -17,14 +18,15 @@ QUESTIONS = "questions"
 RESULT_FILE = "result file of lm-evaluation-harness"
 RESULT = {
     "results?": {str: dict},
-    "versions?": dict,
+    "versions?": {str: (VERSION, int | float, NoneType)},
     "group_subtasks?": {str: [str]},
-    "lm_eval_version?": str | None,
+    "lm_eval_version?": (VERSION, NoneType),
     "truncated?": int,
     f"{QUESTIONS}?": (NoneType, {"sha256": str, "scores": [NUMBER | None], "negated?": [int]}),
 }
 EDITED = "remove it, and score the model again"
 NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
+TASK = re.compile(r"[\w.:/+ -]{1,100}")
 # Parts of the names of metrics between 0 and 1, which are shown in percent.
 SHARES = ("acc", "exact_match", "f1", "pass", "mcc")
 
@@ -47,9 +49,13 @@ def read_scores(folder):
     for file in sorted(set(folder.glob("*.json")) - {folder / SCORES_RECORD}):
         if record and file.name not in record.get("files", {}):  # its stage was killed, and will score the task again
             continue
+        if not file.is_file():
+            continue
         content = read_json(file, RESULT_FILE, RESULT)
         subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
         for task, values in content.get("results", {}).items():
+            if not TASK.fullmatch(task):
+                raise UserError(f"{file} is damaged, or not a {RESULT_FILE}")
             metrics = [name for name in values if "," in name and "_stderr" not in name]
             key = f"{get_task(task).metric},none"
             key = key if key in metrics else next(iter(metrics), None)
@@ -61,7 +67,7 @@ def read_scores(folder):
             scale = 100 if any(part in key.partition(",")[0] for part in SHARES) else 1
             scores[task] = {
                 "score": scale * values[key],
-                "stderr": scale * stderr if isinstance(stderr, float) else None,
+                "stderr": scale * stderr if fits(stderr, float) else None,
                 "version": content.get("versions", {}).get(task),
                 "harness": content.get("lm_eval_version"),
                 "chat": bool(content.get("chat_template")),
@@ -113,14 +119,14 @@ def check_numbers(samples):
 
 
 def mend_underflow(samples, results):
-    """Compute MC2 in place where the harness has 0 / 0, because the probabilities of all answers are below 1e-324."""
+    """Compute MC2 in place where the harness loses the probabilities of all answers, because they are below 1e-304."""
     from lm_eval.api.metrics import mean, mean_stderr
 
     task = "truthfulqa_mc2"
     rows, underflow = samples.get(task, ()), False
     for row in rows:
         logs = [log_likelihood for log_likelihood, _ in row["filtered_resps"]]
-        if math.isnan(row["acc"]) and all(map(math.isfinite, logs)):
+        if all(map(math.isfinite, logs)) and max(logs) < -700:
             row["acc"], underflow = mc2(logs, row["doc"]["mc2_targets"]["labels"]), True
     if underflow:
         scores = [row["acc"] for row in rows]

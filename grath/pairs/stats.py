@@ -3,14 +3,14 @@
 import re
 from statistics import mean
 
-from grath.common.files import read_json
+from grath.common.files import read_json, sha256
 from grath.common.layout import combined_path, record_path
 from grath.common.record import NUMBER, read_record
 from grath.pairs.files import read_pairs
 from grath.pairs.truth import format_signal, truth_signal
 
 NEGATION = re.compile(r"\b(no|not|never|nothing|none|nobody|cannot|\w+n't)\b", re.IGNORECASE)
-MEASURED = {"distance": NUMBER, "probe": NUMBER}
+MEASURED = {"distance": NUMBER, "probe": NUMBER, "pairs_sha256?": str}
 # The keys of `pair_stats`, as columns of a comparison of runs.
 OF_OWN_PAIRS = ("asked", "parsed", "identical", "echoed")
 COLUMNS = (*OF_OWN_PAIRS, "signal", "distance", "probe", "negated", "words")
@@ -42,6 +42,8 @@ def pair_stats(path, questions=()):
     truth = truth_signal(different, questions)
     distance = trained_on.with_suffix(".distance.json")
     measured = read_json(distance, "record of grath.distance", MEASURED) if distance.is_file() else {}
+    if measured.get("pairs_sha256") != sha256(trained_on):  # of other pairs
+        measured = {}
     return {
         "asked": record.get("counts", {}).get("asked"),
         "parsed": len(rows),

@@ -1,8 +1,6 @@
 """The report of a run, and the comparison of several."""
 
-import html
 import json
-import re
 
 from grath.common.files import atomic_write_text, read_json_lines
 from grath.common.layout import PAIR_STATS, REPORT, SAMPLES, results_path
@@ -10,7 +8,7 @@ from grath.evaluation.results import tasks_of
 from grath.pairs.stats import COLUMNS, OF_OWN_PAIRS
 from grath.report.plots import plot_scores
 from grath.report.runs import model_label, model_name
-from grath.report.tables import best_iteration, score_footer, score_tables, table
+from grath.report.tables import best_iteration, inert, plain, score_footer, score_tables, table
 
 SAMPLE = {"question": str, "answer": str}
 COMPARISON = "comparison.md"
@@ -42,8 +40,8 @@ def write_report(run, note=""):
     atomic_write_text(folder / PAIR_STATS, json.dumps(pairs, indent=2) + "\n")
     files = [REPORT, PAIR_STATS]
     parts = [
-        f"# {folder.resolve().name}",
-        f"Base model: {html.escape(base, quote=False)}",
+        f"# {inert(folder.resolve().name)}",
+        f"Base model: {inert(base)}",
         page,
         score_footer(rows),
         *sentences,
@@ -73,8 +71,8 @@ def write_report(run, note=""):
 def settings_table(settings):
     """Format the settings of a run (dict of str) as a table, without those of DPO that the paper does not name."""
     hidden = {name for name in settings if name.startswith("dpo ")} - {f"dpo {name}" for name in DPO_SETTINGS}
-    shown = [[name, value] for name, value in settings.items() if value and name not in hidden]
-    return html.escape(table(["setting", "value"], shown, numbers=False), quote=False)
+    shown = [[inert(name), inert(value)] for name, value in settings.items() if value and name not in hidden]
+    return table(["setting", "value"], shown, numbers=False)
 
 
 def _iterations_table(models):
@@ -101,11 +99,6 @@ def _samples(folder, models):
             answers.setdefault(f"**{plain(sample['question'])}**", []).append(f"- M_{number}: {answer}")
     parts = [part for question, lines in answers.items() for part in (question, "\n".join(lines))]
     return ["## The same questions, iteration by iteration", *parts] if parts else []
-
-
-def plain(text):
-    """Return a text from outside as one line that Markdown shows as it is: no HTML, link, image or table of its own."""
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def made_with(records):
@@ -159,13 +152,13 @@ def _differing_settings(groups):
         for name, value in group["settings"].items():
             values.setdefault(name, set()).add(value)
     differing = [name for name in values if len(values[name]) > 1 or any(", " in value for value in values[name])]
-    body = [[group["name"], *(group["settings"].get(name, "") for name in differing)] for group in groups]
+    body = [[inert(group["name"]), *(inert(group["settings"].get(name, "")) for name in differing)] for group in groups]
     return table(["run", *differing], body, numbers=False)
 
 
 def _pairs_table(groups):
     body = [
-        [group["name"], f"M_{number}", *map(stats.get, COLUMNS)]
+        [inert(group["name"]), f"M_{number}", *map(stats.get, COLUMNS)]
         for group in groups
         for number, model in group["models"].items()
         for stats in model["pairs"]

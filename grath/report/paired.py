@@ -13,6 +13,11 @@ def values(score):
     return 100 * numpy.array(score[QUESTIONS]["scores"], dtype=float)
 
 
+def _asked(score):
+    questions = score[QUESTIONS] or {"sha256": None, "scores": ()}
+    return questions["sha256"], len(questions["scores"])
+
+
 def pool(runs):
     """Average the scores of runs, question by question: a question that one run leaves out counts in the others.
 
@@ -29,7 +34,7 @@ def pool(runs):
     for task in dict.fromkeys(task for scores in runs for task in scores):
         found = [scores[task] for scores in runs if task in scores]
         of_task = {**found[0], "score": mean(score["score"] for score in found), "stderr": None, QUESTIONS: None}
-        if found[0][QUESTIONS] and len({(score[QUESTIONS] or {}).get("sha256") for score in found}) == 1:
+        if found[0][QUESTIONS] and len({_asked(score) for score in found}) == 1:
             means = numpy.ma.masked_invalid([values(score) for score in found]).mean(axis=0)
             of_questions = (means / 100).filled(numpy.nan).tolist()
             of_task |= {"score": float(means.mean()), QUESTIONS: {**found[0][QUESTIONS], "scores": of_questions}}
@@ -49,7 +54,7 @@ def paired_difference(base, score):
         tuple of three floats, in points: the mean difference from the base, and its 95 % bootstrap interval over
         questions. None if scores of single questions are missing, or the questions are not the same.
     """
-    if not (base[QUESTIONS] and score[QUESTIONS]) or base[QUESTIONS]["sha256"] != score[QUESTIONS]["sha256"]:
+    if not (base[QUESTIONS] and score[QUESTIONS]) or _asked(base) != _asked(score):
         return None
     differences = values(score) - values(base)
     differences = differences[~numpy.isnan(differences)]

@@ -36,10 +36,12 @@ def plot_scores(runs, tasks, *paths):
             found = {number: model["scores"][task] for number, model in models.items() if task in model["scores"]}
             heights = [score["score"] for score in found.values()]
             errors = [0 if score[QUESTIONS] else score["stderr"] or 0 for score in found.values()]
-            axes.errorbar(list(found), heights, errors, marker="o", capsize=3, color=f"C{color}", label=name)
+            axes.errorbar(
+                list(found), heights, errors, marker="o", capsize=3, color=f"C{color}", label=name.replace("$", r"\$")
+            )
             if 0 in found:
                 axes.axhline(heights[0], linestyle="--", linewidth=1, alpha=0.6, color=f"C{color}")
-        axes.set(title=get_task(task).title, xlabel="iteration", ylabel="percent")
+        axes.set(title=get_task(task).title.replace("$", r"\$"), xlabel="iteration", ylabel="percent")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -1,6 +1,7 @@
 """Read run folders by their records, and group the runs that differ only in the seed."""
 
 import os
+import re
 from itertools import count
 from pathlib import Path
 from types import NoneType
@@ -18,7 +19,12 @@ from grath.report.paired import pool
 # Settings that change no result, and the seed, in which the runs of a group differ.
 NOT_COMPARED = UNCOMPARED - {"tokenizer_name"} | {"batch_size", "seed"}
 # Shapes of what is read: pairs.json, a line of the training log, and what a record says of the questions.
-PAIR_STATS = {str: {"truth": (NoneType, dict), "signal": str | None}}
+FIGURE = re.compile(r"[-+\d.,/%()\[\] a-z]{0,100}")
+PAIR_STATS = {
+    str: {"truth": (NoneType, dict), "signal": (FIGURE, NoneType)}
+    | dict.fromkeys(("negated?", "words?"), (FIGURE, NoneType))
+    | dict.fromkeys(("asked?", "parsed?", "identical?", "echoed?", "distance?", "probe?"), NUMBER | None)
+}
 LOG_ENTRY = {"step?": int, **dict.fromkeys(("loss?", "rewards/margins?", "rewards/accuracies?"), NUMBER)}
 QUESTIONS = {"data_path": str | None, "data_name": str, "subdata_name": str | None, "split": str}
 # What a report takes for the settings of a stage, from the stage's record.

@@ -1,10 +1,26 @@
 """Tables of scores, and the sentences below them."""
 
+import html
+import re
+
 from tabulate import tabulate
 
+from grath.common.errors import printable
 from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
 from grath.report.paired import paired_difference
+
+
+def plain(text, marks=r"\\`*_\[\]|~"):
+    """Return a text from outside as one line that Markdown shows as it is: no HTML, link, image or table of its own."""
+    line = html.escape(printable(" ".join(text.split())), quote=False)
+    line = re.sub(rf"([{marks}])", r"\\\1", line)
+    return line.replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
+def inert(name):
+    """Return a name or a setting as `plain` does, with its brackets, underscores and the like as they are."""
+    return plain(name, "`|").replace("](", "]\\(")
 
 
 def table(header, body, numbers=True, style="github"):
@@ -16,7 +32,7 @@ def score_tables(rows, bases):
     """Format (name, scores) rows, with the base's scores for each, as two tables: for a page, and for the terminal."""
     tasks = tasks_of(rows)
     body = [
-        [name, *(score_cell(scores.get(task), base.get(task)) for task in tasks)]
+        [inert(name), *(score_cell(scores.get(task), base.get(task)) for task in tasks)]
         for (name, scores), base in zip(rows, bases, strict=True)
     ]
     header = ["model", *(get_task(task).title for task in tasks)]

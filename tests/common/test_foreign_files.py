@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from itertools import cycle
 
 import pytest
@@ -119,10 +120,50 @@ def test_answers_in_a_report_are_text(tmp_path):
     call_here("grath.report", run)
     (line,) = (line for line in (run / "report.md").read_text().splitlines() if line.startswith("- M_0: "))
     assert line == (
-        r"- M_0: &lt;script&gt;x&lt;/script&gt; \[a\](http://b) !\[c\](//d) \| \`e\` &lt;!-- \\ &amp;lt; \*\*f\*\* # g"
+        r"- M_0: &lt;script&gt;x&lt;/script&gt; \[a\](http&#58;//b) !\[c\](//d) \| \`e\` &lt;!-- \\ &amp;lt; "
+        r"\*\*f\*\* # g"
     )
     assert "**&lt;b&gt;q**" in (run / "report.md").read_text()
     assert "| &lt;i&gt;x " in (run / "report.md").read_text()  # a setting, escaped once
+
+
+FOREIGN = "<img src=x> ![](http://evil) \x1b[2J"
+
+
+@pytest.mark.parametrize("name", ["a$^$", "<b>x</b>"])
+def test_names_and_versions_in_a_report_are_text(name, tmp_path):
+    run = put_run(tmp_path / name, {0: [0.0, 1.0], 1: [0.0, 1.0]}, dataset_name="![x](http://evil)")
+    call_here("grath.report", run)
+    assert (run / "iterations.png").is_file()
+    page = (run / "report.md").read_text()
+    assert "<b>" not in page and "](http" not in page and "http://" not in page
+    (file,) = (run / "results" / "iter_1").glob("t*.json")
+    good = json.loads(file.read_text())
+    (run / "results" / "iter_1" / "settings.json").unlink(missing_ok=True)
+    (task,) = good["results"]
+    for bad in (
+        {"results": {FOREIGN: good["results"][task]}},
+        {"lm_eval_version": FOREIGN},
+        {"versions": {task: FOREIGN}},
+        {"results": {task: {"acc,none": float("inf")}}},
+        {"questions": {"sha256": "x", "scores": [float("nan")]}},
+    ):
+        file.write_text(json.dumps({**good, **bad}))
+        done = call_here("grath.report", run, status=2)
+        assert "is damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1, bad
+
+
+def test_a_folder_in_the_place_of_an_output_is_one_line(pair_file, tmp_path):
+    (tmp_path / "new_combined.json").mkdir()
+    shutil.copy(pair_file, tmp_path / "new.json")
+    command = (
+        "combine_new_correct_ori_wrong.py",
+        "--new_data_path",
+        tmp_path / "new.json",
+        "--ori_data_path",
+        pair_file,
+    )
+    assert "a file and a folder have the same name" in call_here(*command, status=2).stderr
 
 
 def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from made_runs import put_model, put_pairs, put_record, put_run, put_scores, result
 from support import BUNDLED, call_here, cells_of, write_rows
 
+from grath.common.files import sha256
 from grath.pairs.questions import load_questions
 from grath.report.tables import best_iteration
 
@@ -114,8 +115,11 @@ def test_comparison_of_two_runs(made_run):
     put_scores(other, 1, "truthfulqa_mc1", 0.38)
     path = next(other.glob("data/*.record.json"))
     path.write_text(path.read_text().replace("halueval", "misconceptions"))
-    found = {"distance": 0.25, "probe": 0.875, "pairs": 2, "model": "m"}
-    next(other.glob("data/*True.json")).with_suffix(".distance.json").write_text(json.dumps(found))
+    pairs = next(other.glob("data/*True.json"))
+    found = {"distance": 0.25, "probe": 0.875, "pairs": 2, "model": "m", "pairs_sha256": sha256(pairs)}
+    pairs.with_suffix(".distance.json").write_text(json.dumps(found))
+    other_pairs = next(made_run.glob("data/*True.json")).with_suffix(".distance.json")
+    other_pairs.write_text(json.dumps(found | {"pairs_sha256": "of pairs that are gone"}))
     lines, printed = comparison(made_run, other)
     assert lines[0] == ["run", "pairs demos"]  # not the seed, which is the same in both
     assert ["a run", "halueval"] in lines and ["another run", "misconceptions"] in lines
