@@ -42,7 +42,8 @@ set_arguments() {
         ((${#tasks[@]})) || error "TASKS names no task"
         arguments+=(--tasks "${tasks[@]}")
     fi
-    read -ra servers <<<"${SERVER_URL:-}"
+    SERVER_URL=${SERVER_URL:-}
+    read -ra servers <<<"${SERVER_URL//$'\n'/ }"
     if ((${#servers[@]})); then arguments+=(--server_url "${servers[@]}"); fi
     option EVAL_PRECISION --precision
     option EVAL_BATCH_SIZE --batch_size
@@ -77,7 +78,9 @@ evaluate() { # ARGUMENT...: score a model
 if (($#)); then
     set_arguments
     [[ -n $1 ]] || error "the model's name is empty; usage: ./evaluation.sh MODEL_OR_ADAPTER [OUTPUT_DIR]"
-    evaluate "$1" "${2:-scores/$(basename -- "$1")}" "${@:3}"
+    output=${2:-scores/$(basename -- "$1")}
+    [[ $output != scores/. && $output != scores/.. ]] || error "name the folder of the scores: ./evaluation.sh $1 OUTPUT_DIR"
+    evaluate "$1" "$output" "${@:3}"
     exit
 fi
 run=$(python -m grath.run unscored)

@@ -19,7 +19,7 @@ RUN='' restarted=0
 if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0 && restarted=1; fi # a requeued job resumes
 
 saved() { # what the run has saved: its files, apart from those of every start, and the number of responses; 1 without a run
-    if [[ -z $RUN ]]; then echo 1 && return; fi
+    if [[ ! -d $RUN ]]; then echo 1 && return; fi
     (cd -- "$RUN" && find . -type f ! -name '.*' ! -name '*.record.json' ! -name grath.json ! -name settings.json \
         ! -name training_log.jsonl ! -path './models/*/runs/*' | sort) # runs/ is TensorBoard's
     find "$RUN" -name '.*.responses*' -exec cat {} + | wc -l
@@ -83,7 +83,7 @@ pairs_args=(
 )
 if [[ -n $SERVER_URL ]]; then
     ask=(python)
-    read -ra servers <<<"$SERVER_URL"
+    read -ra servers <<<"${SERVER_URL//$'\n'/ }"
     pairs_args+=(--engine server --server_url "${servers[@]}" --server_timeout "$SERVER_TIMEOUT")
 else
     pairs_args+=(--precision "$PAIRS_PRECISION")

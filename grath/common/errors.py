@@ -1,6 +1,7 @@
 """Errors of the command line: bad input is one line and status 2, a failing machine one line and status 1."""
 
 import errno
+import io
 import logging
 import os
 import re
@@ -34,6 +35,9 @@ def run_main(main):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name = program_name()
     end_with_launcher()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not have every character
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, raise_on_signal)
@@ -52,7 +56,7 @@ def run_main(main):
         status = 128 + number
     except Exception as error:
         line = " ".join(str(error).split()) if isinstance(error, UserError) else explain_system_error(error)
-        bad_input = isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+        bad_input = isinstance(error, UserError) or getattr(error, "errno", None) in OF_NAMES
         if line is None:
             raise
         if os.environ.get("GRATH_DEBUG") == "1":
@@ -89,12 +93,15 @@ BY_ERRNO = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), DISK),
     errno.EFBIG: "the file exceeds the size limit: raise it (ulimit -f)",
     errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR), "a file and a folder have the same name: remove one of them"),
     errno.EROFS: "the file system is read-only: choose another output folder",
     **dict.fromkeys((errno.EACCES, errno.EPERM), "permission denied: choose another folder"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit (ulimit -n 4096)"),
     errno.ENOMEM: MEMORY,
     errno.ETIMEDOUT: "start the server, and run the same command again: it asks only what is left",
 }
+# Errors of the names that a user gave.
+OF_NAMES = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 # CUDA error codes about memory, and about the driver or devices.
 BY_CUDA_ERROR = {2: MEMORY, **dict.fromkeys((3, 35, 46, 100, 101, 803, 804), GPU)}
 # System errors that torch raises as a plain RuntimeError, by their text.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,9 +27,9 @@ def fits(content, shape):
     """Return whether parsed JSON has a shape.
 
     Args:
-        shape: a type or a union of types; a tuple of shapes, one of which must fit; a list of one shape, for lists; a
-            dict of shapes, for dicts: by key, where a key that ends with "?" may be missing and other keys are ignored,
-            or {str: shape} for all keys.
+        shape: a type or a union of types, where a number must be finite; a regular expression, for a whole text; a
+            tuple of shapes, one of which must fit; a list of one shape, for lists; a dict of shapes, for dicts: by key,
+            where a key that ends with "?" may be missing and other keys are ignored, or {str: shape} for all keys.
     """
     if isinstance(shape, tuple):
         return any(fits(content, one) for one in shape)
@@ -43,11 +44,16 @@ def fits(content, shape):
             fits(content[key.rstrip("?")], of_key) if key.rstrip("?") in content else key.endswith("?")
             for key, of_key in shape.items()
         )
+    if isinstance(shape, re.Pattern):
+        return isinstance(content, str) and bool(shape.fullmatch(content))
+    if isinstance(content, int | float) and shape is not object and not abs(content) < 1e300:
+        return False
     return isinstance(content, shape) and (shape in (bool, object) or not isinstance(content, bool))
 
 
 def read_json(path, what, shape=dict):
     """Read the JSON object in a file; raise `UserError` if it does not fit the shape, where `what` says what it is."""
+    check_regular(path)
     try:
         content = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError:
@@ -57,12 +63,19 @@ def read_json(path, what, shape=dict):
     return content
 
 
+def check_regular(path):
+    """Raise `UserError` if `path` is a pipe or a device, which could be read only once, or without end."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"{path} is not a regular file: save its content in one")
+
+
 def read_json_lines(path, what, shape=dict):
     """Read a JSON-lines file as a list of dicts. A byte order mark and Windows line ends are accepted.
 
     Raises:
         UserError: the file cannot be read or is empty, or a line does not fit the shape; it names `what`.
     """
+    check_regular(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -128,8 +141,11 @@ def file_hash(file):
     if stat.st_size < CACHED_FROM:
         return sha256(file)
     stamp = "-".join(str(part) for part in (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    known = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grath" / stamp
-    with suppress(OSError):
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    if cache.startswith("~"):  # there is no home
+        return sha256(file)
+    known = Path(cache, "grath", stamp)
+    with suppress(OSError, UnicodeDecodeError):
         return known.read_text(encoding="utf-8")
     digest = sha256(file)
     with suppress(OSError):  # a cache that cannot be written saves no time

@@ -6,20 +6,38 @@ layout, or an edited one, would get the rows of the first. Here the cache folder
 
 from pathlib import Path
 
+from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import file_hash, hash_of
 from grath.common.layout import resolve_local
 
+# The local folders that were loaded: name -> content hash.
+OPENED = {}
 
-def load_dataset(path, *args, **kwargs):
-    """Call `datasets.load_dataset`; for a local folder (also in `DATASETS_ROOT`), use a cache named by its content."""
+
+def load_dataset(path, name=None, **options):
+    """Call `datasets.load_dataset`; for a local folder (also in `DATASETS_ROOT`), use a cache named by its content.
+
+    Raises:
+        UserError: the data set cannot be loaded.
+    """
     from datasets import config
     from datasets.load import load_dataset
 
-    path = resolve_local(path)
-    if Path(path).is_dir():
-        own = Path(config.HF_DATASETS_CACHE) / "local" / content_hash(path)[:16]
-        kwargs.setdefault("cache_dir", str(own))
-    return load_dataset(path, *args, **kwargs)
+    folder = Path(resolve_local(path))
+    try:
+        if folder.is_dir():
+            OPENED[path] = content_hash(folder)
+            options.setdefault("cache_dir", str(Path(config.HF_DATASETS_CACHE) / "local" / OPENED[path][:16]))
+        return load_dataset(str(folder) if folder.is_dir() else path, name, **options)
+    except Exception as error:  # the hub client, the file readers and the builders raise errors of their own
+        if explain_system_error(error):
+            raise
+        what = " ".join(part for part in (path, name) if part)
+        split = f"the split {options['split']} of " if options.get("split") else ""
+        raise UserError(
+            f"cannot load {split}{what}: {first_line(error)} "
+            "(pass a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"
+        ) from error
 
 
 def content_hash(folder):

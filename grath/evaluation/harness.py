@@ -55,7 +55,13 @@ class SplitLM(HFLM):
     rank, world_size, truncated = 0, 1, 0
     loglikelihood = split_over_processes(HFLM.loglikelihood)
     loglikelihood_rolling = split_over_processes(HFLM.loglikelihood_rolling)
-    generate_until = split_over_processes(HFLM.generate_until)
+
+    @split_over_processes
+    def generate_until(self, requests, disable_tqdm=False):
+        for context, options in (request.args for request in requests):
+            most = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
+            self.truncated += len(self.tok_encode(context)) > most
+        return super().generate_until(requests, disable_tqdm)
 
     def inspect(self, pairs):
         """Count the contexts that will be cut, and check the tokens of `pairs`: (context, answer), lists of ids."""

@@ -4,18 +4,19 @@ import os
 import re
 import sys
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.files import check_writable, sha256
+from grath.common.files import check_writable, file_hash, sha256
 from grath.common.layout import PROJECT, SAMPLES, SCORES_RECORD, resolve_local
-from grath.common.local_data import content_hash, load_dataset
+from grath.common.local_data import OPENED, content_hash, load_dataset
 from grath.common.record import check_files, check_inputs, read_record, recording, write_record
 from grath.evaluation.results import EDITED, NO_SCORE, read_scores, samples_file, write_results
-from grath.evaluation.samples import MAX_NEW_TOKENS, write_samples
+from grath.evaluation.samples import BUNDLED, MAX_NEW_TOKENS, write_samples
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
-from grath.modeling.chat import template_for
+from grath.modeling.chat import render, template_for
 from grath.modeling.devices import check_shared, init_distributed, print_once
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import check_model, check_tokenizer, load_tokenizer
@@ -82,6 +83,7 @@ def score_model(args):
     ):
         if args.chat_template:
             lm.tokenizer.chat_template = template
+            lm.apply_chat_template = partial(_apply_chat_template, lm.tokenizer)
 
         def finish(names):
             record["files"] |= {name: sha256(args.output / name) for name in names}
@@ -94,6 +96,7 @@ def score_model(args):
         if sampled and main_process:
             write_samples(args.model, generator, tokenizer, template, args.output / SAMPLES)
             finish([SAMPLES])
+        inputs["data"] |= OPENED
         record["batch_tokens"] = getattr(lm, "batch_tokens", None)
         record["warnings"] = getattr(lm.model, "load_warnings", [])
     if main_process:
@@ -102,6 +105,11 @@ def score_model(args):
                 error = "" if score["stderr"] is None else f" ± {score['stderr']:.2f}"
                 print(f"{task:<16}{score['score']:6.2f}{error} (version {score['version']})")
         print(f"Wrote the results to {args.output}; next: python -m grath.report {args.output}", flush=True)
+
+
+def _apply_chat_template(tokenizer, messages, add_generation_prompt=True):
+    options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+    return render(tokenizer, messages, tokenizer.chat_template, **options)
 
 
 def _check_settings(args):
@@ -135,10 +143,17 @@ def _inputs(args, tasks, precision, earlier):
         earlier: the inputs of the finished files, or None.
 
     Raises:
-        UserError: the earlier ones differ. Only data sets of both are compared, and those of all are returned.
+        UserError: the earlier ones differ. Only data sets and templates of sample answers that both have are compared;
+            those of all are returned.
     """
-    folders = {name: Path(resolve_local(name)) for name in {get_task(task).dataset for task in tasks} - {None}}
+    before, known = (earlier or {}).get("data", {}), [get_task(task) for task in tasks]
+    names = {task.dataset for task in known} - {None}
+    if any(task.name not in KNOWN_TASKS for task in known):
+        names |= before.keys()  # which include theirs
+    folders = {name: Path(resolve_local(name)) for name in names}
     data = {name: content_hash(folder) for name, folder in sorted(folders.items()) if folder.is_dir()}
+    if any(task.name in KNOWN_TASKS and not task.dataset for task in known):
+        data[BUNDLED.name] = file_hash(BUNDLED)
     inputs = {
         "model": model_identity(args.model),
         "precision": precision,
@@ -146,12 +161,14 @@ def _inputs(args, tasks, precision, earlier):
         "limit": args.limit,
         "backend": args.backend,
         "chat_template": args.chat_template and args.model_type,
+        "samples": args.samples and args.model_type,
         "data": data,
     }
     if earlier:
-        before = earlier.get("data", {})
         inputs["data"] = before | data
-        check_inputs({"inputs": earlier | {"data": data | before}}, inputs, args.output, ADVICE)
+        inputs["samples"] = inputs["samples"] or earlier.get("samples", False)
+        made = {"data": data | before, "samples": earlier.get("samples") or inputs["samples"]}
+        check_inputs({"inputs": earlier | made}, inputs, args.output, ADVICE)
     return inputs
 
 

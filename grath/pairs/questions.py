@@ -7,8 +7,9 @@ import random
 import re
 import sys
 
-from grath.common.errors import UserError, explain_system_error, first_line
+from grath.common.errors import UserError
 from grath.common.files import fits, read_json_lines
+from grath.common.local_data import load_dataset
 
 TRUTHFULQA = "truthful_qa"
 # Data sets with gold answers: name on the command line -> (hub name, configuration, split).
@@ -31,33 +32,18 @@ def load_questions(data_name=None, subdata_name=None, split="train", data_path=N
         rows, where = read_json_lines(data_path, "the question file"), str(data_path)
     else:
         where = "/".join(part for part in (data_name, subdata_name) if part)
-        rows = load_hub_split(data_name, subdata_name, split)
+        rows = load_dataset(data_name, subdata_name or None, split=split)
     return [_question(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def load_hub_split(data_name, subdata_name, split):
-    """Load one split of a hub data set, or of a local folder of that name, as `datasets.Dataset`."""
-    from grath.common.local_data import load_dataset
-
-    try:
-        return load_dataset(data_name, subdata_name or None, split=split)
-    except Exception as error:  # the hub client, the file readers and the builders raise errors of their own
-        if explain_system_error(error):
-            raise
-        name = " ".join(part for part in (data_name, subdata_name) if part)
-        raise UserError(
-            f"cannot load the split {split} of {name}: {first_line(error)} "
-            "(pass a hub name, or set DATASETS_ROOT to a folder that prefetch.sh has filled)"
-        ) from error
 
 
 def load_preferences(name, seed):
     """Load pairs of gold answers (a list, see `gold_pairs`), or a hub data set in TRL's preference format."""
     if LABELED.fullmatch(name):
         return gold_pairs(name, seed)
-    rows = load_hub_split(name, None, "train")
-    turns = (str, [dict])
-    if not len(rows) or not fits(rows[0], {"chosen": turns, "rejected": turns, "prompt?": turns}):
+    rows = load_dataset(name, split="train")
+    turns = (str, [{"role": str, "content": str}])
+    shape = {"chosen": turns, "rejected": turns, "prompt?": turns}
+    if not len(rows) or not all(fits(row, shape) and row["chosen"] and row["rejected"] for row in rows):
         raise UserError(f"{name} is not in TRL's preference format: no texts or messages in chosen and rejected")
     return rows
 
@@ -94,12 +80,13 @@ def load_labeled(name):
     if found[1] != TRUTHFULQA:
         return load_questions(*where)
     questions = []
-    for row in load_hub_split(*where):
+    for number, row in enumerate(load_dataset(hub_name, configuration, split=where[2]), start=1):
         if not fits(row, {"question": str, "mc1_targets": {"choices": [str], "labels": [int]}}):
             raise UserError(f"{hub_name} is not TruthfulQA: a row has no question with mc1_targets")
-        targets = row["mc1_targets"]
-        gold = targets["labels"].index(1)
-        questions.append({"question": row["question"], "choices": targets["choices"], "answer": gold})
+        choices, labels = (row["mc1_targets"][key] for key in ("choices", "labels"))
+        gold = labels.index(1) if 1 in labels else None
+        of_arc = {"choices": {"text": choices, "label": list(range(len(labels)))}, "answerKey": gold}
+        questions.append(_question(row | of_arc, f"{hub_name}, row {number}"))
     return questions
 
 

@@ -18,18 +18,20 @@ from grath.common.defaults import LORA_R
 from grath.common.errors import PACKAGE, UserError, first_line
 from grath.common.files import check_writable
 from grath.common.layout import PROJECT, resolve_local, run_folder
+from grath.common.local_data import load_dataset
 from grath.evaluation.tasks import get_task
 from grath.modeling.chat import prompt_ids, template_for
 from grath.modeling.devices import check_devices, describe_device
 from grath.modeling.loading import (
     check_tokenizer,
+    check_unquantized,
     check_vocabulary,
     check_weights,
     load_tokenizer,
     resolve_base_and_adapter,
 )
 from grath.pairs.prompts import build_messages, load_demos
-from grath.pairs.questions import load_hub_split, load_questions
+from grath.pairs.questions import load_questions
 from grath.run.settings import read_settings
 from grath.serving.served import describe_servers
 
@@ -120,16 +122,21 @@ def read_model(name):
     except Exception as error:  # the hub client raises many kinds of errors
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
+    check_unquantized(base, config)
     return base, config.get_text_config()
 
 
-def check_template(values):
+def check_template(values, config):
     """Check that the tokenizer has a chat template that renders the prompts, and fits the model; describe it."""
     name, demos = values["MODEL_NAME_OR_PATH"], load_demos(values["DEMOS"]) if values["USE_FS"] == "1" else []
     tokenizer = load_tokenizer(name)
     template = template_for(tokenizer, values["MODEL_TYPE"])
     turns = build_messages({"question": "What is ice?"}, 0, False, demos)
-    check_vocabulary(name, tokenizer, [prompt_ids(tokenizer, turns, template)])
+    prompt = prompt_ids(tokenizer, turns, template)
+    check_vocabulary(name, tokenizer, [prompt])
+    window, most = getattr(config, "max_position_embeddings", None), int(values["MAX_NEW_TOKENS"])
+    if window and len(prompt) + most > window:
+        raise UserError(f"a prompt of {len(prompt)} tokens and {most} new ones exceed the context window of {window}")
     if values["TASKS"]:
         check_tokenizer(tokenizer)
     return "the tokenizer's own" if values["MODEL_TYPE"] == "auto" else values["MODEL_TYPE"]
@@ -143,7 +150,7 @@ def check_data(values):
     if values["DATA_PATH"]:
         found = len(load_questions(data_path=values["DATA_PATH"]))
     else:
-        found = len(load_hub_split(values["DATA_NAME"], values["SUBDATA_NAME"], values["SPLIT"]))
+        found = len(load_dataset(values["DATA_NAME"], values["SUBDATA_NAME"] or None, split=values["SPLIT"]))
     if found < int(values["NUM_QUERY"]):
         raise UserError(f"NUM_QUERY={values['NUM_QUERY']}, but there are only {found} questions")
     for name in sorted({get_task(task).dataset for task in values["TASKS"].split()} - {None}):
@@ -211,7 +218,7 @@ def check_run(titles):
         check("servers", describe_servers, model_name, values["SERVER_URL"].split(), SECONDS_TO_ANSWER, adapters)
     model = check("model", read_model, model_name)
     if model:
-        check("chat template", check_template, values)
+        check("chat template", check_template, values, model[1])
     check("data", check_data, values)
     if model:
         check("disk", check_disk, model[1], values)

@@ -38,6 +38,8 @@ def unscored_lines():
     inputs = records[0]["inputs"] if records else {}
     of_scores = {"EVAL_PRECISION": "precision", "LIMIT": "limit", "BACKEND": "backend"}
     settings = {name: inputs.get(key) for name, key in of_scores.items()}
+    if isinstance(settings["LIMIT"], float):  # without an exponent
+        settings["LIMIT"] = f"{settings['LIMIT']:.9f}".rstrip("0")
     settings |= {"TASKS": " ".join(scored) or TASKS, "MODEL_TYPE": first.get("settings", {}).get("model_type")}
     settings["CHAT_TEMPLATE"] = "1" if inputs.get("chat_template") else None
     settings["SAMPLES"] = "0" if files and Path(SAMPLES) not in files else None

@@ -6,7 +6,8 @@ import re
 from choices import KINDS, baseline_score, percent
 from support import HUB, PROJECT, call, call_here, cells_of, needs_hub, pair, rows, write_rows
 
-from grath.pairs.questions import load_hub_split, load_questions
+from grath.common.local_data import load_dataset
+from grath.pairs.questions import load_questions
 
 
 def test_what_two_models_choose(tmp_path):
@@ -91,7 +92,7 @@ def test_questions_of_truthfulqa_as_a_question_file(tmp_path):
 
 @needs_hub
 def test_the_baselines_of_the_pages():
-    asked = load_hub_split(str(HUB / "truthfulqa" / "truthful_qa"), "multiple_choice", "validation")
+    asked = load_dataset(str(HUB / "truthfulqa" / "truthful_qa"), "multiple_choice", split="validation")
     scores = {
         name: [percent(baseline_score(kind, row[f"mc{number}_targets"]) for row in asked) for number in (1, 2)]
         for name, kind in KINDS.items()

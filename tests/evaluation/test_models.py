@@ -6,8 +6,13 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import BUNDLED, call_here, check_here
+from support import BUNDLED, asking, call_here, check_here
 from transformers import AutoTokenizer
+
+from grath.common.errors import UserError
+from grath.evaluation.results import mend_underflow
+from grath.modeling.identity import model_identity, tokenizer_identity
+from grath.modeling.loading import resolve_base_and_adapter
 
 
 @pytest.fixture
@@ -109,7 +114,7 @@ def test_a_token_that_only_the_chat_template_has(model, pair_file, tmp_path):
     """Its id is one after the last embedding. Scores without the template are possible, sample answers are not."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|ask|>"]})
-    tokenizer.chat_template = "<|ask|>{{ messages[0].content }}"
+    tokenizer.chat_template = "<|ask|>{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(model)
     shutil.copy(pair_file, tmp_path / "pairs.json")
     for command in [
@@ -144,3 +149,90 @@ def test_what_belongs_to_a_model(model, tmp_path):
     assert "finished" in call_here(*ask, *flags).stdout
     (model / "merges.txt").symlink_to("nowhere")
     assert "merges.txt is a link to a file that does not exist" in call_here(*ask, *flags, status=2).stderr
+
+
+def test_weights_that_are_quantized_already_are_refused(model, pair_file, tmp_path):
+    """They would be computed in other precisions than the record says."""
+    configure(model, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    for command in commands(model, pair_file, tmp_path):
+        done = call_here(*command, status=2)
+        assert "is quantized already" in done.stderr, command
+    done = check_here({"MODEL_NAME_OR_PATH": str(model), "DATA_PATH": str(BUNDLED), "TASKS": ""}, status=2)
+    assert "FAIL  model: " in done.stdout and "is quantized already" in done.stdout
+
+
+def test_an_adapter_on_the_hub_is_not_taken_for_a_model(model, monkeypatch):
+    """Its repository may contain a model's configuration and tokenizer too."""
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(model / "config.json"))
+    with pytest.raises(UserError, match="me/lora is a LoRA adapter: run `hf download me/lora"):
+        resolve_base_and_adapter("me/lora")
+
+
+def test_what_else_belongs_to_a_model(model, tmp_path):
+    """A tokenizer of Mistral's, weights in a folder that the index names; an adapter's own tokenizer."""
+    before = model_identity(str(model))["base"]
+    (model / "tekken.json").write_text("{}")
+    (model / "parts").mkdir()
+    (model / "model.safetensors").rename(model / "parts" / "model.safetensors")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "parts/model.safetensors"}}')
+    after = model_identity(str(model))["base"]
+    assert after["parts/model.safetensors"] == before["model.safetensors"] and "tekken.json" in after
+    (model / "adapter_config.json").write_text("{}")  # a tokenizer can come from an adapter's folder
+    assert tokenizer_identity(model) == after
+
+
+def test_a_model_that_computes_nan_writes_no_pairs(model, tmp_path):
+    change_weights(model, lambda weights: {**weights, "model.norm.weight": weights["model.norm.weight"] * math.nan})
+    for engine in ("shared_prefix", "generate"):
+        done = call_here(*asking(model, tmp_path / "p", "--engine", engine, count=2), status=2)
+        assert "the model computes NaN" in done.stderr and not list((tmp_path / "p").glob("*_False.json"))
+
+
+def test_generate_does_not_follow_the_models_own_configuration(model, tmp_path):
+    configured = {"suppress_tokens": [300], "min_new_tokens": 60, "stop_strings": ["light"]}
+    content = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**content, **configured}))
+    written = []
+    for engine in ("shared_prefix", "generate"):
+        call_here(*asking(model, tmp_path / engine, "--engine", engine, count=2))
+        written += [path.read_bytes() for path in (tmp_path / engine).glob("*_False.json")]
+    assert len(written) == 2 and written[0] == written[1]
+
+
+def test_a_generation_configuration_that_is_cut_is_refused(model, tmp_path):
+    (model / "generation_config.json").write_text('{"eos_token_id": ')
+    done = call_here(*asking(model, tmp_path / "p", count=2), status=2)
+    assert "generation_config.json is damaged" in done.stderr
+
+
+def test_subnormal_probabilities_are_no_score():
+    targets = {"mc2_targets": {"labels": [1, 0]}}
+    samples = {"truthfulqa_mc2": [{"filtered_resps": [(-744.4, 0), (-745.2, 0)], "acc": 1.0, "doc": targets}]}
+    results = {"truthfulqa_mc2": {}}
+    mend_underflow(samples, results)
+    assert results["truthfulqa_mc2"]["acc,none"] == pytest.approx(1 / (1 + math.exp(-0.8)))
+
+
+def test_scores_depend_on_the_bundled_questions_and_samples_on_the_template(model, tmp_path, monkeypatch):
+    score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples")
+    done = score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples", "--model_type", "zephyr", status=2)
+    assert "was made with samples auto, not zephyr" in done.stderr
+    assert "up to date" in score(model, tmp_path / "s", "--tasks", "grath_mc1", "--model_type", "zephyr").stdout
+    other = tmp_path / "truthfulness_mc.jsonl"
+    other.write_text("{}")
+    monkeypatch.setattr("grath.evaluation.run.BUNDLED", other)
+    done = score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples", status=2)
+    assert "was made with data truthfulness_mc.jsonl" in done.stderr
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused_for_scores(model, tmp_path):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name not in ("bos_token", "eos_token")}
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert "neither BOS nor EOS" in score(model, tmp_path / "s", "--tasks", "grath_mc1", status=2).stderr
+
+
+def test_data_that_is_not_there_is_one_line(model, tmp_path):
+    done = call_here("grath.evaluation", model, tmp_path / "s", "--tasks", "arc_challenge", cwd=tmp_path, status=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "cannot load allenai/ai2_arc ARC-Challenge: " in last and "Traceback" not in done.stderr

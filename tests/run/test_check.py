@@ -66,7 +66,13 @@ def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
 def test_check_does_not_count_half_a_model_of_the_hub(tiny_llama, tmp_path, monkeypatch):
     for name in ("model.safetensors", "config.json"):
         shutil.copy(tiny_llama / name, tmp_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(tmp_path / "config.json"))
+
+    def download(_, name):
+        if not (tmp_path / name).is_file():
+            raise FileNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert read_model("a/b")[0] == "a/b"
     half, other = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     (tmp_path / "model.safetensors").rename(tmp_path / half)
