@@ -29,6 +29,9 @@ if os.environ.get("GRATH_TEST_MATMUL"):
     # In this process and in those that the tests start.
     os.environ["PYTHONPATH"] = str(PROJECT / "tests" / "matmul")
     importlib.import_module("matmul.sitecustomize")
+imports_counted = pytest.mark.skipif(
+    "GRATH_TEST_MATMUL" in os.environ, reason="GRATH_TEST_MATMUL imports torch at every start"
+)
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"
 # The tiny chat model answers every question with this response. Each of the texts is one token of the tiny tokenizers,
