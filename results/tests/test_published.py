@@ -47,6 +47,7 @@ ROWS = {
     ("1.5B", f"{ARC}, candidates"): ("useGT_1.5b", 1),
     ("0.5B", DOMAIN): ("domain_0.5b", 1),
     ("0.5B", f"{DOMAIN}, without those in which only the incorrect answer denies"): ("form_incorrect_0.5b", 1),
+    ("0.5B", f"{DOMAIN}, without those in which only the correct answer denies"): ("form_correct_0.5b", 1),
 }
 
 
@@ -92,6 +93,7 @@ def test_the_intervals_in_the_text_are_those_of_the_runs():
         (runs["rolling_1.5b_seed_0"], 1, runs["rolling_1.5b_seed_0"], 2),
         (runs["rolling_1.5b_seed_0"], 2, runs["fixed_1.5b_seed_0"], 2),
         (folds["domain_0.5b"], 1, folds["form_incorrect_0.5b"], 1),
+        (folds["domain_0.5b"], 1, folds["form_correct_0.5b"], 1),
     ]
     for first, i, second, j in against:
         before, after = first["models"][i]["scores"], second["models"][j]["scores"]
@@ -125,7 +127,7 @@ def test_no_place_of_a_machine_stands_in_the_results():
 def test_every_published_run_has_a_report_of_its_records(tmp_path):
     """Of all, the commit and the versions; of two, the whole page."""
     folders = sorted(path.parent for path in (PROJECT / "results").glob("*/report.md"))
-    assert len(folders) == 30
+    assert len(folders) == 32
     for folder in folders:
         records = [json.loads(path.read_text()) for pattern in (*RECORDS, SCORES) for path in folder.glob(pattern)]
         text = (folder / "report.md").read_text(encoding="utf-8")
