@@ -82,12 +82,19 @@ def load_rows(args, seed):
     return rows, hash_of(json.dumps(row, default=str) for row in rows)
 
 
+def _same_model(one, other):
+    """Whether two names, of which the first may be None, are those of one model."""
+    try:
+        return bool(one) and resolve_base_and_adapter(one) == resolve_base_and_adapter(other)
+    except UserError:  # the first is gone
+        return False
+
+
 def identities(args):
     """Return the hashes of the model and of its own tokenizer: dict. Refuse pairs that another state of it wrote."""
     found = {"model": model_identity(args.model_name_or_path)}
     wrote = args.dataset_path and read_record(record_path(written_path(Path(args.dataset_path))))
-    same = {resolve_base_and_adapter(name) for name in ((wrote or {}).get("model"), args.model_name_or_path) if name}
-    if wrote and len(same) == 1:
+    if wrote and _same_model(wrote.get("model"), args.model_name_or_path):
         advice = "since then, the model has been replaced; write the pairs again"
         check_inputs({"inputs": wrote["inputs"].get("model", {})}, found["model"], args.dataset_path, advice)
     return found | ({"tokenizer": tokenizer_identity(args.tokenizer_name)} if args.tokenizer_name else {})

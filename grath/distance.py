@@ -25,7 +25,7 @@ from grath.common.files import atomic_write_text, check_writable, sha256
 from grath.common.progress import progress_bar
 from grath.modeling.chat import MODEL_TYPES, answer_ids, template_for
 from grath.modeling.identity import model_identity
-from grath.modeling.loading import check_vocabulary, load_for_inference, load_tokenizer
+from grath.modeling.loading import check_vocabulary, context_window, load_for_inference, load_tokenizer
 from grath.modeling.precision import PRECISIONS, resolve_precision
 from grath.pairs.files import read_pairs
 
@@ -101,7 +101,7 @@ def main():
             sequences = [answer_ids(tokenizer, turn, answer, template) for turn, answer in turns]
             whole = [sum(pair, []) for pair in sequences]
             check_vocabulary(args.model_name_or_path, tokenizer, whole)
-            window = getattr(model.config, "max_position_embeddings", None)
+            window = context_window(model.config)
             if window and (longest := max(map(len, whole))) > window:
                 raise UserError(f"{path}: a pair has {longest} tokens, and the model's context window {window}")
             sides.append(embed(model, sequences, args.batch_size))

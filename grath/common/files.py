@@ -64,7 +64,7 @@ def read_json(path, what, shape=dict):
 
 
 def check_regular(path):
-    """Raise `UserError` if `path` is a pipe or a device, which could be read only once, or without end."""
+    """Raise `UserError` if `path` is a pipe or a device, which can be read only once, or never ends."""
     if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
         raise UserError(f"{path} is not a regular file: save its content in one")
 

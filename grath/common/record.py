@@ -21,7 +21,7 @@ from grath.common.layout import PROJECT
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "lm-eval", "bitsandbytes")
 NUMBER = int | float
 # What may stand in a report as it is.
-VERSION = re.compile(r"[\w.+-]{0,60}")
+VERSION = re.compile(r"[\w./+-]{0,60}")
 # What is read again from a record; a stage may add more.
 RECORD = {
     "inputs": {"model?": {str: (str, {str: str})}, "data?": {str: str}, "precision?": str | None},
@@ -101,13 +101,13 @@ def recording(path, inputs, earlier, seen, write=True, began=None, clear=None, *
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"another process is writing {path.parent}: wait for it, or choose another output") from None
-    except OSError as error:  # a file system without locks
-        print(f"warning: no lock on {path.parent} ({error.strerror}): do not start this twice", file=sys.stderr)
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        print(f"warning: no lock on {path.parent} ({error}): do not start this twice", file=sys.stderr)
     try:
         if seen is not None and (read_record(path) or {}) != seen:
             raise UserError(f"another process has just written {path}: run the same command again")

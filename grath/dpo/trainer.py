@@ -7,6 +7,7 @@ model's weights.
 
 import re
 from functools import partial
+from itertools import product
 from math import ceil
 
 import torch
@@ -21,7 +22,7 @@ from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
 from grath.modeling.chat import render
 from grath.modeling.devices import halve_if_out_of_memory, print_once, this_device
-from grath.modeling.loading import check_tokens, resolve_base_and_adapter
+from grath.modeling.loading import check_tokens, context_window, resolve_base_and_adapter
 
 
 class GrathDPOTrainer(DPOTrainer):
@@ -45,7 +46,7 @@ class GrathDPOTrainer(DPOTrainer):
         config, incoming = kwargs["args"], kwargs["model"].named_parameters()
         incoming = {name: weight.data for name, weight in incoming if weight.requires_grad}
         self.embeddings = kwargs["model"].get_input_embeddings().weight.shape[0]
-        self.window = getattr(kwargs["model"].config.get_text_config(), "max_position_embeddings", None)
+        self.window = context_window(kwargs["model"].config)
         if config.disable_dropout:
             disable_functional_dropout(kwargs["model"])
         precompute, config.precompute_ref_log_probs = config.precompute_ref_log_probs, False
@@ -78,12 +79,9 @@ class GrathDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, name):
         if "prompt_ids" not in dataset.column_names:
-            for row in dataset:
-                turns = [
-                    turn for part in ("prompt", "chosen") for turn in row.get(part) or [] if isinstance(turn, dict)
-                ]
-                if turns:
-                    render(processing_class, turns, processing_class.chat_template)
+            for row, side in product(dataset, ("chosen", "rejected")):
+                if isinstance(row[side], list):
+                    render(processing_class, (row.get("prompt") or []) + row[side], processing_class.chat_template)
             dataset = super()._prepare_dataset(dataset, processing_class, args, name)
             sequences = [row[f"{part}_ids"] for row in dataset for part in ("prompt", "chosen", "rejected")]
             check_tokens(processing_class, sequences, self.embeddings)

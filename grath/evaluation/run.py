@@ -55,7 +55,10 @@ def score_model(args):
         manager = _task_manager(missing)
     elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
         precision = record["inputs"].get("precision")
-    inputs = _inputs(args, tasks, precision, record["inputs"] if files else None)
+    earlier = record["inputs"] if files else None
+    if earlier and SAMPLES not in files:
+        earlier = earlier | {"samples": False}
+    inputs = _inputs(args, tasks, precision, earlier)
     check_shared(tuple(files), args.output)
     if not (missing or sampled):
         if main_process:
@@ -86,6 +89,7 @@ def score_model(args):
             lm.apply_chat_template = partial(_apply_chat_template, lm.tokenizer)
 
         def finish(names):
+            inputs["data"] |= OPENED
             record["files"] |= {name: sha256(args.output / name) for name in names}
             write_record(path, record)
 
@@ -96,7 +100,6 @@ def score_model(args):
         if sampled and main_process:
             write_samples(args.model, generator, tokenizer, template, args.output / SAMPLES)
             finish([SAMPLES])
-        inputs["data"] |= OPENED
         record["batch_tokens"] = getattr(lm, "batch_tokens", None)
         record["warnings"] = getattr(lm.model, "load_warnings", [])
     if main_process:
@@ -109,7 +112,13 @@ def score_model(args):
 
 def _apply_chat_template(tokenizer, messages, add_generation_prompt=True):
     options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-    return render(tokenizer, messages, tokenizer.chat_template, **options)
+    try:
+        return render(tokenizer, messages, tokenizer.chat_template, **options)
+    except UserError:
+        others = [turn for turn in messages if turn["role"] != "system"]
+        if others == messages:
+            raise
+        return render(tokenizer, others, tokenizer.chat_template, **options)  # as the harness does
 
 
 def _check_settings(args):

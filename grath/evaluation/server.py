@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from grath.common.errors import UserError
 from grath.common.progress import progress_bar
-from grath.modeling.loading import load_tokenizer, resolve_base_and_adapter
+from grath.modeling.loading import context_window, load_tokenizer, resolve_base_and_adapter
 from grath.serving.completions import request_completions
 from grath.serving.served import compare_with_local
 
@@ -27,7 +27,7 @@ class ServerLM(LocalCompletionsAPI):
         self.served, self.in_flight = served, in_flight
         base = resolve_base_and_adapter(model)[0]
         print(compare_with_local(served, model, load_tokenizer(model), prompt_logprobs=True), flush=True)
-        own = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
+        own = context_window(AutoConfig.from_pretrained(base))
         self.window = min(filter(None, (own, served.window)), default=2048)
         super().__init__(
             model=served.name,

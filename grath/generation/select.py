@@ -13,7 +13,7 @@ from accelerate import PartialState
 from grath.generation.attention import unsupported_reason
 from grath.generation.hf import generate_hf
 from grath.generation.shared_prefix import generate_shared_prefix
-from grath.modeling.loading import eos_token_ids
+from grath.modeling.loading import context_window, eos_token_ids
 from grath.pairs.responses import DELIMITER
 from grath.serving.completions import request_completions
 
@@ -33,7 +33,7 @@ class LocalGenerator:
     def __init__(self, model, tokenizer, max_new_tokens, batch_size=None, engine="shared_prefix"):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.engine, self.rows = engine, batch_size
-        self.window = getattr(model.config, "max_position_embeddings", None)
+        self.window = context_window(model.config)
 
     def generate(self, prompts):
         """Generate completions; none is generated again after it was yielded.

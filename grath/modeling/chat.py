@@ -41,7 +41,8 @@ def template_for(tokenizer, model_type):
 
     Raises:
         UserError: the tokenizer has no EOS token, or no chat template for `auto`, or no BOS token for the template; or
-            the template fails, leaves out the question, or depends on the day.
+            the template fails, leaves out or changes a turn, depends on the day or on chance, or begins a conversation
+            differently if an answer follows.
     """
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no EOS token, so no response could end: choose another --tokenizer_name")

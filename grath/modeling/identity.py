@@ -58,7 +58,7 @@ def _identity(name, of_hub):
         return {"hub": name, "commit": commit}
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     files = {file for file in found if not file.name.startswith(".") and any(map(file.match, FILES))}
-    files |= {folder / shard for shard in indexed_shards(folder)}
+    files |= {folder / shard for shard in indexed_shards(folder) if (folder / shard).exists()}
     if lost := [file for file in files if not file.exists()]:
         raise UserError(f"{lost[0]} is a link to a file that does not exist: copy the model with its files (cp -L)")
     return {str(file.relative_to(folder)): file_hash(file) for file in sorted(files) if file.is_file()}

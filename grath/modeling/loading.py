@@ -89,6 +89,11 @@ def check_vocabulary(name, tokenizer, sequences):
     check_tokens(tokenizer, sequences, embeddings)
 
 
+def context_window(config):
+    """Return the most tokens of a sequence, from a model's configuration: int, or None if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_tokens(tokenizer, sequences, embeddings):
     """Raise `UserError` if a token of `sequences` (lists of ids) is not one of a model's `embeddings` (int).
 
@@ -216,7 +221,10 @@ def has_local_weights(name):
     if not folder.is_dir():
         cached = try_to_load_from_cache(str(folder), "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
+    config = folder / "config.json"
     if not all((folder / shard).is_file() for shard in indexed_shards(folder)):
+        return False
+    if config.is_file() and "quantization_config" in read_json(config, "configuration of a model"):
         return False
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available

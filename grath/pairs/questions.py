@@ -43,8 +43,9 @@ def load_preferences(name, seed):
     rows = load_dataset(name, split="train")
     turns = (str, [{"role": str, "content": str}])
     shape = {"chosen": turns, "rejected": turns, "prompt?": turns}
-    if not len(rows) or not all(fits(row, shape) and row["chosen"] and row["rejected"] for row in rows):
-        raise UserError(f"{name} is not in TRL's preference format: no texts or messages in chosen and rejected")
+    for number, row in enumerate(rows, start=1):
+        if not (fits(row, shape) and row["chosen"] and row["rejected"]):
+            raise UserError(f"{name}, row {number}: chosen and rejected are not texts or messages, as TRL's format has")
     return rows
 
 

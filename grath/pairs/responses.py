@@ -16,7 +16,7 @@ LINE = re.compile(rf"[\W\d_]*{_LABEL}[\s\d*_]{{0,6}}:(.*)", re.IGNORECASE)
 LABEL = re.compile(r"(?:in)?correct answer[*_ ]{0,4}:", re.IGNORECASE)
 INCORRECT_LABEL = re.compile(r"incorrect answer[*_ ]{0,4}:", re.IGNORECASE)
 # What a reasoning model puts around its reasoning: <think>, [THINK], <|begin_of_thought|>, <|channel|>analysis.
-_KIND = r"(?:[a-z]+[_:]){0,3}(?:think|thought|reason|reflect|analysis|scratchpad|cot)\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
+_KIND = r"(?:[a-z]+[_:]){0,3}(?:think|thought|reason|reflect|analysis|scratchpad|cot\b)\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
 _CHANNEL = r"<\|?channel\|?>\s*"
 OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
 CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)
@@ -38,9 +38,15 @@ def parse_response(response):
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
     start = max((tag.end() for tag in CLOSING.finditer(response)), default=0)
-    opened = OPENING.search(response, start)
-    text = response[start : opened.start()] if opened else response[start:]
-    lines = [_labelled(line.strip()) for line in re.split(r"[\r\n]", text) if line.strip()]
+    text, lines, opened = response[start:], [], None
+    for line in re.split(r"[\r\n]", text):
+        opened = OPENING.search(line)
+        if opened and LABEL.search(line, 0, opened.start()):  # in an answer
+            opened = None
+        lines.append(line[: opened.start()] if opened else line)
+        if opened:
+            break
+    lines = [_labelled(line.strip()) for line in lines if line.strip()]
     pairs = [(number, *found) for number in range(len(lines)) if (found := _pair_at(lines, number))]
     if not pairs and opened:
         return None, "reasoning without an end"

@@ -27,6 +27,7 @@ from grath.modeling.loading import (
     check_unquantized,
     check_vocabulary,
     check_weights,
+    context_window,
     load_tokenizer,
     resolve_base_and_adapter,
 )
@@ -134,7 +135,7 @@ def check_template(values, config):
     turns = build_messages({"question": "What is ice?"}, 0, False, demos)
     prompt = prompt_ids(tokenizer, turns, template)
     check_vocabulary(name, tokenizer, [prompt])
-    window, most = getattr(config, "max_position_embeddings", None), int(values["MAX_NEW_TOKENS"])
+    window, most = context_window(config), int(values["MAX_NEW_TOKENS"])
     if window and len(prompt) + most > window:
         raise UserError(f"a prompt of {len(prompt)} tokens and {most} new ones exceed the context window of {window}")
     if values["TASKS"]:

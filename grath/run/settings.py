@@ -164,8 +164,8 @@ def read_settings(environment=os.environ):
                 setting.check(value)
         except ArgumentTypeError as error:
             raise UserError(f"{setting.name} {error}") from None
-        if str(Path(value)).startswith("-"):  # a command would take it for an option
-            raise UserError(f"{setting.name} must not start with a hyphen, like '{value}'")
+        if str(Path(value)).startswith("-"):
+            raise UserError(f"{setting.name}: a command would take '{Path(value)}' for an option")
         values[setting.name] = value
     if values["SERVER_URL"] and not environment.get("BACKEND"):
         values["BACKEND"] = SERVER

@@ -15,7 +15,7 @@ from grath.modeling.precision import SERVER
 def unscored_lines():
     """Return RUN, MODELS and RESULTS, and the settings of the run that the environment does not set, as bash lines.
 
-    TASKS are those that any model of the run has a score of, unless the environment sets it.
+    TASKS are those that any model of the run has a score of, unless the environment sets them.
 
     Raises:
         UserError: there is no run with a model in RUNS_DIR.

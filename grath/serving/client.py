@@ -72,15 +72,15 @@ def show(text):
 def contains_key(text):
     """Whether a text (str) contains the API key, also escaped, between other characters, in hexadecimal or base64.
 
-    A placeholder such as EMPTY, which may occur in any text, counts as no key.
+    A placeholder such as EMPTY or not-needed, which may occur in any text, counts as no key.
     """
-    key = _key()
-    if len(_letters(key)) < 8 or key.isalpha():
+    key, letters = _key(), _letters(_key())
+    if len(letters) < 8 or letters.isalpha() or letters.isdigit():
         return False
     found, raw = _letters(text), key.encode()
     # In base64, the same bytes look different at each of three offsets.
     encoded = [b64encode(bytes(i) + raw).decode()[-(-8 * i // 6) : 8 * (i + len(raw)) // 6] for i in range(3)]
-    return any(_letters(form) in found for form in (key, raw.hex(), *encoded))
+    return any(_letters(form) in found for form in (letters, raw.hex(), *encoded))
 
 
 def _letters(text):
@@ -145,7 +145,7 @@ async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
     error = isinstance(found, dict) and (found.get("error") or found.get("object") == "error")
     if status >= 300 or error:
         code = str((error if isinstance(error, dict) else found).get("code")) if error else None
-        if status < 300 and code in map(str, try_again - {500}):  # of a proxy
+        if status < 300 and code in map(str, set(try_again) - {500}):  # of a proxy
             raise Unavailable(_reason(found, content))
         raise Refused(f"{url} refuses the request (HTTP {status}): {_reason(found, content)}", status)
     if len(content) > limit:

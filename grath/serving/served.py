@@ -105,7 +105,7 @@ async def _check_adapters(urls, timeout):
             try:
                 await send_until(session, timeout, f"{url}{LOAD}", {}, ())
             except Refused as error:  # the request has no adapter
-                if error.status in (NOT_FOUND, 405):
+                if error.status in (200, NOT_FOUND, 405):
                     raise UserError(f"{url} cannot load adapters: start it with {START}") from None
 
 
@@ -162,7 +162,7 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
         UserError: a server has another vocabulary or other weights, or lacks log-probabilities that are needed.
     """
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    probes = {url: _probe(replace(served, urls=(url,)), ids) for url in served.urls}
+    probes = {url: _probe(replace(served, urls=(url,)), ids, prompt_logprobs) for url in served.urls}
     local, compared = _local_logprobs(model, tokenizer, ids), []
     for url, probe in probes.items():
         whole = len(probe) == len(ids) + 1 and all(is_logprob(value) for _, value in probe[1:])
@@ -196,13 +196,15 @@ def compare_with_local(served, model, tokenizer, prompt_logprobs=False):
     )
 
 
-def _probe(served, ids):
+def _probe(served, ids, prompt_logprobs):
     """Return (text, log-probability) of the probe's tokens and one more, as far as the server returns them."""
     body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1}
     try:
         found = completions.request_completions(served, [body | {"echo": True}], try_again=TRY_AGAIN - {500})
         ((_, response),) = found
-    except Refused:  # llama.cpp answers 500: it has no echo
+    except Refused as error:  # llama.cpp answers 500: it has no echo
+        if prompt_logprobs:
+            raise UserError(f"{error}; scores need the log-probabilities of a prompt, which vLLM returns") from None
         ((_, response),) = completions.request_completions(served, [body])
     logprobs = response["choices"][0].get("logprobs")
     try:

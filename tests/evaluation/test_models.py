@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
 from grath.evaluation.results import mend_underflow
+from grath.evaluation.run import _apply_chat_template
 from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import resolve_base_and_adapter
 
@@ -211,6 +212,28 @@ def test_subnormal_probabilities_are_no_score():
     results = {"truthfulqa_mc2": {}}
     mend_underflow(samples, results)
     assert results["truthfulqa_mc2"]["acc,none"] == pytest.approx(1 / (1 + math.exp(-0.8)))
+
+
+def test_samples_may_follow_with_another_template(model, tmp_path):
+    """As the message says, where the tokenizer has none."""
+    (model / "chat_template.jinja").unlink()
+    done = score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples")
+    assert "no sample answers: " in done.stderr
+    score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples", "--model_type", "llama2")
+    assert (tmp_path / "s" / "samples.jsonl").is_file()
+
+
+def test_a_template_without_system_turns_scores_a_task_with_one():
+    class Tokenizer:
+        chat_template = "x"
+
+        def apply_chat_template(self, messages, **_):
+            if messages[0]["role"] == "system":
+                raise ValueError("System role not supported")
+            return messages[0]["content"]
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is ice?"}]
+    assert _apply_chat_template(Tokenizer(), turns) == "What is ice?"
 
 
 def test_scores_depend_on_the_bundled_questions_and_samples_on_the_template(model, tmp_path, monkeypatch):

@@ -62,10 +62,13 @@ def test_an_adapter_is_scored_by_its_own_name(llama_run, tmp_path):
 
 def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
     """Such as llama.cpp's: the harness would silently score chance."""
-    for prompt_logprobs in (False, "constant"):
+    for prompt_logprobs, said in (
+        (False, "Only no echo is supported; scores need the log-probabilities of a prompt"),
+        ("constant", "returns no log-probabilities for the tokens of a prompt"),
+    ):
         with InferenceServer(tiny_llama, prompt_logprobs=prompt_logprobs) as server:
             done = score(server, tiny_llama, tmp_path, status=2)
-        assert f"{server.url} returns no log-probabilities for the tokens of a prompt" in done.stderr
+        assert server.url in done.stderr and said in done.stderr
         assert "Traceback" not in done.stderr and not values(tmp_path)
 
 

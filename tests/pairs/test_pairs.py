@@ -203,6 +203,8 @@ def test_candidates_depend_only_on_seed_and_question():
         (f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}", (("yes", "no"), None)),
         (f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}", (("yes", "no"), None)),
         (f"{FINAL}\nI was sure without <think>.", (("yes", "no"), None)),
+        ("Correct answer: a <think> tag\nIncorrect answer: [thought] so", (("a <think> tag", "[thought] so"), None)),
+        ("Correct answer: [cotton] grows\nIncorrect answer: no", (("[cotton] grows", "no"), None)),
         *(
             (f"Well. {opening}{DRAFT}{closing}{FINAL if closing else ''}", expected)
             for opening, closing in [

@@ -100,6 +100,12 @@ def test_an_edited_file_is_refused(edited, made_run):
     assert not (made_run / "report.md").exists()
 
 
+def test_a_group_without_a_version_of_its_own(tmp_path):
+    made = result("pisa", 0.5, results={"pisa": {"acc,none": 0.5}}, versions={"pisa": "N/A"})
+    (tmp_path / "pisa.json").write_text(json.dumps(made))
+    assert "50.00" in call_here("grath.report", tmp_path).stdout
+
+
 def test_a_folder_of_result_files(tmp_path):
     """A perplexity is not shown in percent."""
     for task, metric, value in (("wikitext", "word_perplexity", 25.25), ("ifeval", "prompt_level_strict_acc", 0.3125)):

@@ -438,6 +438,12 @@ def test_addresses(url, said, monkeypatch):
     assert "secret" not in str(raised.value) and KEY not in str(raised.value)
 
 
+@pytest.mark.parametrize("key", ["EMPTY", "not-needed", "12345678", ""])
+def test_a_placeholder_is_no_key(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert not client.contains_key("It is not needed: 1, 2, 3, 4, 5, 6, 7, 8, empty.")
+
+
 def test_text_of_a_server_is_searched_in_linear_time(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for text in ("\\", "%25", "&#", "%", "s", "sk-"):
