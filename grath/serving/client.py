@@ -75,7 +75,7 @@ def contains_key(text):
     A placeholder such as EMPTY or not-needed, which may occur in any text, counts as no key.
     """
     key, letters = _key(), _letters(_key())
-    if len(letters) < 8 or letters.isalpha() or letters.isdigit():
+    if len(letters) < (12 if letters.isalpha() or letters.isdigit() else 8):
         return False
     found, raw = _letters(text), key.encode()
     # In base64, the same bytes look different at each of three offsets.
