@@ -48,10 +48,10 @@ def test_a_full_disk_at_every_writing_stage(llama_run, tmp_path):
 
 def test_names_are_names_and_secrets_stay_out(tiny_llama, tmp_path):
     name = "a \"b\" 'c' $(touch pwned) `touch pwned` ;*\nend"
-    (tmp_path / " my - 'questions' $HOME.jsonl").write_bytes(BUNDLED.read_bytes())
+    (tmp_path / "a - 'question' $HOME.jsonl").write_bytes(BUNDLED.read_bytes())
     env = {
         "MODEL_NAME_OR_PATH": str(tiny_llama), "RUN_NAME": name, "RUNS_DIR": "runs - $(touch pwned)", "ITERATIONS": "1",
-        "DATA_PATH": " my - 'questions' $HOME.jsonl", "NUM_QUERY": "2", "MAX_STEPS": "1", "TASKS": "grath_mc1\ngrath_mc2",
+        "DATA_PATH": "a - 'question' $HOME.jsonl", "NUM_QUERY": "2", "MAX_STEPS": "1", "TASKS": "grath_mc1\ngrath_mc2",
         "LIMIT": "2", "HF_TOKEN": "hf_secretsecretsecret", "WANDB_API_KEY": "secretsecretsecret",
     }  # fmt: skip
     done = call("run_llama2.sh", cwd=tmp_path, env=env)
