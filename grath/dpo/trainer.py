@@ -7,7 +7,6 @@ model's weights.
 
 import re
 from functools import partial
-from itertools import product
 from math import ceil
 
 import torch
@@ -79,9 +78,10 @@ class GrathDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, name):
         if "prompt_ids" not in dataset.column_names:
-            for row, side in product(dataset, ("chosen", "rejected")):
-                if isinstance(row[side], list):
-                    render(processing_class, (row.get("prompt") or []) + row[side], processing_class.chat_template)
+            for row in dataset:
+                for side in ("chosen", "rejected"):
+                    if isinstance(row[side], list):
+                        render(processing_class, (row.get("prompt") or []) + row[side], processing_class.chat_template)
             dataset = super()._prepare_dataset(dataset, processing_class, args, name)
             sequences = [row[f"{part}_ids"] for row in dataset for part in ("prompt", "chosen", "rejected")]
             check_tokens(processing_class, sequences, self.embeddings)

@@ -78,10 +78,9 @@ def render(tokenizer, messages, template, **options):
         raise UserError(f"the chat template fails ({first_line(error)[:200]}): {OTHER_TEMPLATE}") from error
     found = "".join(text.split())
     for turn in messages:
-        text_of_turn = turn["content"] if isinstance(turn["content"], str) else ""
-        if "".join(text_of_turn.split()) not in found:
+        if "".join(turn["content"].split()) not in found:
             what = {"user": "question", "assistant": "answer"}.get(turn["role"], "text")
-            start = text_of_turn[:60]
+            start = turn["content"][:60]
             raise UserError(f"the chat template leaves out or changes the {what} {start!r}...: {OTHER_TEMPLATE}")
     return text
 

@@ -42,7 +42,7 @@ def pair_stats(path, questions=()):
     truth = truth_signal(different, questions)
     distance = trained_on.with_suffix(".distance.json")
     measured = read_json(distance, "record of grath.distance", MEASURED) if distance.is_file() else {}
-    if measured.get("pairs_sha256", sha256(trained_on)) != sha256(trained_on):  # of other pairs
+    if "pairs_sha256" in measured and measured["pairs_sha256"] != sha256(trained_on):  # of other pairs
         measured = {}
     return {
         "asked": record.get("counts", {}).get("asked"),

@@ -145,7 +145,7 @@ async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
     error = isinstance(found, dict) and (found.get("error") or found.get("object") == "error")
     if status >= 300 or error:
         code = str((error if isinstance(error, dict) else found).get("code")) if error else None
-        if status < 300 and code in map(str, set(try_again) - {500}):  # of a proxy
+        if status < 300 and code in map(str, try_again - {500}):  # of a proxy
             raise Unavailable(_reason(found, content))
         raise Refused(f"{url} refuses the request (HTTP {status}): {_reason(found, content)}", status)
     if len(content) > limit:

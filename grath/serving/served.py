@@ -103,7 +103,7 @@ async def _check_adapters(urls, timeout):
     async with open_session(timeout) as session:
         for url in urls:
             try:
-                await send_until(session, timeout, f"{url}{LOAD}", {}, ())
+                await send_until(session, timeout, f"{url}{LOAD}", {}, set())
             except Refused as error:  # the request has no adapter
                 if error.status in (200, NOT_FOUND, 405):
                     raise UserError(f"{url} cannot load adapters: start it with {START}") from None
