@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_STEP, UNCOMPARED
-from grath.common.errors import UserError, run_main
+from grath.common.errors import UserError, explain_system_error, run_main
 from grath.common.files import check_writable, hash_of, sha256
 from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path, written_path
 from grath.common.record import check_inputs, read_record, recording
@@ -141,7 +141,9 @@ def main():
         given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
         try:
             trainer = GrathDPOTrainer(model=model, args=config, reference=args.reference, **given)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, ImportError, OSError) as error:  # the last is of --push_to_hub
+            if explain_system_error(error):
+                raise
             raise UserError(str(error)) from None
         steps = f"{config.max_steps} steps of {batch} pairs"
         print_once(f"{config.precision}, {config.optim.value}, {steps}, {processes} process(es)")

@@ -15,6 +15,7 @@ MAX_STEPS = 1000
 SAVE_STEPS = 100
 MAX_LENGTH = 1024
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 8, 16, 0.05
+LORA_LAYERS = ("q_proj", "k_proj", "v_proj")
 # Stage 4.
 TASKS = "arc_challenge hellaswag mmlu truthfulqa_mc1 truthfulqa_mc2"
 # Seconds to wait for an inference server.

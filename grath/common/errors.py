@@ -33,6 +33,7 @@ def run_main(main):
     warnings.filterwarnings("ignore", category=FutureWarning)
     # bitsandbytes warns at every forward pass of an int8 layer.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.setLogRecordFactory(_escaped_record)
     name = program_name()
     end_with_launcher()
     for stream in (sys.stdout, sys.stderr):
@@ -73,6 +74,13 @@ def run_main(main):
 def printable(text):
     """Return text from outside with its control characters escaped; line breaks are kept."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def _escaped_record(*args, **options):
+    """Make a log record; the libraries' warnings quote the files that they read."""
+    record = logging.LogRecord(*args, **options)
+    record.msg, record.args = printable(record.getMessage()), ()
+    return record
 
 
 def program_name():

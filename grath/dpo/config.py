@@ -1,7 +1,8 @@
 """TRL's `DPOConfig` with the paper's settings as defaults."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isnan
 
 from trl import DPOConfig
 
@@ -16,7 +17,13 @@ POSITIVE = (
     "num_sample", "lora_r", "lora_alpha", "learning_rate", "beta", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "precompute_ref_batch_size", "max_length", "save_steps", "logging_steps",
 )  # fmt: skip
-NOT_NEGATIVE = ("lora_dropout", "seed", "warmup_steps")
+NOT_NEGATIVE = ("lora_dropout", "seed", "warmup_steps", "dataloader_num_workers")
+# TRL refuses others only in the first step.
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 @dataclass
@@ -27,6 +34,11 @@ class GrathDPOConfig(DPOConfig):
     precision: str = option("auto", "of the base's weights; auto: fp4 on a CUDA GPU, bf16 on a CPU", choices=PRECISIONS)
     seed: int = option(0, "seed of the adapter's initial weights, the order of pairs and the drawn incorrect answers")
     beta: float = option(defaults.BETA, "strength of the KL penalty towards the reference (DPO, equation 7)")
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "DPO's own loss is sigmoid; several losses are weighted by loss_weights", "choices": LOSSES},
+    )
+    f_divergence_type: str = option("reverse_kl", "divergence from the reference", choices=DIVERGENCES)
     learning_rate: float = option(defaults.LEARNING_RATE, "peak learning rate")
     lr_scheduler_type: str = option("cosine", "learning rate schedule")
     warmup_steps: float = option(defaults.WARMUP_STEPS, "warm-up steps; below 1: a fraction of all steps")
@@ -44,7 +56,9 @@ class GrathDPOConfig(DPOConfig):
         "order of the pairs; group_by_length: pairs of similar length in each step",
         choices=("random", "sequential", "group_by_length"),
     )
-    gradient_checkpointing: bool | None = option(None, "recompute activations to save memory; off by default")
+    gradient_checkpointing: bool | None = option(
+        None, "recompute activations to save memory; off by default", nargs="?", const=True
+    )
     precompute_ref_log_probs: bool = option(True, "compute the reference's log-probabilities once, before training")
     precompute_ref_batch_size: int | None = option(16, "pairs per forward pass of that, halved if they do not fit")
     logging_first_step: bool = option(True, "log the first step; its margin shows which model is the reference")
@@ -99,10 +113,12 @@ def step_sizes(processes, batch=None, accumulation=None):
 
 
 def check_signs(values):
-    """Raise `UserError` if a number in `values` (dict) is negative, or 0 where it must be positive. None is skipped."""
+    """Raise `UserError` for a NaN in `values` (dict), or a number that is too small; None is skipped."""
     for name in POSITIVE:
         if values.get(name) is not None and not 0 < values[name] < float("inf"):
             raise UserError(f"--{name} must be greater than 0, not {values[name]}")
     for name in NOT_NEGATIVE:
         if values.get(name) is not None and not values[name] >= 0:
             raise UserError(f"--{name} must not be negative, not {values[name]}")
+    if nan := [name for name, value in values.items() if isinstance(value, float) and isnan(value)]:
+        raise UserError(f"--{nan[0]} must be a number, not nan")

@@ -14,7 +14,8 @@ from accelerate.utils import gather_object, send_to_device
 from peft import LoraConfig
 from trl import DPOTrainer
 
-from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R
+from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_LAYERS, LORA_R
+from grath.common.errors import UserError, first_line
 from grath.common.progress import progress_bar
 from grath.dpo.dataset import filter_pairs, pair_lengths, training_order
 from grath.dpo.packing import project_completions_only, share_prompts
@@ -57,11 +58,20 @@ class GrathDPOTrainer(DPOTrainer):
             if weight.requires_grad:
                 weight.data = incoming.get(name, weight.data).to(weight.device, torch.float32)
         self._patch_forward()
+        self.check_optimizer()
         if reference == "fixed":
             self.drop_ref_adapter()
         self.order_pairs()
         if config.probes_memory and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             self.probe_memory()
+
+    def check_optimizer(self):
+        """Raise `UserError` if the optimizer or its schedule refuses its options, which `train` would find too late."""
+        try:
+            self.create_optimizer_and_scheduler(max(1, self.args.max_steps))
+        except (ImportError, TypeError, ValueError) as error:
+            raise UserError(f"the optimizer or its schedule refuses its options: {first_line(error)}") from error
+        self.optimizer = self.lr_scheduler = None  # `train` creates them again
 
     def drop_ref_adapter(self):
         """Delete the frozen copy `ref` of the adapter, if there is one."""
@@ -174,7 +184,7 @@ def disable_functional_dropout(model):
 def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):
     """Return PEFT's `LoraConfig` with the paper's values: on the q, k and v projections, without biases."""
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    return LoraConfig(**sizes, target_modules=["q_proj", "k_proj", "v_proj"], bias="none", task_type="CAUSAL_LM")
+    return LoraConfig(**sizes, target_modules=[*LORA_LAYERS], bias="none", task_type="CAUSAL_LM")
 
 
 def describe_reference(name, reference):

@@ -52,7 +52,7 @@ def score_model(args):
         check_tokenizer(tokenizer)
         template = _template(args, tokenizer)
         sampled = sampled and template is not None
-        manager = _task_manager(missing)
+        manager = task_manager(missing)
     elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
         precision = record["inputs"].get("precision")
     earlier = record["inputs"] if files else None
@@ -193,7 +193,7 @@ def _template(args, tokenizer):
         return None
 
 
-def _task_manager(tasks):
+def task_manager(tasks):
     """Prepare the harness; return its `TaskManager`. Raise `UserError` if one of the tasks is not known."""
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

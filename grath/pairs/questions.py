@@ -41,10 +41,10 @@ def load_preferences(name, seed):
     if LABELED.fullmatch(name):
         return gold_pairs(name, seed)
     rows = load_dataset(name, split="train")
-    turns = (str, [{"role": str, "content": str}])
-    shape = {"chosen": turns, "rejected": turns, "prompt?": turns}
+    kinds = (str, [{"role": str, "content": str}])
+    shapes = tuple({"chosen": turns, "rejected": turns, "prompt?": turns} for turns in kinds)
     for number, row in enumerate(rows, start=1):
-        if not (fits(row, shape) and row["chosen"] and row["rejected"]):
+        if not (fits(row, shapes) and row["chosen"] and row["rejected"]):
             raise UserError(f"{name}, row {number}: chosen and rejected are not texts or messages, as TRL's format has")
     return rows
 

@@ -21,7 +21,7 @@ _CHANNEL = r"<\|?channel\|?>\s*"
 OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
 CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)
 # A special token around reasoning.
-DELIMITER = re.compile("think|thought|reason|reflect|channel", re.IGNORECASE)
+DELIMITER = re.compile(rf"{OPENING.pattern}|{CLOSING.pattern}|channel", re.IGNORECASE)
 
 
 def opens_reasoning(prompt):

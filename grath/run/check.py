@@ -14,12 +14,13 @@ from urllib.request import getproxies
 import torch
 from packaging.requirements import Requirement
 
-from grath.common.defaults import LORA_R
+from grath.common.defaults import LORA_LAYERS, LORA_R
 from grath.common.errors import PACKAGE, UserError, first_line
 from grath.common.files import check_writable
 from grath.common.layout import PROJECT, resolve_local, run_folder
 from grath.common.local_data import load_dataset
-from grath.evaluation.tasks import get_task
+from grath.evaluation.run import task_manager
+from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.modeling.chat import prompt_ids, template_for
 from grath.modeling.devices import check_devices, describe_device
 from grath.modeling.loading import (
@@ -111,7 +112,7 @@ def read_model(name):
     from huggingface_hub.errors import NotASafetensorsRepoError
     from transformers import AutoConfig
 
-    base = resolve_base_and_adapter(name)[0]
+    base, adapter = resolve_base_and_adapter(name)
     check_weights(base)
     try:
         folder = Path(base) if Path(base).is_dir() else Path(hf_hub_download(base, "config.json")).parent
@@ -124,7 +125,23 @@ def read_model(name):
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
     check_unquantized(base, config)
+    if not adapter:
+        check_layers(config)
     return base, config.get_text_config()
+
+
+def check_layers(config):
+    """Raise `UserError` if a model with this configuration has none of the layers that a new adapter is for."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # the model classes raise many kinds of errors
+        raise UserError(f"{config.model_type}: {first_line(error)[:200]}") from None
+    if not {name.rpartition(".")[2] for name, _ in model.named_modules()} & {*LORA_LAYERS}:
+        raise UserError(f"{config.model_type} has none of the layers that LoRA trains: {', '.join(LORA_LAYERS)}")
 
 
 def check_template(values, config):
@@ -144,7 +161,7 @@ def check_template(values, config):
 
 
 def check_data(values):
-    """Check that the questions and the data sets of the tasks exist."""
+    """Check that the questions, the tasks and the data sets of the known ones exist."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub import HfApi
 
@@ -154,7 +171,10 @@ def check_data(values):
         found = len(load_dataset(values["DATA_NAME"], values["SUBDATA_NAME"] or None, split=values["SPLIT"]))
     if found < int(values["NUM_QUERY"]):
         raise UserError(f"NUM_QUERY={values['NUM_QUERY']}, but there are only {found} questions")
-    for name in sorted({get_task(task).dataset for task in values["TASKS"].split()} - {None}):
+    tasks = values["TASKS"].split()
+    if other := [task for task in tasks if task not in KNOWN_TASKS]:
+        task_manager(other)
+    for name in sorted({get_task(task).dataset for task in tasks} - {None}):
         cached = Path(HF_DATASETS_CACHE) / name.replace("/", "___").lower()
         if Path(resolve_local(name)).is_dir() or cached.is_dir():
             continue

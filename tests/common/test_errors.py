@@ -1,6 +1,7 @@
 """What an error becomes: one line where the machine is to blame, and a traceback where the program is."""
 
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -76,6 +77,12 @@ def test_any_other_error_keeps_its_traceback(kind):
     assert explain_system_error(error) is None
     with pytest.raises(type(error)):
         run_main(Mock(side_effect=error))
+
+
+def test_the_text_of_a_file_in_a_librarys_warning_is_escaped(caplog):
+    with pytest.raises(SystemExit):
+        run_main(lambda: logging.getLogger("a library").warning("the type %s", "\x1b[2Jx"))
+    assert [record.getMessage() for record in caplog.records] == ["the type \\x1b[2Jx"]
 
 
 def test_a_debugger_sees_every_traceback(tmp_path):

@@ -1,8 +1,12 @@
 """The paper's defaults, and options from a YAML file."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 from support import call_here
+from trainings import train
 from transformers import integrations
 
 import dpo
@@ -102,3 +106,37 @@ def test_an_invalid_yaml_file_is_one_line(content, line, tmp_path):
 def test_the_name_of_the_yaml_file_is_checked(tmp_path):
     assert dpo_with([tmp_path], tmp_path) == f"dpo.py: error: cannot read --config {tmp_path}: Is a directory\n"
     assert dpo_with([], tmp_path) == "dpo.py: error: argument --config: expected one argument (see --help)\n"
+
+
+# Options that TRL and transformers refuse only when the training begins, or never.
+REFUSED = [
+    (["--adam_beta1", "2"], "Invalid beta parameter"),
+    (["--optim", "galore_adamw"], "galore"),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+    (["--lr_scheduler_kwargs", '{"speed": 1}'], "unexpected keyword argument 'speed'"),
+    (["--loss_type", "sigmoid", "none"], "argument --loss_type/--loss-type: invalid choice: 'none'"),
+    (["--f_divergence_type", "none"], "invalid choice: 'none'"),
+    (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must not be negative, not -1"),
+    (["--max_grad_norm", "nan"], "--max_grad_norm must be a number, not nan"),
+    (["--push_to_hub"], "offline"),
+]
+
+
+@pytest.mark.parametrize(("flags", "reason"), REFUSED)
+def test_options_that_a_training_would_refuse_too_late(flags, reason, tiny_llama, pair_file, tmp_path):
+    with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+        done, _ = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file), status=2)
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("dpo.py: error: ") and reason in error
+    assert not list((tmp_path / "m").glob("[!.]*"))
+
+
+def test_a_switch_needs_no_value(tmp_path, monkeypatch):
+    flags = ["--dataset_path", "p.json", "--model_name_or_path", "model", "--output_dir", str(tmp_path / "m")]
+    for given, value in (
+        ([], None),
+        (["--gradient_checkpointing"], True),
+        (["--gradient_checkpointing", "false"], False),
+    ):
+        monkeypatch.setattr("sys.argv", ["dpo.py", *flags, *given])
+        assert dpo.parse_args()[1].gradient_checkpointing == bool(value)

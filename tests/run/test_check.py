@@ -42,6 +42,8 @@ def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
     assert done.stderr == "grath.run: error: not ready: data, disk; see above\n"
     done = check_here({**env, "NUM_QUERY": "5", "TASKS": "hellaswag"}, status=2)
     assert "FAIL  data: Rowan/hellaswag: " in done.stdout
+    done = check_here({**env, "NUM_QUERY": "5", "TASKS": "grath_mc1 grath_mc3"}, status=2)
+    assert "FAIL  data: grath_mc3 is not a task of lm-evaluation-harness" in done.stdout
     done = check_here({**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
     assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
 
@@ -79,6 +81,14 @@ def test_check_does_not_count_half_a_model_of_the_hub(tiny_llama, tmp_path, monk
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": half, "b": other}}))
     with pytest.raises(UserError, match="fetch it with prefetch.sh"):  # the hub knows, and cannot be asked here
         read_model("a/b")
+
+
+def test_check_refuses_a_model_without_the_layers_that_lora_trains(tiny_llama, tmp_path):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 600}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="^gpt2 has none of the layers that LoRA trains: q_proj, k_proj, v_proj$"):
+        read_model(str(model))
 
 
 def test_check_compares_packages_with_the_pins(tmp_path, monkeypatch):

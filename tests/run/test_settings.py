@@ -104,6 +104,18 @@ def test_a_tracker_that_is_not_there_is_refused_at_the_start():
         check_start(read(REPORT_TO="nobody"))
 
 
+@pytest.mark.parametrize("content", ["num_processes: [", "[1, 2]", "42", "", "processes: 2", "\x00", "a: !!python/x y"])
+def test_a_file_that_accelerate_cannot_read_is_refused_at_the_start(content, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="config.yaml is not for accelerate launch: ."):
+        check_start(read(ACCELERATE_CONFIG=str(tmp_path / "config.yaml")))
+
+
+def test_our_own_configurations_of_accelerate_are_taken():
+    for file in (PROJECT / "accelerate_configs").glob("*.yaml"):
+        assert check_start(read(ACCELERATE_CONFIG=str(file)))
+
+
 def test_servers_decide_the_precision_of_what_they_do():
     given = {"PAIRS_PRECISION": "bf16", "EVAL_PRECISION": "bf16"}
     assert read(**given)["BACKEND"] == "hf-shared"
