@@ -12,8 +12,8 @@ from pathlib import Path
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable
-from grath.common.layout import combined_path
-from grath.pairs.files import combine, is_combined, read_pairs, write_pairs
+from grath.common.layout import COMBINED, combined_path
+from grath.pairs.files import combine, read_pairs, write_pairs
 
 
 def main():
@@ -24,7 +24,7 @@ def main():
     if args.new_data_path.suffix != ".json":
         raise UserError(f"--new_data_path {args.new_data_path} must end with .json")
     for path in (args.new_data_path, args.ori_data_path):
-        if is_combined(path):
+        if path.stem.endswith(COMBINED):
             raise UserError(f"{path} is already a combined file: pass the files that the models wrote")
     if args.new_data_path.resolve() == args.ori_data_path.resolve():
         raise UserError(f"--new_data_path and --ori_data_path are the same file, {args.new_data_path}")

@@ -11,7 +11,6 @@ import traceback
 import warnings
 from pathlib import Path
 
-from grath.common.progress import hide_library_bars
 from grath.common.signals import SignalReceived, end_with_launcher, raise_on_signal
 
 BAD_INPUT = 2
@@ -28,7 +27,7 @@ def run_main(main):
     prints one line and exits with status 1. A signal exits with 128 + its number. Any other error keeps its traceback;
     `GRATH_DEBUG=1` prints the traceback of every error.
     """
-    hide_library_bars()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of the libraries; those of downloads stay
     # Libraries warn about each other's code, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning)
     # bitsandbytes warns at every forward pass of an int8 layer.

@@ -1,12 +1,6 @@
-"""Progress bars: one for each long task of ours, and none from the libraries."""
+"""Progress bars of our long tasks."""
 
-import os
 import sys
-
-
-def hide_library_bars():
-    """Hide the bars that libraries show; those of downloads stay. Call it before `tqdm` is imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def progress_bar(*args, shown=True, **options):

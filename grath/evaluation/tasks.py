@@ -6,22 +6,14 @@ from math import exp
 
 @dataclass(frozen=True)
 class Task:
-    """How to score a task of lm-evaluation-harness.
-
-    Attributes:
-        title: the heading of its column in tables and plots.
-        shots: few-shot examples in each prompt.
-        metric: the harness's name of the reported score.
-        dataset: the hub name of its data set; None for a task that reads a bundled file.
-        folder: where `lm_eval.tasks` has its files; None for a bundled task.
-    """
+    """How to score a task of lm-evaluation-harness."""
 
     name: str
-    title: str
-    shots: int = 0
-    metric: str = "acc"
-    dataset: str | None = None
-    folder: str | None = None
+    title: str  # the heading of its column in tables and plots
+    shots: int = 0  # few-shot examples in each prompt
+    metric: str = "acc"  # the harness's name of the reported score
+    dataset: str | None = None  # the hub name of its data set; None: it reads a bundled file
+    folder: str | None = None  # where `lm_eval.tasks` has its files; None for a bundled task
 
 
 # In the order of the table's columns.

@@ -5,15 +5,10 @@ from pathlib import Path
 
 from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, read_json_lines
-from grath.common.layout import COMBINED, record_path
+from grath.common.layout import record_path
 from grath.common.record import check_files, read_record
 
 FIELDS = ("question", "correct", "incorrect")
-
-
-def is_combined(path):
-    """Return whether a pair file is a combined one, by its name."""
-    return path.stem.endswith(COMBINED)
 
 
 def read_pairs(path, what="the pair file"):

@@ -32,23 +32,14 @@ POSITIVE = matching(r"(?=[0-9.]*[1-9])[0-9]*\.?[0-9]*([eE][-+]?[0-9]{1,2})?", "a
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting.
-
-    Args:
-        name: the environment variable.
-        default: its value if it is not set or empty; None if it must be set.
-        check: raises `ArgumentTypeError` or `UserError` for a value that is not valid.
-        stage: the first stage that compares the setting with its record; None if none does.
-        help: one line for docs/configuration.md.
-        paper: the paper's value, if it has one.
-    """
+    """One setting, an environment variable."""
 
     name: str
-    default: str | float | None
-    check: Callable[[str], object]
-    stage: str | None
-    help: str
-    paper: str = ""
+    default: str | float | None  # if it is not set or empty; None if it must be set
+    check: Callable[[str], object]  # raises `ArgumentTypeError` or `UserError` for a value that is not valid
+    stage: str | None  # the first stage that compares it with its record
+    help: str  # a line of docs/configuration.md
+    paper: str = ""  # the paper's value, if it has one
 
 
 GROUPS = {

@@ -189,17 +189,6 @@ def test_a_model_that_computes_nan_writes_no_pairs(model, tmp_path):
         assert "the model computes NaN" in done.stderr and not list((tmp_path / "p").glob("*_False.json"))
 
 
-def test_generate_does_not_follow_the_models_own_configuration(model, tmp_path):
-    configured = {"suppress_tokens": [300], "min_new_tokens": 60, "stop_strings": ["light"]}
-    content = json.loads((model / "generation_config.json").read_text())
-    (model / "generation_config.json").write_text(json.dumps({**content, **configured}))
-    written = []
-    for engine in ("shared_prefix", "generate"):
-        call_here(*asking(model, tmp_path / engine, "--engine", engine, count=2))
-        written += [path.read_bytes() for path in (tmp_path / engine).glob("*_False.json")]
-    assert len(written) == 2 and written[0] == written[1]
-
-
 def test_a_generation_configuration_that_is_cut_is_refused(model, tmp_path):
     (model / "generation_config.json").write_text('{"eos_token_id": ')
     done = call_here(*asking(model, tmp_path / "p", count=2), status=2)

@@ -142,8 +142,7 @@ def test_log_likelihoods_of_answers(family, batch_size, prefix):
     answers += [[7, 8, 9, 1], [7], [7, 3, 1], [7, 8, 9, 2, 4], [7, 8], [7, 8, 9, 1]]
     trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
     with engine_attention(model):
-        batches = loglikelihoods(model, common, trees, 40 * batch_size, batch_size)
-        results = {tree: found for read in batches for tree, found in read()}
+        results = dict(loglikelihoods(model, common, trees, 40 * batch_size, batch_size))
     assert sorted(results) == list(range(5))
     for i, (context, answers) in enumerate(trees):
         for answer, (log_prob, greedy) in zip(answers, results[i], strict=True):
@@ -155,7 +154,10 @@ def test_log_likelihoods_of_answers(family, batch_size, prefix):
             assert ties or greedy == (logits.argmax(-1).tolist() == answer)
 
 
-@pytest.mark.parametrize("configured", [{}, {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "configured",
+    [{}, {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"suppress_tokens": [*range(30)]}],
+)
 def test_generate_hf_gives_the_same(configured):
     """It is greedy whatever the model's generation configuration says."""
     model, prompts = tiny("llama"), make_prompts(9, 12)

@@ -92,13 +92,6 @@ def test_more_processes_than_gpus_and_other_devices_are_refused(monkeypatch):
         check_devices()
 
 
-def test_the_loop_checks_its_number_of_processes(monkeypatch, tmp_path):
-    patch_torch(monkeypatch, count=2)
-    loop = {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "RUNS_DIR": str(tmp_path), "NUM_PROCESSES": "3"}
-    done = call_here("grath.run", "settings", PROJECT, env=loop, status=2)
-    assert "NUM_PROCESSES=3, but torch sees 2 GPU(s)" in done.stderr and not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_weights_and_adapter_are_loaded_on_the_gpu_of_the_process(precision, monkeypatch, tiny_llama, tmp_path):
     """Not in main memory first, once for each process, and not through a context on the first GPU."""
