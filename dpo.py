@@ -28,7 +28,7 @@ from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path, wri
 from grath.common.record import check_inputs, read_record, recording
 from grath.dpo import option
 from grath.modeling.adapters import PEFT_SIZES, check_adapter
-from grath.modeling.chat import MODEL_TYPES, TODAY, template_for
+from grath.modeling.chat import MODEL_TYPES, TODAY, lost_prompt, template_for
 from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import check_vocabulary, load_model, load_tokenizer, resolve_base_and_adapter
 from grath.pairs.files import read_pairs
@@ -115,7 +115,7 @@ def main():
     from grath.modeling.devices import check_shared, print_once
     from grath.report.plots import plot_training
 
-    settings, processes = {**vars(args), **config.to_dict()}, config.world_size
+    settings, processes, warnings = {**vars(args), **config.to_dict()}, config.world_size, []
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
     inputs = {**identities(args), "pairs": digest, "effective_batch": batch}
     inputs |= {name: value for name, value in settings.items() if name not in UNCOMPARED}
@@ -126,6 +126,9 @@ def main():
         return
     tokenizer = load_tokenizer(args.model_name_or_path, args.tokenizer_name)
     tokenizer.chat_template = template_for(tokenizer, args.model_type)
+    if lost := lost_prompt(tokenizer, tokenizer.chat_template):
+        warnings = [f"the model is asked with {lost!r} at the end of the prompt, and trained without it"]
+        print_once(f"Warning: {warnings[0]}")
     if isinstance(rows, list):
         rows = tokenize_pairs(rows, tokenizer, tokenizer.chat_template)
         check_vocabulary(args.model_name_or_path, tokenizer, [ids for row in rows for ids in row.values()])
@@ -167,7 +170,7 @@ def main():
             trainer.train(resume_from_checkpoint=checkpoint)
             if write:
                 plot_training(trainer.state.log_history, output / TRAINING_PLOT)
-            record["warnings"] = [*getattr(model, "load_warnings", []), *log.warnings.values()]
+            record["warnings"] = [*warnings, *getattr(model, "load_warnings", []), *log.warnings.values()]
             record["files"] = save_adapter(trainer)
     print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 

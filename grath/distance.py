@@ -89,7 +89,7 @@ def main():
             raise UserError(f"{path} has {len(rows)} pairs of different answers: at least {FOLDS} are needed")
         check_writable(path.parent)
         files[path] = rows
-    model_identity(args.model_name_or_path)  # checks that an adapter's base is the one that it was trained on
+    inputs = {"model": model_identity(args.model_name_or_path), "model_type": args.model_type}
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.model_type)
     precision = resolve_precision(args.precision, "pairs")
@@ -109,7 +109,7 @@ def main():
         found["pairs_sha256"] = sha256(path)
         if not math.isfinite(found["distance"]):
             raise UserError(f"{args.model_name_or_path} computes NaN: its weights are broken")
-        found |= {"model": args.model_name_or_path, "precision": precision}
+        found |= {"model": args.model_name_or_path, "precision": precision, "inputs": inputs}
         out = path.with_suffix(".distance.json")
         atomic_write_text(out, json.dumps(found, indent=2) + "\n")
         print(f"{path}: distance {found['distance']:.3f}, probe {found['probe']:.3f}, {len(rows)} pairs\nWrote {out}")

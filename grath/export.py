@@ -69,6 +69,7 @@ def main():
                 f"itself changes them by {effect:.2g}: nothing was saved; try --precision fp32"
             )
         merge = {"adapter_sha256": sha256(Path(adapter) / ADAPTER), "precision": args.precision}
+        merge["files"] = {file.name: sha256(file) for file in sorted(partial.glob("*.safetensors"))}
         atomic_write_text(partial / MERGE_RECORD, json.dumps(merge) + "\n")
         partial.rename(args.out)
     finally:

@@ -45,12 +45,14 @@ def main():
     folder = args.merged or args.adapter
     if args.merged:
         merge = args.merged / MERGE_RECORD
-        known = read_json(merge, "record of a merge", {"adapter_sha256": str}) if merge.is_file() else {}
-        if known.get("adapter_sha256") != record["files"][ADAPTER]:
+        shape = {"adapter_sha256": str, "files": {str: str}}
+        known = read_json(merge, "record of a merge", shape) if merge.is_file() else {}
+        merged = known.get("adapter_sha256") == record["files"][ADAPTER]
+        if not (merged and check_files(known, args.merged, "merge the adapter again")):
             command = f"python -m grath.export {args.adapter} {args.merged}"
             raise UserError(f"{args.merged} is not {args.adapter} merged: write it with `{command}`")
     card = folder / CARD
-    if not card.is_file() or OF_TRL in card.read_text(encoding="utf-8"):
+    if not card.is_file() or OF_TRL in card.read_text(encoding="utf-8", errors="replace"):
         atomic_write_text(card, model_card(args.adapter, record, args.name, bool(args.merged)))
 
     from huggingface_hub import HfApi

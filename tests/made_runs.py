@@ -38,7 +38,7 @@ def put_scores(run, number, task, score):
 def put_model(run, number, adapter=None, **settings):
     """Put the record and the log of M_i, trained with these settings, as a published run has them."""
     settings = {"beta": 0.1, "reference": "rolling", "dataset_name": None, "output_dir": str(run)} | settings
-    content = {"base_model": "me/Llama-2-7b-chat-hf", "incoming_adapter": adapter, "pairs": {"kept": 2}}
+    content = {"base_model": "me/Llama-2-7b-chat-hf", "incoming_adapter": adapter, "pairs": {"read": 2, "kept": 2}}
     path = model_path(run, number, *NAMES) / "grath.json"
     put_record(path, commit="def5678+", warnings=["too many steps"], settings=settings, **content)
     log = [{"step": 9, "loss": 0.5, "rewards/margins": 0.125 * number}, {"train_runtime": 5}]

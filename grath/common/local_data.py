@@ -4,13 +4,15 @@
 layout, or an edited one, would get the rows of the first. Here the cache folder is named by a hash of the content.
 """
 
+import os
+from glob import glob
 from pathlib import Path
 
 from grath.common.errors import UserError, explain_system_error, first_line
 from grath.common.files import file_hash, hash_of
 from grath.common.layout import resolve_local
 
-# The local folders that were loaded: name -> content hash.
+# The local folders and files that were loaded: name -> content hash.
 OPENED = {}
 
 
@@ -25,6 +27,8 @@ def load_dataset(path, name=None, **options):
 
     folder = Path(resolve_local(path))
     try:
+        for file in _files(options.get("data_files") or ()):
+            OPENED[str(file)] = file_hash(file)
         if folder.is_dir():
             OPENED[path] = content_hash(folder)
             options.setdefault("cache_dir", str(Path(config.HF_DATASETS_CACHE) / "local" / OPENED[path][:16]))
@@ -43,8 +47,16 @@ def load_dataset(path, name=None, **options):
 def content_hash(folder):
     """Return the SHA-256, in hexadecimal, of the names and bytes of a data set's files; hidden ones do not count."""
     lines = []
-    for file in sorted(Path(folder).rglob("*")):
-        name = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts):
-            lines.append(f"{name.as_posix()} {file_hash(file)}")
-    return hash_of(lines)
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [Path(place, name) for name in names if not name.startswith(".")]
+        lines += [f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files if file.is_file()]
+    return hash_of(sorted(lines))
+
+
+def _files(data_files):
+    """Return the local files that the option `data_files` of `datasets.load_dataset` names: list of absolute paths."""
+    if isinstance(data_files, str):
+        return [Path(file).resolve() for file in glob(data_files, recursive=True)]  # noqa: PTH207
+    parts = data_files.values() if isinstance(data_files, dict) else data_files
+    return [file for part in parts for file in _files(part)]

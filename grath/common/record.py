@@ -35,7 +35,7 @@ RECORD = {
     "model?": str,
 }
 # What is also read from the record of a training.
-OF_TRAINING = {"base_model": str, "incoming_adapter": str | None, "settings": dict, "pairs": {str: int}}
+OF_TRAINING = {"base_model": str, "incoming_adapter": str | None, "settings": dict, "pairs": {"read": int, "kept": int}}
 
 
 def read_record(path, more=()):

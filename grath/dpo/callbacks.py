@@ -82,7 +82,9 @@ def training_warnings(log, config, max_steps):
     entries = [entry for entry in log if "rewards/margins" in entry]
     if not entries:
         return {}
-    found, last = {}, entries[-1]
+    found, last, warmup = {}, entries[-1], config.get_warmup_steps(max_steps)
+    if warmup >= max_steps:
+        found["warm-up"] = f"the warm-up of {warmup} steps never ends in {max_steps}: use fewer warm-up steps"
     chosen, rejected = last["rewards/chosen"] / config.beta, last["rewards/rejected"] / config.beta
     if chosen < -1 and rejected < -1:
         found["collapse"] = (
@@ -99,7 +101,7 @@ def training_warnings(log, config, max_steps):
     sizes = [abs(entry.get(f"logps/{side}", 0)) for entry in entries for side in ("chosen", "rejected")]
     negligible = max(1e-3, config.beta * torch.finfo(getattr(torch, dtype)).eps * max(sizes))
     too_small = all(abs(entry["rewards/margins"]) < negligible for entry in entries)
-    if too_small and last["step"] >= max(10, config.get_warmup_steps(max_steps)):
+    if too_small and last["step"] >= max(10, min(warmup, max_steps)):
         found["no margin"] = (
             f"the margin is still 0 at step {last['step']}: the policy learns nothing; try a larger learning rate"
         )

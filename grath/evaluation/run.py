@@ -3,19 +3,20 @@
 import os
 import re
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from grath.common.errors import UserError
-from grath.common.files import check_writable, file_hash, sha256
-from grath.common.layout import PROJECT, SAMPLES, SCORES_RECORD, resolve_local
+from grath.common.files import check_writable, file_hash, hash_of, sha256
+from grath.common.layout import SAMPLES, SCORES_RECORD, resolve_local
 from grath.common.local_data import OPENED, content_hash, load_dataset
 from grath.common.record import check_files, check_inputs, read_record, recording, write_record
 from grath.evaluation.results import EDITED, NO_SCORE, read_scores, samples_file, write_results
-from grath.evaluation.samples import BUNDLED, MAX_NEW_TOKENS, write_samples
-from grath.evaluation.tasks import KNOWN_TASKS, get_task
+from grath.evaluation.samples import BUNDLED, MAX_NEW_TOKENS, ask_samples, write_samples
+from grath.evaluation.tasks import KNOWN_TASKS, OWN_TASKS, get_task, own_files
 from grath.modeling.chat import render, template_for
 from grath.modeling.devices import check_shared, init_distributed, print_once
 from grath.modeling.identity import model_identity
@@ -37,6 +38,7 @@ def score_model(args):
         UserError: there is no such model, task or chat template, or the folder contains scores that were made with
             other settings, or edited.
     """
+    start = time.monotonic()
     _check_settings(args)
     main_process, path = os.environ.get("RANK", "0") == "0", args.output / SCORES_RECORD
     tasks, record = list(dict.fromkeys(args.tasks)), read_record(path)
@@ -52,6 +54,7 @@ def score_model(args):
         check_tokenizer(tokenizer)
         template = _template(args, tokenizer)
         sampled = sampled and template is not None
+        asked = ask_samples(args.model, tokenizer, template) if sampled else ()
         manager = task_manager(missing)
     elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
         precision = record["inputs"].get("precision")
@@ -81,8 +84,8 @@ def score_model(args):
     init_distributed().wait_for_everyone()
     content = {"model": args.model, "files": files}
     with (
-        recording(path, inputs, record if files else None, record or {}, main_process, **content) as record,
         _loaded(args, precision, tokenizer) as (lm, generator),
+        recording(path, inputs, record if files else None, record or {}, main_process, start, **content) as record,
     ):
         if args.chat_template:
             lm.tokenizer.chat_template = template
@@ -98,7 +101,7 @@ def score_model(args):
             if main_process:
                 finish(write_results(args.output, group, results, args.log_samples))
         if sampled and main_process:
-            write_samples(args.model, generator, tokenizer, template, args.output / SAMPLES)
+            write_samples(generator, *asked, args.output / SAMPLES)
             finish([SAMPLES])
         record["batch_tokens"] = getattr(lm, "batch_tokens", None)
         record["warnings"] = getattr(lm.model, "load_warnings", [])
@@ -159,10 +162,12 @@ def _inputs(args, tasks, precision, earlier):
     names = {task.dataset for task in known} - {None}
     if any(task.name not in KNOWN_TASKS for task in known):
         names |= before.keys()  # which include theirs
-    folders = {name: Path(resolve_local(name)) for name in names}
-    data = {name: content_hash(folder) for name, folder in sorted(folders.items()) if folder.is_dir()}
+    paths = {name: Path(resolve_local(name)) for name in sorted(names)}
+    data = {name: content_hash(path) for name, path in paths.items() if path.is_dir()}
+    data |= {name: file_hash(path) for name, path in paths.items() if path.is_file()}
     if any(task.name in KNOWN_TASKS and not task.dataset for task in known):
         data[BUNDLED.name] = file_hash(BUNDLED)
+    data |= {f"task {task}": hash_of(map(file_hash, sorted({*files}))) for task in tasks if (files := own_files(task))}
     inputs = {
         "model": model_identity(args.model),
         "precision": precision,
@@ -206,7 +211,7 @@ def task_manager(tasks):
     # The harness needs 14 seconds to read the files of all its tasks, so it reads those of the known ones first.
     builtin = Path(lm_eval.tasks.__file__).parent
     folders = {str(builtin / KNOWN_TASKS[task].folder) for task in KNOWN_TASKS.keys() & tasks if get_task(task).folder}
-    own = [str(PROJECT / "tasks"), *sorted(folders)]
+    own = [str(OWN_TASKS), *sorted(folders)]
     manager = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = lm_eval.tasks.TaskManager(include_path=own)

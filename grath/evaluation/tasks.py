@@ -1,7 +1,12 @@
 """The tasks of the Open LLM Leaderboard and the bundled ones: few-shot examples, metric, data set and title."""
 
+import re
 from dataclasses import dataclass
 from math import exp
+
+from grath.common.layout import PROJECT
+
+OWN_TASKS = PROJECT / "tasks"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,15 @@ KNOWN_TASKS = {
 def get_task(name):
     """Return the `Task` of a name. Any other task of the harness is zero-shot and scored by accuracy."""
     return KNOWN_TASKS.get(name) or Task(name, title=name)
+
+
+def own_files(name):
+    """List the files of a task in tasks/: its own, those that it includes, and the functions; none for another task."""
+    file = OWN_TASKS / f"{name}.yaml"
+    if not file.is_file():
+        return []
+    included = re.findall(r"^include: *([^\s#]+)\.yaml\s*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return [file, *(one for name in included for one in own_files(name)), *OWN_TASKS.glob("*.py")]
 
 
 def mc2(log_likelihoods, labels):

@@ -33,7 +33,7 @@ class LocalGenerator:
     def __init__(self, model, tokenizer, max_new_tokens, batch_size=None, engine="shared_prefix"):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.engine, self.rows = engine, batch_size
-        self.window = context_window(model.config)
+        self.window, self.eos_ids = context_window(model.config), eos_token_ids(model, tokenizer)
 
     def generate(self, prompts):
         """Generate completions; none is generated again after it was yielded.
@@ -52,11 +52,11 @@ class LocalGenerator:
         special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         # `parse_response` needs those around a model's reasoning.
         hidden = {i for i in special if not DELIMITER.search(self.tokenizer.convert_ids_to_tokens(i))}
-        eos_ids, left = eos_token_ids(self.model, self.tokenizer), list(range(len(prompts)))
+        left = list(range(len(prompts)))
         while left:
             done, unfinished = set(), [prompts[i] for i in left]
             try:
-                for position, ids in generate_fn(self.model, unfinished, self.max_new_tokens, self.rows, eos_ids):
+                for position, ids in generate_fn(self.model, unfinished, self.max_new_tokens, self.rows, self.eos_ids):
                     done.add(left[position])
                     yield left[position], self.tokenizer.decode([i for i in ids if i not in hidden])
             except torch.OutOfMemoryError:

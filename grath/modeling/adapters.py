@@ -20,6 +20,7 @@ CONFIG = {
     "layers_to_transform?": (int, [int], NoneType),
     "rank_pattern?": (NoneType, {str: int}),
     "alpha_pattern?": (NoneType, {str: NUMBER}),
+    **dict.fromkeys(("use_rslora?", "fan_in_fan_out?"), (bool, NoneType)),
 }
 # Options of PEFT's LoraConfig that change nothing but the shape and the scale of LoRA, or nothing at all. Every other
 # option changes the base's weights, or trains what TRL's copy of the reference would not have.

@@ -64,10 +64,20 @@ def template_for(tokenizer, model_type):
     probe = [{"role": "user", "content": PROBE}]
     if " at 0x" in render(tokenizer, probe, template):
         raise UserError(f"the chat template shows an address in memory: {OTHER_TEMPLATE}")
-    prompt, _ = answer_ids(tokenizer, probe, "Water.", template)
+    prompt, completion = answer_ids(tokenizer, probe, "Water.", template)
     if "".join(PROBE.split()) not in "".join(tokenizer.decode(prompt).split()):
         raise UserError(f"the chat template begins differently if an answer follows: {OTHER_TEMPLATE}")
+    if "Water" not in tokenizer.decode(completion):
+        raise UserError(f"the chat template has an EOS before the answer: {OTHER_TEMPLATE}")
     return template
+
+
+def lost_prompt(tokenizer, template):
+    """Return the end of the prompt that the template leaves out if an answer follows, such as `<think>`: str."""
+    probe = [{"role": "user", "content": PROBE}]
+    asked = render(tokenizer, probe, template, add_generation_prompt=True)
+    whole = render(tokenizer, [*probe, {"role": "assistant", "content": "Water."}], template)
+    return asked[len(commonprefix([asked, whole])) :]
 
 
 def render(tokenizer, messages, template, **options):

@@ -33,7 +33,8 @@ def model_identity(name):
     found = {"base": _identity(base, "config.json")}
     if adapter:
         folder = Path(adapter)
-        trained = (read_record(folder / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
+        output = folder.parent if folder.name.startswith("checkpoint-") else folder
+        trained = (read_record(output / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
         if isinstance(trained, dict) and trained.keys() & found["base"].keys():
             # The copy of a hub's model in a folder has other keys, and cannot be compared.
             check_inputs({"inputs": trained}, found["base"], f"the adapter {folder}", f"put its base back to {base}")

@@ -60,6 +60,8 @@ def load_tokenizer(name, tokenizer_name=None):
 
     source = resolve_local(tokenizer_name) if tokenizer_name else resolve_base_and_adapter(name)[0]
     tokenizer = _load(AutoTokenizer, source, "tokenizer")
+    if not fits(tokenizer.model_max_length, int | float):
+        raise UserError(f"the configuration of the tokenizer {source} is damaged: model_max_length is not a number")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -83,10 +85,13 @@ def check_vocabulary(name, tokenizer, sequences):
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]
-    embeddings = getattr(_load(AutoConfig, base, "model").get_text_config(), "vocab_size", None)
-    if not fits(embeddings, int):
+    config = _load(AutoConfig, base, "model").get_text_config()
+    if not fits(getattr(config, "vocab_size", None), int):
         raise UserError(f"{base} is not a language model: its configuration has no vocab_size")
-    check_tokens(tokenizer, sequences, embeddings)
+    for name in ("sliding_window", "max_position_embeddings"):
+        if (size := getattr(config, name, None)) is not None and not (fits(size, int) and size > 0):
+            raise UserError(f"the configuration of {base} is damaged: {name} is {size!r}"[:300])
+    check_tokens(tokenizer, sequences, config.vocab_size)
 
 
 def context_window(config):

@@ -41,7 +41,7 @@ def load_preferences(name, seed):
     if LABELED.fullmatch(name):
         return gold_pairs(name, seed)
     rows = load_dataset(name, split="train")
-    kinds = (str, [{"role": str, "content": str}])
+    kinds = (str, [{"role": re.compile("system|user|assistant"), "content": str}])
     shapes = tuple({"chosen": turns, "rejected": turns, "prompt?": turns} for turns in kinds)
     for number, row in enumerate(rows, start=1):
         if not (fits(row, shapes) and row["chosen"] and row["rejected"]):

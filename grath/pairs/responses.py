@@ -20,6 +20,9 @@ _KIND = r"(?:[a-z]+[_:]){0,3}(?:think|thought|reason|reflect|analysis|scratchpad
 _CHANNEL = r"<\|?channel\|?>\s*"
 OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
 CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)
+# What stands around an answer and does not belong to it.
+BEFORE = re.compile(r"(?:[*_`:\s\u200b✅❌✓✗✔✘]|[-•>]\s)*")
+AFTER = re.compile(r"(?:[*_`\s\u200b✅❌✓✗✔✘]|</\w+>|<\|\w+\|>|\[/INST\])+$")
 # A special token around reasoning.
 DELIMITER = re.compile(rf"{OPENING.pattern}|{CLOSING.pattern}|channel", re.IGNORECASE)
 
@@ -31,8 +34,11 @@ def opens_reasoning(prompt):
     return f"{tags[0][0]}\n" if tags and last[: tags[0].start()].rstrip()[-1:] in ("", ">", "]") else ""
 
 
-def parse_response(response):
+def parse_response(response, question=""):
     """Extract the two answers from a response: its last pair of lines about the question, after any reasoning.
+
+    A pair is about the question that the response states before it. That may have other words than `question`; but if
+    some pair states `question` itself, only such pairs count.
 
     Returns:
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
@@ -54,15 +60,26 @@ def parse_response(response):
         alone = re.search("(?<!in)correct answer", text, re.IGNORECASE)
         return None, "no incorrect answer after the correct one" if alone else "no correct answer"
     # A model may go on with a question of its own.
-    asked = {number: re.sub(r"\W", "", text).lower() for number, (label, text) in enumerate(lines) if label == QUESTION}
-    own = next((asked[number] for number in reversed(asked) if number < pairs[0][0]), None)
-    end = next((number for number in asked if number > pairs[0][0] and asked[number] != own), len(lines))
-    correct, incorrect = next(answers for number, *answers in reversed(pairs) if number < end)
+    asked = {number: _letters(text) for number, (label, text) in enumerate(lines) if label == QUESTION}
+    of = [next((asked[at] for at in reversed(asked) if at < number), None) for number, *_ in pairs]
+    own = _letters(question) if _letters(question) in of else of[0]
+    correct, incorrect = [answers for (_, *answers), stated in zip(pairs, of, strict=True) if stated == own][-1]
     if not correct or not incorrect:
         return None, "empty answer"
     if LABEL.search(correct) or LABEL.search(incorrect):
         return None, "a label in an answer"
     return (correct, incorrect), None
+
+
+def _letters(text):
+    return re.sub(r"\W", "", text).lower()
+
+
+def _clean(text):
+    """Remove what belongs to no answer: emphasis, list markers, the end of a turn or a tag, half a pair of quotes."""
+    text = text[BEFORE.match(text).end() :]
+    text = text[:-100] + AFTER.sub("", text[-100:])  # a search in the whole text could take long
+    return text[:-1] if text.endswith('"') and text.count('"') % 2 else text
 
 
 def _labelled(line):
@@ -77,18 +94,19 @@ def _pair_at(lines, number):
         return None
     correct, after = _text_at(lines, number)
     if len(parts := INCORRECT_LABEL.split(correct)) == 2:
-        return [part.strip("* ") for part in parts]
+        closing = ")" if parts[0].rstrip().endswith("(") else ""
+        return _clean(parts[0].rstrip(" ;|/,(–—-")), _clean(parts[1]).removesuffix(closing)
     if after == len(lines) or lines[after][0] != INCORRECT:
         return None
     below = after == number + 2
-    return correct, _text_at(lines, after)[0] if below else lines[after][1].strip("* ")
+    return correct, _text_at(lines, after)[0] if below else _clean(lines[after][1])
 
 
 def _text_at(lines, number):
     """Return the text next to a label, or that in the next line, and the number of the line after it."""
-    text = lines[number][1].strip("* ")
+    text = _clean(lines[number][1])
     if not text and number + 1 < len(lines) and not lines[number + 1][0]:
-        return lines[number + 1][1].strip("* "), number + 2
+        return _clean(lines[number + 1][1]), number + 2
     return text, number + 1
 
 
@@ -96,7 +114,7 @@ def parse_responses(questions, responses):
     """Parse the responses to questions; return the rows of the pair file, and why others were dropped (Counter)."""
     rows, dropped = [], Counter()
     for i, question in enumerate(questions):
-        answers, reason = parse_response(responses[i])
+        answers, reason = parse_response(responses[i], question["question"])
         if answers:
             rows.append({"question": question["question"], "correct": answers[0], "incorrect": answers[1]})
         else:

@@ -23,6 +23,7 @@ from grath.evaluation.run import task_manager
 from grath.evaluation.tasks import KNOWN_TASKS, get_task
 from grath.modeling.chat import prompt_ids, template_for
 from grath.modeling.devices import check_devices, describe_device
+from grath.modeling.identity import model_identity
 from grath.modeling.loading import (
     check_tokenizer,
     check_unquantized,
@@ -113,6 +114,7 @@ def read_model(name):
     from transformers import AutoConfig
 
     base, adapter = resolve_base_and_adapter(name)
+    model_identity(name)
     check_weights(base)
     try:
         folder = Path(base) if Path(base).is_dir() else Path(hf_hub_download(base, "config.json")).parent

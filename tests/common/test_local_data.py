@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
-from support import call, call_here, put_arc, put_truthful
+from support import PROJECT, call, call_here, put_arc, put_truthful
 
 from grath.common.local_data import content_hash
 
+BUNDLED_MC = PROJECT / "data" / "truthfulness_mc.jsonl"
 MODEL = ("--model_name_or_path", "me/tiny", "--precision", "fp32")
 
 
@@ -96,9 +98,42 @@ def test_equal_folders_share_a_cache_entry_and_hidden_files_do_not_count(tmp_pat
     assert content_hash(folder) != content_hash(other)
     renamed.rename(file)
     assert content_hash(folder) == content_hash(other)
+    # A folder that is a link, which `datasets` follows too.
+    folder.joinpath("ARC-Challenge").rename(tmp_path / "elsewhere")
+    (folder / "ARC-Challenge").symlink_to(tmp_path / "elsewhere")
+    assert content_hash(folder) == content_hash(other)
     # An edit that keeps size and time of change.
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert content_hash(folder) != content_hash(other)
+
+
+def test_the_files_of_tasks_of_ones_own_are_part_of_their_scores(tiny_llama, tmp_path, monkeypatch):
+    """The task file, what it includes, its functions, and the local files that it reads."""
+    tasks, data = shutil.copytree(PROJECT / "tasks", tmp_path / "tasks"), tmp_path / "mine.jsonl"
+    (tmp_path / "data").symlink_to(PROJECT / "data")
+    for module in ("grath.evaluation.tasks", "grath.evaluation.run"):
+        monkeypatch.setattr(f"{module}.OWN_TASKS", tasks)
+    own = (tasks / "grath_mc1.yaml").read_text().replace("task: grath_mc1", "task: mine")
+    dataset = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {data}"
+    (tasks / "mine.yaml").write_text(own.replace("custom_dataset: !function utils.load", dataset))
+    data.write_text("".join(BUNDLED_MC.read_text().splitlines(keepends=True)[:4]))
+
+    def start(*names, status=0):
+        return call_here("grath.evaluation", tiny_llama, tmp_path / "s", "--limit", 2, "--tasks", *names, status=status)
+
+    start("grath_mc1", "mine")
+    assert "is up to date" in start("grath_mc1", "mine").stdout
+    for file, task, name in (
+        (data, "mine", str(data)),
+        (tasks / "mine.yaml", "mine", "task mine"),
+        (tasks / "grath_mc1.yaml", "grath_mc2", "task grath_mc1"),
+        (tasks / "utils.py", "grath_mc1", "task grath_mc1"),
+    ):
+        before = file.read_text()
+        file.write_text(before + "\n")
+        assert f"was made with data {name} " in start("grath_mc1", task, status=2).stderr
+        file.write_text(before)
+    start("grath_mc1", "mine", "grath_mc2")

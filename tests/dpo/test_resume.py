@@ -1,5 +1,6 @@
 """The output folder: its files, which folders are refused, and resuming after an interruption."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 from support import PROJECT, asking, call_here, pair, write_rows
 from trainings import command, difference, interrupt, train
 
+from grath.common.errors import UserError
 from grath.dpo.checkpoints import last_checkpoint
+from grath.modeling.identity import model_identity
 
 
 @pytest.fixture
@@ -97,6 +100,12 @@ def test_starts_that_are_refused(first_iteration, tiny_llama, source, tmp_path):
         (tiny_llama, tmp_path / "whole", (overwrite,), "contains a full model"),
         (tiny_llama, finished, (overwrite, resume, finished / "checkpoint-1"), "removes the checkpoints"),
         (tiny_llama, tmp_path / "new", (resume, tmp_path), f"{tmp_path} is not a complete checkpoint"),
+        (
+            tiny_llama,
+            tmp_path / "new",
+            (resume, finished / "checkpoint-1", "--beta", "0.3"),
+            "checkpoint-1 was made with beta 0.1, not 0.3: choose a checkpoint of the same training",
+        ),
     ]:
         done, _ = train(model, output, *flags, source=source, status=2)
         assert message in done.stderr
@@ -170,6 +179,15 @@ def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, tmp_path):
     shutil.copy(source[1], combined := source[1].with_name(f"{source[1].stem}_combined.json"))
     done, _ = train(model, tmp_path / "e", source=("--dataset_path", combined), status=2)
     assert "write the pairs again" in done.stderr
+
+
+def test_a_checkpoint_belongs_to_the_base_of_its_training(first_iteration, tmp_path):
+    checkpoint = shutil.copytree(first_iteration[0], tmp_path / "m") / "checkpoint-2"
+    record = json.loads((tmp_path / "m" / "grath.json").read_text())
+    record["inputs"]["model"]["base"]["config.json"] = "0" * 64
+    (tmp_path / "m" / "grath.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"the adapter {checkpoint} was made with config.json 000"):
+        model_identity(str(checkpoint))
 
 
 def test_pairs_from_a_pipe_are_refused(tiny_llama, pair_file, tmp_path):

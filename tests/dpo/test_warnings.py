@@ -49,3 +49,9 @@ def test_a_training_that_diverges_ends_with_one_line(tiny_llama, pair_file, tmp_
     done, _ = train(tiny_llama, tmp_path / "out", *flags, source=["--dataset_path", pair_file], status=2)
     assert "the training diverged: the rewards are NaN at step" in done.stderr
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_warm_up_longer_than_the_training(tmp_path):
+    log = [entry(1, 0, 0, 0), entry(20, 0.0001, 0)]
+    found = training_warnings(log, GrathDPOConfig(output_dir=str(tmp_path), precision="fp32", max_steps=20), 20)
+    assert found["warm-up"].startswith("the warm-up of 100 steps never ends in 20") and "no margin" in found

@@ -123,7 +123,8 @@ def test_a_token_that_only_the_chat_template_has(model, pair_file, tmp_path):
         ("grath.distance", tmp_path / "pairs.json", "--model_name_or_path", model),
     ]:
         assert "none for the token '<|ask|>'" in call_here(*command, status=2).stderr
-    assert (tmp_path / "s" / "grath_mc1.json").is_file() and not (tmp_path / "s" / "samples.jsonl").exists()
+    assert not (tmp_path / "s").exists()
+    call_here("grath.evaluation", model, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1)
 
 
 def test_files_of_a_model_with_other_types(model, tmp_path):

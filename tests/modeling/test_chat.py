@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
-from grath.modeling.chat import TEMPLATES, answer_ids, prompt_ids, template_for
+from grath.modeling.chat import TEMPLATES, answer_ids, lost_prompt, prompt_ids, template_for
 
 TURN = [{"role": "user", "content": "What is ice?"}]
 TURNS = [*TURN, {"role": "assistant", "content": "Frozen water."}, {"role": "user", "content": "And snow?"}]
@@ -94,6 +94,7 @@ FAILING = {
     PLAIN + "{{ joiner() }}": "shows an address in memory",
     "{% for m in messages %}{{ m.content if m.role == 'user' else m.content[:3] }}{% endfor %}": "changes the answer",
     "{{ messages[0].content }}": "leaves out or changes the answer",
+    "{% for m in messages %}{{ m.content }}{{ eos_token if not loop.last }}{% endfor %}": "an EOS before the answer",
     "{{ 'Ask:' if add_generation_prompt else 'Learn:' }}" + PLAIN: "begins differently if an answer follows",
 }
 
@@ -103,6 +104,12 @@ def test_templates_that_lie_are_refused(smollm_tokenizer, template, reason):
     smollm_tokenizer.chat_template = template
     with pytest.raises(UserError, match=reason):
         template_for(smollm_tokenizer, "auto")
+
+
+@pytest.mark.parametrize("tail", ["<|think|>\n", ""])
+def test_the_end_of_a_prompt_that_an_answer_does_not_follow(smollm_tokenizer, tail):
+    template = PLAIN + "{% if add_generation_prompt %}assistant: " + tail + "{% endif %}"
+    assert lost_prompt(smollm_tokenizer, template) == tail and lost_prompt(smollm_tokenizer, PLAIN) == ""
 
 
 def test_a_template_that_cuts_some_questions_is_refused(smollm_tokenizer):

@@ -197,6 +197,24 @@ def test_candidates_depend_only_on_seed_and_question():
         # Labels as models write them; emphasis is not part of an answer.
         ("- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*", (("yes", "no"), None)),
         ("1. Correct answer : yes\n2. Incorrect answer : no", (("yes", "no"), None)),
+        # A mark at only one of the answers would be what DPO learns.
+        *(
+            (response, (("yes", "no"), None))
+            for response in (
+                f'"{FINAL}"',
+                f"<answer>\n{FINAL}</answer>",
+                f"```\n{FINAL}```",
+                f"{FINAL} [/INST]",
+                f"{FINAL}<|im_end|>",
+                "Correct answer: yes; Incorrect answer: no",
+                "Correct answer: yes (Incorrect answer: no)",
+                "__Correct answer:__ yes\n__Incorrect answer:__ _no_",
+                "Correct answer:\n- yes\nIncorrect answer:: no",
+                "Correct answer: yes ✅\nIncorrect answer: no ❌",
+            )
+        ),
+        ('Correct answer: "yes"\nIncorrect answer: -5', (('"yes"', "-5"), None)),
+        ("Correct answer: yes\nIncorrect answer: " + "_" * 10**5 + "x", (("yes", "x"), None)),
         ("### Correct answer:\nyes\n\n### Incorrect answer:\nno", (("yes", "no"), None)),
         # Other names of the next question, and of reasoning.
         (f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}", (("yes", "no"), None)),
@@ -225,6 +243,18 @@ def test_candidates_depend_only_on_seed_and_question():
 )
 def test_parsing(response, expected):
     assert parse_response(response) == expected
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"{DRAFT}\nFinal:\nQuestion: What is ice?\n{FINAL}",
+        f"Question: And snow?\n{DRAFT}\n\nQuestion: what is ice\n{FINAL}\nQuestion: And rain?\n{DRAFT}",
+        f"Question: Ice?\n{FINAL}\nQuestion: And rain?\n{DRAFT}",  # in other words
+    ],
+)
+def test_a_pair_that_states_the_question_is_the_answer_to_it(response):
+    assert parse_response(response, "What is ice?") == (("yes", "no"), None)
 
 
 def test_combine(tmp_path):

@@ -108,12 +108,17 @@ def test_a_merged_model_is_pushed_whole(tmp_path, uploads):
     merged.mkdir()
     for name in ("config.json", "model.safetensors", "other.bin"):
         (merged / name).write_text("{}")
-    for content in (None, {"adapter_sha256": "0"}):
+    for content in (None, {"adapter_sha256": "0", "files": {}}):
         if content:
             (merged / "grath_merge.json").write_text(json.dumps(content))
         assert " merged: write it with" in call_here("grath.push", adapter, NAME, "--merged", merged, status=2).stderr
-    merge = {"adapter_sha256": sha256(adapter / "adapter_model.safetensors")}
+    merge = {"adapter_sha256": sha256(adapter / "adapter_model.safetensors"), "files": {"model.safetensors": "0"}}
     (merged / "grath_merge.json").write_text(json.dumps(merge))
+    refused = call_here("grath.push", adapter, NAME, "--merged", merged, status=2)
+    assert "model.safetensors is not the file that was written: merge the adapter again" in refused.stderr
+    merge["files"]["model.safetensors"] = sha256(merged / "model.safetensors")
+    (merged / "grath_merge.json").write_text(json.dumps(merge))
+    (merged / "README.md").write_bytes(b"generated_from_trainer \xff")
     call_here("grath.push", adapter, NAME, "--merged", merged)
     assert uploads == [(NAME, False, ["README.md", "config.json", "model.safetensors"])]
     metadata, page = card_of(merged)
