@@ -1,12 +1,13 @@
 """Log-likelihoods of answers. Every context and every shared prefix is computed once."""
 
 from bisect import bisect_left
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, chain, pairwise
 
 import torch
 
 from grath.generation.attention import engine_attention
-from grath.generation.cache import NO_END, common_prefix_length, prefill_prefix, upload
+from grath.generation.cache import NO_END, common_prefix_length, download, prefill_prefix, upload
 
 # Minimum number of tokens of a common prefix that gets a forward pass of its own, and the minimum share of its group's
 # tokens that it must save.
@@ -46,10 +47,16 @@ def window_loglikelihoods(model, windows, batch_tokens, max_rows=None):
     # The largest first: if the memory is too small, the first batch shows it.
     groups.sort(key=lambda group: group[0] + max(rows[context] for context in group[1]), reverse=True)
 
-    with engine_attention(model):
+    def batches():
         for length, members in groups:
             trees = [(context[length:], list(contexts[context])) for context in members]
-            for tree, results in loglikelihoods(model, list(members[0][:length]), trees, batch_tokens, max_rows):
+            for read in loglikelihoods(model, list(members[0][:length]), trees, batch_tokens, max_rows):
+                yield members, read
+
+    with engine_attention(model):
+        # A batch is read when the next one has been launched, so that a GPU does not wait for the host.
+        for (members, read), _ in pairwise(chain(batches(), [None])):
+            for tree, results in read():
                 yield from zip(contexts[members[tree]].values(), results, strict=True)
 
 
@@ -101,7 +108,8 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
         batch_tokens, max_rows: as in `window_loglikelihoods`; the prefix does not count.
 
     Yields:
-        (index of the tree, list of (log-likelihood, whether greedy decoding gives the answer) for each answer).
+        for each batch a function that waits for its results and returns them: list of (index of the tree, list of
+        (log-likelihood, whether greedy decoding gives the answer) for each answer).
     """
     cache = prefill_prefix(model, prefix_ids, 0, 0)
     all_rows = [_tree_row(*tree) for tree in trees]
@@ -116,10 +124,16 @@ def loglikelihoods(model, prefix_ids, trees, batch_tokens, max_rows=None):
         targets = [
             (start + column, token) for start, row in zip(starts, rows, strict=False) for column, token in row[3]
         ]
-        found = iter(_token_log_probs(model, hidden, targets))
-        for i in batch:
-            tokens = [[next(found) for _ in answer] for answer in trees[i][1]]
-            yield i, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]
+        yield partial(_read, {i: trees[i][1] for i in batch}, _token_log_probs(model, hidden, targets))
+
+
+def _read(answers_of, token_log_probs):
+    """Add up the tokens' log-probabilities of each answer. `answers_of`: index of a tree -> its answers."""
+    log_probs, results = iter(token_log_probs()), []
+    for tree, answers in answers_of.items():
+        tokens = [[next(log_probs) for _ in answer] for answer in answers]
+        results.append((tree, [(sum(p for p, _ in answer), all(greedy for _, greedy in answer)) for answer in tokens]))
+    return results
 
 
 def _tree_row(context, answers):
@@ -152,7 +166,7 @@ def _token_log_probs(model, hidden, targets):
     """Compute the log-probabilities of `targets`: list of (index of the predicting row of `hidden`, token id).
 
     Returns:
-        list of (log-probability, whether the token is greedy).
+        function that waits for the results and returns them: list of (log-probability, whether the token is greedy).
     """
     # One hidden state predicts the first tokens of all answers to a context. Its logits are computed once.
     states = sorted({state for state, _ in targets})
@@ -170,5 +184,5 @@ def _token_log_probs(model, hidden, targets):
         at, tokens = state[start:end] - first, token[start:end]
         found.append(torch.stack((log_probs[at, tokens], log_probs.argmax(-1)[at] == tokens)))
         start = end
-    numbers = torch.cat(found, 1).tolist()
-    return [(log_prob, bool(best)) for _, log_prob, best in sorted(zip(order, *numbers, strict=True))]
+    read = download(torch.cat(found, 1))
+    return lambda: [(log_prob, bool(best)) for _, log_prob, best in sorted(zip(order, *read(), strict=True))]

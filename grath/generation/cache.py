@@ -170,6 +170,24 @@ def upload(numbers, device):
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
+def download(tensor):
+    """Start to copy a tensor to main memory, without waiting for what runs on its device.
+
+    Returns:
+        function that waits for the copy, and for nothing launched later; it returns the numbers as (nested) lists.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy, copied = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read():
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 def common_prefix_length(prompts):
     """Return the length of the longest common prefix that leaves at least one token of each prompt."""
     return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)

@@ -139,3 +139,5 @@ def test_one_synchronization_for_each_forward_pass(monkeypatch):
             work()
         # The prefix's own forward pass is not read.
         assert len(reads) == len(forwards) - 1 > 2 and not uploads
+    # A batch of scores is read when the next one has been launched.
+    assert forwards == [0, 0, *range(len(forwards) - 2)]

@@ -142,7 +142,8 @@ def test_log_likelihoods_of_answers(family, batch_size, prefix):
     answers += [[7, 8, 9, 1], [7], [7, 3, 1], [7, 8, 9, 2, 4], [7, 8], [7, 8, 9, 1]]
     trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
     with engine_attention(model):
-        results = dict(loglikelihoods(model, common, trees, 40 * batch_size, batch_size))
+        batches = loglikelihoods(model, common, trees, 40 * batch_size, batch_size)
+        results = {tree: found for read in batches for tree, found in read()}
     assert sorted(results) == list(range(5))
     for i, (context, answers) in enumerate(trees):
         for answer, (log_prob, greedy) in zip(answers, results[i], strict=True):

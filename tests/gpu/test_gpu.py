@@ -14,6 +14,7 @@ from support import PROJECT, asking, call, call_here, rows, tiny
 
 from grath.evaluation.harness import load_local
 from grath.generation.attention import fused_kernels_differ
+from grath.generation.cache import download
 from grath.generation.select import LocalGenerator
 from grath.generation.shared_prefix import generate_shared_prefix
 from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
@@ -109,6 +110,17 @@ def test_scores_of_quantized_models(device, precision, tiny_llama, tmp_path):
 def test_the_check_describes_the_gpu(monkeypatch):
     monkeypatch.setenv("DEVICE", "")
     assert re.search(r"compute capability \d+\.\d; driver for CUDA \d\d\.\d; torch .* for CUDA", check_device(1))
+
+
+@needs_gpu("a CPU has no work in a queue")
+def test_results_are_read_while_later_work_runs():
+    numbers, large = torch.arange(3, device="cuda"), torch.ones(8192, 8192, dtype=torch.float16, device="cuda")
+    large @ large  # chooses the kernel
+    torch.cuda.synchronize()
+    read = download(numbers)
+    for _ in range(200):
+        large @ large
+    assert read() == [0, 1, 2] and not torch.cuda.current_stream().query()
 
 
 @needs_gpu("test_the_demo_on_smollm2_with_reduced_sizes runs it on a CPU")
