@@ -69,7 +69,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="draws the incorrect candidate for --useGT")
     add("--save_dir", type=Path, default=Path("data/truthfulness"), help="folder of the pair file")
     add("--max_new_tokens", type=positive_int, default=defaults.MAX_NEW_TOKENS, help="maximum tokens of a response")
-    rows = "questions at once, in each process (256 on a GPU, as far as they fit; else 64), or at each server (512)"
+    rows = "questions at once, in each process (64; the engine on a GPU: 256, if they fit), or at a server (512)"
     add("--batch_size", type=positive_int, help=rows)
     engines = "shared_prefix: compute the common prefix once; generate: transformers' generate; server: --server_url"
     add("--engine", choices=("shared_prefix", "generate", SERVER), default="shared_prefix", help=engines)
@@ -77,7 +77,7 @@ def parse_args():
     timeout = {"type": positive_int, "default": defaults.SERVER_TIMEOUT}
     add("--server_timeout", **timeout, help="seconds to wait for a server that does not respond")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU")
-    add("--overwrite", action="store_true", help="replace a pair file of this name that was made in another way")
+    add("--overwrite", action="store_true", help="write the pair file again, whatever it was made from")
     args = parser.parse_args()
     if Path(args.save_prefix).name != args.save_prefix:
         raise UserError(f"--save_prefix {args.save_prefix!r} must be a plain file name: use --save_dir for the folder")

@@ -10,9 +10,9 @@ previous one, and training continues that adapter. DIR gets one adapter on the p
 and plot, and the checkpoints in DIR/checkpoint-N. After an interruption the same command resumes from the last complete
 checkpoint.
 
-The defaults are the settings of the paper's code. Every option of TRL's DPOConfig works under its own name, apart
-from those for evaluation: there is none during training. --config reads options from a YAML file, one per line
-(`learning_rate: 1e-4`); flags override the file.
+The defaults are the settings of the paper's code, apart from what docs/differences.md names. Every option of TRL's
+DPOConfig works under its own name, apart from those for evaluation: there is none during training. --config reads
+options from a YAML file, one per line (`learning_rate: 1e-4`); flags override the file.
 """
 
 import json
@@ -54,7 +54,7 @@ class ScriptArguments:
     lora_dropout: float = option(LORA_DROPOUT, "active only with --no_disable_dropout, as in TRL; always recorded")
     sanity_check: bool = option(False, "train on the first 1000 pairs only")
     num_sample: int | None = option(None, "train on the first N pairs only")
-    overwrite_output_dir: bool = option(False, "replace the contents of output_dir")
+    overwrite_output_dir: bool = option(False, "remove the training in output_dir, and train again")
 
 
 def parse_args():

@@ -4,8 +4,8 @@
     python -m grath.push ADAPTER NAMESPACE/NAME --merged MODEL     MODEL is what `python -m grath.export` wrote
 
 Log in first (`hf auth login`). The card, README.md in the pushed folder, names the base, the data, the settings and the
-versions; for an adapter of a run, also the scores of the run. A card that you have edited is kept; remove it to get a
-new one. Checkpoints and records stay on this machine.
+versions; for an adapter of a run, also the scores of the run. A card that is there already is kept, apart from TRL's;
+remove it to get a new one. Checkpoints and records stay on this machine.
 """
 
 import json

@@ -105,7 +105,7 @@ class GrathDPOConfig(DPOConfig):
 def step_sizes(processes, batch=None, accumulation=None):
     """Return (pairs per forward pass, forward passes per step) of each process; a size that is given is kept.
 
-    By default a step has `PAIRS_PER_STEP` pairs, or fewer where the processes cannot share them equally.
+    By default each process takes the largest power of 2 with which all have at most `PAIRS_PER_STEP`, and at least one.
     """
     own = 2 ** (max(1, PAIRS_PER_STEP // processes).bit_length() - 1)
     batch = batch or (4 if accumulation else min(4, own))

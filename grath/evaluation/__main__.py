@@ -23,7 +23,8 @@ def main():
     add("output", type=Path, help="folder of the result files")
     add("--tasks", nargs="+", default=TASKS.split(), help="tasks of lm-evaluation-harness")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
-    add("--batch_size", type=batch_size, help="contexts at once, or auto for --backend hf; default: by tokens")
+    rows = "contexts at once (by tokens if not set; hf: 16, or auto), or requests at a server (512)"
+    add("--batch_size", type=batch_size, help=rows)
     add("--limit", type=limit, help="questions of each task, or a share below 1; all if not set")
     add("--backend", choices=BACKENDS, help=f"{BACKENDS[0]} if not set, or {SERVER} if --server_url is")
     add("--server_url", nargs="+", dest="servers", default=(), help="servers of --backend server")

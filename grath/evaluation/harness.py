@@ -49,7 +49,7 @@ class SplitLM(HFLM):
     """`HFLM` that splits the requests over the processes itself.
 
     For the harness every process is the only one, so the few-shot examples do not depend on the number of processes.
-    `truncated` counts the contexts of this process that did not fit into the model's window.
+    `truncated` counts the different contexts of this process that did not fit into the model's window.
     """
 
     rank, world_size, truncated = 0, 1, 0
@@ -65,7 +65,8 @@ class SplitLM(HFLM):
 
     def inspect(self, pairs):
         """Count the contexts that will be cut, and check the tokens of `pairs`: (context, answer), lists of ids."""
-        self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for context, answer in pairs)
+        most = self.max_length + 1
+        self.truncated += len({tuple(context) for context, answer in pairs if len(context) + len(answer) > most})
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         check_tokens(self.tokenizer, [ids for pair in pairs for ids in pair], embeddings)
 

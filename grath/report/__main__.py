@@ -4,7 +4,8 @@
     python -m grath.report RUN_DIR RUN_DIR ...  compare runs: write comparison.md and comparison.png next to the first
     python -m grath.report RESULTS_DIR          print the scores of one model
 
-Scores are read from all JSON files that lm-evaluation-harness wrote, whatever their names.
+Scores are read from the JSON files that the record of a folder names; without a record, from all that
+lm-evaluation-harness wrote.
 """
 
 from pathlib import Path

@@ -52,7 +52,8 @@ GROUPS = {
         Setting("RUN_NAME", "grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)"), None,
                 "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
         Setting("RUNS_DIR", "runs", str, None, "folder of all runs"),
-        Setting("SEED", "0", NATURAL, "pairs", "seed of every random draw; for pairs, only with `USE_GT=1`", "0"),
+        Setting("SEED", "0", NATURAL, "pairs",
+                "seed of DPO, and with `USE_GT=1` of the candidates; scores do not depend on it", "0"),
         Setting("ITERATIONS", "2", matching("[1-9][0-9]{0,2}", "a whole number from 1 to 999"), None,
                 "iterations of pairs, combine and DPO", "2 rolling, 10 fixed"),
         Setting("REFERENCE", "rolling", one_of("rolling", "fixed"), "dpo",
@@ -73,8 +74,8 @@ GROUPS = {
                 "few-shot examples: `truthfulqa`, `halueval`, `misconceptions` or a JSON file", "TruthfulQA's"),
         Setting("MAX_NEW_TOKENS", defaults.MAX_NEW_TOKENS, COUNT, "pairs", "maximum tokens of a response", "100"),
         Setting("PAIRS_BATCH_SIZE", "", COUNT, None,
-                "questions at once; empty: 256 on a GPU, halved while they do not fit in its memory; 64 on a CPU; "
-                "512 at each server. In int8, responses depend on it", "1"),
+                "questions at once; empty: 256 on a GPU, halved while they do not fit in its memory; 64 on a CPU, or "
+                "for models that the engine does not take; 512 at each server. In int8, responses depend on it", "1"),
         Setting("PAIRS_PRECISION", "auto", one_of(*PRECISIONS), "pairs",
                 "precision of generation; `auto`: int8 on a GPU, bf16 on a CPU", "int8"),
     ],
@@ -85,8 +86,8 @@ GROUPS = {
         Setting("LEARNING_RATE", defaults.LEARNING_RATE, POSITIVE, "dpo", "peak learning rate", "5e-4"),
         Setting("BETA", defaults.BETA, POSITIVE, "dpo", "DPO's beta", "0.1"),
         Setting("DPO_BATCH_SIZE", "", COUNT, "dpo",
-                "pairs in a forward pass of each process; empty: the most of 16, 8, 4, 2 and 1 that fit in the GPU's "
-                "memory; 4 on a CPU, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
+                "pairs in a forward pass of each process; empty: the largest of its share of 16, half of it, ... that "
+                "fits in the GPU's memory; at most 4 on a CPU, with FSDP, or with `GRADIENT_ACCUMULATION_STEPS`", "4"),
         Setting("GRADIENT_ACCUMULATION_STEPS", "", COUNT, "dpo",
                 "forward passes in a step; empty: as many as give at most 16 pairs over all processes", "4"),
         Setting("MAX_LENGTH", defaults.MAX_LENGTH, COUNT, "dpo", "pairs with more tokens are dropped", "1024"),
@@ -106,7 +107,7 @@ GROUPS = {
                 "contexts at once, at most; empty: by their tokens (`hf-shared`), 16 (`hf`), or 512 (`server`)", "16"),
         Setting("EVAL_PRECISION", "auto", one_of(*PRECISIONS), "scores",
                 "precision of scoring; `auto`: fp16 on a GPU, fp32 on a CPU", "fp16"),
-        Setting("LIMIT", "", limit, "scores", "questions of each task; empty: all"),
+        Setting("LIMIT", "", limit, "scores", "questions of each task (of each subject of MMLU); empty: all"),
         Setting("BACKEND", "hf-shared", one_of("hf", "hf-shared", SERVER), "scores",
                 "`hf-shared` computes every context once; `hf` is the harness's own model class; `server`: on "
                 "`SERVER_URL`, and the default if that is set", "hf"),
@@ -250,8 +251,8 @@ def configuration_page():
         "its model; what you set wins over the preset. An empty value is the default, except for `TASKS`.",
         "",
         "*Compared by* is the first stage that compares the setting with the record next to its output. If that stage",
-        "has started with another value, it refuses to start again and names the difference. A dash means that no",
-        "stage compares the setting, so you can change it between two starts of a run. It does not mean that every",
+        "has saved anything with another value, it refuses to start again and names the difference. A dash means that",
+        "no stage compares the setting, so you can change it between two starts of a run. It does not mean that every",
         "output stays the same: in int8, responses depend on `PAIRS_BATCH_SIZE`, and scores on `EVAL_BATCH_SIZE`.",
         "`RUN_NAME`, `RUNS_DIR` and `SEED` choose the run. Of `DPO_BATCH_SIZE`, `GRADIENT_ACCUMULATION_STEPS` and",
         "`NUM_PROCESSES`, only the number of pairs in a step is compared.",
