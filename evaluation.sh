@@ -18,8 +18,10 @@
 #   DRY_RUN         1: check the model, print the command and score nothing
 set -euo pipefail
 
-HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
+
+export PYTHONSAFEPATH=1 PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} # this project, wherever the caller is
 
 error() {
     echo "evaluation.sh: error: $*" >&2

@@ -8,11 +8,15 @@
 # Llama-2 is gated: request access on the hub, then `hf auth login`. Files that are there already are not downloaded again.
 set -euo pipefail
 
-HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
 DRY_RUN="${DRY_RUN:-0}"
 DATASETS=(allenai/ai2_arc truthfulqa/truthful_qa Rowan/hellaswag cais/mmlu)
 
+if [[ $DRY_RUN != [01] ]]; then
+    echo "prefetch.sh: error: DRY_RUN must be 0 or 1, not '$DRY_RUN'" >&2
+    exit 2
+fi
 if (($# == 0)) || [[ -z $1 || $1 == -* ]]; then
     echo "prefetch.sh: error: name a folder; usage: ./prefetch.sh DIR [MODEL...]" >&2
     exit 2

@@ -13,7 +13,7 @@
 # stage, with status 128 + signal; in a Slurm job, SIGUSR1 also requeues the job.
 set -euo pipefail
 
-HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
 RUN='' restarted=0
 if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0 && restarted=1; fi # a requeued job resumes
@@ -22,7 +22,7 @@ saved() { # what the run has saved: its files, apart from those of every start, 
     if [[ ! -d $RUN ]]; then echo 1 && return; fi
     (cd -- "$RUN" && find . -type f ! -name '.*' ! -name '*.record.json' ! -name grath.json ! -name settings.json \
         ! -name training_log.jsonl ! -path './models/*/runs/*' | sort) # runs/ is TensorBoard's
-    find "$RUN" -name '.*.responses*' -exec cat {} + | wc -l
+    find "$RUN/" -name '.*.responses*' -exec cat {} + | wc -l
 }
 end() { # SIGNAL STATUS: end the stage's process group, requeue on USR1, say how to resume
     trap '' HUP INT TERM USR1
@@ -144,7 +144,7 @@ if [[ $DRY_RUN$CHECK == 00 ]]; then
     fi
     mkdir -p -- "$RUN"
     saved_before=$(saved)
-    find "$RUN" \( -name '.*.tmp' -o -name '.*partial' \) -prune -exec rm -rf {} + # left by a kill
+    find "$RUN/" \( -name '.*.tmp' -o -name '.*partial' \) -prune -exec rm -rf {} + # left by a kill
 fi
 score 0
 for ((i = 0; i < ITERATIONS; i++)); do

@@ -19,7 +19,7 @@
 #SBATCH --signal=B:USR1@120
 # Two minutes before its time limit, the job ends its stage and requeues itself; it then resumes where it stopped.
 set -euo pipefail
-HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
 # Slurm runs a copy of this file; the project is the folder in which sbatch was called.
 if [[ ! -f $HERE/run_grath.sh ]]; then HERE=${SLURM_SUBMIT_DIR:-$HERE}; fi
 if [[ ! -f $HERE/run_grath.sh ]]; then

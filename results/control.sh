@@ -7,7 +7,7 @@
 # MAX_STEPS, WARMUP_STEPS, LEARNING_RATE, SEED, MODEL_TYPE and the settings of evaluation.sh are as in the loop. After an
 # interruption, run the same command again. DRY_RUN=1 prints the commands.
 set -euo pipefail
-HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
 model=${1:?the model} pairs=${2:?the gold answers, or a pair file} run=${3:?the folder of the run}
 source=--dataset_name

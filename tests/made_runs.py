@@ -6,6 +6,7 @@ from support import write_rows
 
 from grath.common.files import sha256
 from grath.common.layout import find_pairs, model_path, pairs_path, record_path, results_path
+from grath.pairs.record import hash_rows
 
 NAMES = (5, False, True)
 
@@ -45,13 +46,14 @@ def put_model(run, number, adapter=None, **settings):
     write_rows(path.with_name("training_log.jsonl"), log)
 
 
-def put_pairs(run, number, content, **settings):
-    """Put the pair file that M_i wrote, from (question, correct, incorrect), and its record."""
+def put_pairs(run, number, content, asked=(), **settings):
+    """Put the pair file that M_i wrote about questions (`asked`), of (question, correct, incorrect)."""
     path = pairs_path(run, number, *NAMES)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, [dict(zip(("question", "correct", "incorrect"), row, strict=True)) for row in content])
     settings = {"data_path": "gone.jsonl", "data_name": "x", "subdata_name": "x", "split": "train"} | settings
-    put_record(record_path(path), [find_pairs(run, number)], settings=settings, counts={"asked": 5})
+    about = {"inputs": {"questions": hash_rows(asked)}, "counts": {"asked": len(asked) or 5}}
+    put_record(record_path(path), [find_pairs(run, number)], settings=settings, **about)
     return path
 
 

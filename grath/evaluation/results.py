@@ -61,6 +61,8 @@ def read_scores(folder):
             key = key if key in metrics else next(iter(metrics), None)
             if task in subtasks or key is None:
                 continue
+            if task in scores:
+                raise UserError(f"{folder} has {task} in several files: name the folder of one evaluation")
             if not fits(values[key], NUMBER):
                 raise UserError(f"{file} is damaged: {key} of {task} is not a number")
             stderr = values.get(key.replace(",", "_stderr,"))

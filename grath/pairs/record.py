@@ -28,7 +28,7 @@ def describe_pairs(args, questions, messages, earlier):
     inputs |= {"max_new_tokens": args.max_new_tokens}
     inputs |= {"demos": args.demos} if args.useFS else {}
     inputs |= {"seed": args.seed} if args.useGT else {}
-    return inputs | {"questions": _hash(questions), "messages": _hash(messages)}
+    return inputs | {"questions": hash_rows(questions), "messages": hash_rows(messages)}
 
 
 def _precision(args, earlier):
@@ -40,7 +40,8 @@ def _precision(args, earlier):
     return recorded if same and earlier.get("files") else resolve_precision(args.precision, "pairs")
 
 
-def _hash(rows):
+def hash_rows(rows):
+    """Return the SHA-256 of rows (what JSON can write) in hexadecimal."""
     return hash_of(json.dumps(row) for row in rows)
 
 

@@ -82,7 +82,7 @@ def _iterations_table(models):
         if not pairs and not trained:
             continue
         log, used = (trained["training"], trained["records"]["dpo"]["pairs"]) if trained else ([], {})
-        last = next((entry for entry in reversed(log) if "loss" in entry), {})
+        last = next((entry for entry in reversed(log) if "rewards/margins" in entry), {})
         of_training = [last.get(name) for name in ("step", "rewards/margins", "rewards/accuracies")]
         body.append([f"M_{number} -> M_{number + 1}", *map(pairs.get, COLUMNS), used.get("kept"), *of_training])
     of_pairs = ["truth signal [95 %]" if name == "signal" else name for name in COLUMNS]
@@ -136,7 +136,8 @@ def score_rows(groups):
     for group in groups:
         for number, model in group["models"].items():
             if number == 0:
-                key = {task: round(score["score"], 6) for task, score in model["scores"].items()}
+                scores = {task: round(score["score"], 6) for task, score in model["scores"].items()}
+                key = (group["settings"]["base model"], scores)
                 if key in shown:
                     continue
                 shown.append(key)

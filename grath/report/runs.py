@@ -13,6 +13,7 @@ from grath.common.files import read_json, read_json_lines
 from grath.common.record import NUMBER, OF_TRAINING, check_inputs, read_record
 from grath.evaluation.results import read_scores
 from grath.pairs.questions import load_questions
+from grath.pairs.record import hash_rows
 from grath.pairs.stats import pair_stats
 from grath.report.paired import pool
 
@@ -67,16 +68,19 @@ def read_run(folder):
         results, pairs = layout.results_path(folder, number), layout.find_pairs(folder, number)
         # A published run has the records of its pairs, but no pair files.
         asked = sorted(folder.glob(f"data/{layout.record_path(Path(f'{layout.save_prefix(number)}_num_*.json'))}"))
+        asked = [layout.record_path(pairs)] if pairs else asked[:1]
         records = {
             "dpo": model and read_record(model / layout.TRAINING_RECORD, OF_TRAINING),
             "scores": read_record(results / layout.SCORES_RECORD),
             "pairs": read_record(asked[0], {"settings?": QUESTIONS}) if asked else None,
         }
         records = {stage: record for stage, record in records.items() if record}
-        if number and "files" not in records.get("dpo", {}):
-            break  # not trained, or not yet
+        if number and "files" not in records.get("dpo", {}):  # not trained, or not yet
+            if layout.find_model(folder, number + 1):
+                raise UserError(f"{folder} contains M_{number + 1}, but no finished M_{number}: put it back")
+            break
         if number == 0 and pairs and "settings" in records.get("pairs", {}):
-            questions = _asked_questions(records["pairs"]["settings"])
+            questions = _asked_questions(records["pairs"])
         known = earlier.get(str(number))
         of_pairs = pair_stats(pairs, questions) if pairs else known
         if known and not questions:  # they are no longer on this machine
@@ -102,17 +106,26 @@ def _check_bases(models):
     ]
     for name, base in made[1:]:
         check_inputs({"inputs": made[0][1]}, base, made[0][0], f"{name}: the base was replaced during the run")
+    for number, model in models.items():
+        for stage, record in model["records"].items():
+            owner = number - 1 if stage == "dpo" else number
+            trained, used = models.get(owner, {}).get("records", {}).get("dpo"), record["inputs"].get("model", {})
+            if trained and isinstance(used.get("adapter"), dict):
+                advice = f"M_{owner} was trained again; make that of M_{number} again"
+                check_inputs({"inputs": used["adapter"]}, trained["files"], f"{stage} of M_{number}", advice)
 
 
-def _asked_questions(settings):
-    """Load the questions that were asked, with their gold answers; an empty list if they are not on this machine."""
+def _asked_questions(record):
+    """Load the questions that a record of pairs is about; an empty list if they are not on this machine."""
+    settings, asked = record["settings"], record.get("counts", {}).get("asked")
     path = settings["data_path"] and Path(settings["data_path"])
     if path and not path.is_file():
         path = layout.PROJECT / path
     try:
-        return load_questions(settings["data_name"], settings["subdata_name"], settings["split"], path)
+        questions = load_questions(settings["data_name"], settings["subdata_name"], settings["split"], path)[:asked]
     except UserError:
         return []
+    return questions if hash_rows(questions) == record["inputs"].get("questions") else []
 
 
 def _settings(models):
@@ -161,9 +174,8 @@ def group_runs(runs):
             grouped.append(members)
         members.append(run)
     for members in grouped:
-        name = common_name(members)
-        if name in [group["name"] for group in groups]:
-            name = members[0]["folder"].resolve().name
+        folder, names = members[0]["folder"].resolve(), [group["name"] for group in groups]
+        name = next(name for name in (common_name(members), folder.name, str(folder)) if name not in names)
         settings = members[0]["settings"] | {"seed": ", ".join(run["settings"]["seed"] for run in members)}
         numbers = range(max(len(run["models"]) for run in members))
         models = {number: _pooled_model(number, [run["models"] for run in members]) for number in numbers}

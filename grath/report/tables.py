@@ -51,7 +51,9 @@ def score_cell(score, base):
     if score["stderr"] is not None and not (base and score[QUESTIONS]):
         text += f" ± {score['stderr']:.2f}"
     if base and base is not score:
-        if found := paired_difference(base, score):
+        if base["version"] != score["version"]:
+            change = "another task version than the base's"
+        elif found := paired_difference(base, score):
             change = f"{found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]"
         elif base[QUESTIONS] and score[QUESTIONS]:
             change = "other questions than the base's"
@@ -86,7 +88,8 @@ def best_iteration(rows):
         if len(sums) < 2:
             continue
         best = max(sums, key=sums.get)
-        later = list(sums.values())[list(sums).index(best) + 1 :]
+        names = [name for name, _ in rows]
+        later = [sums.get(name, float("inf")) for name in names[names.index(best) + 1 :]]
         lower = later and max(later) < sums[best]
         fall = f"; every later iteration is lower (the last: {later[-1]:.2f})" if lower else ""
         lines.append(f"Best by {' + '.join(get_task(task).title for task in pair)}: {best} ({sums[best]:.2f}){fall}.")

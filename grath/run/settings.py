@@ -25,7 +25,7 @@ def one_of(*choices):
 
 
 COUNT = matching("[1-9][0-9]{0,8}", "a whole number of at least 1")
-NATURAL = matching("[0-9]{1,9}", "a whole number")
+NATURAL = matching("0|[1-9][0-9]{0,8}", "a whole number")
 FLAG = matching("[01]", "0 or 1")
 POSITIVE = matching(r"(?=[0-9.]*[1-9])[0-9]*\.?[0-9]*([eE][-+]?[0-9]{1,2})?", "a number greater than 0")
 
@@ -101,7 +101,8 @@ GROUPS = {
                 "also send the training log to `wandb`, `tensorboard` or `trackio` (install it and log in first)"),
     ],
     "Scores": [
-        Setting("TASKS", defaults.TASKS, str, None, "tasks of lm-evaluation-harness; empty: no scores",
+        Setting("TASKS", defaults.TASKS, matching(r"\s*([^-\s]\S*(\s+|$))*", "names of tasks"), None,
+                "tasks of lm-evaluation-harness; empty: no scores",
                 defaults.TASKS),
         Setting("EVAL_BATCH_SIZE", "", batch_size, None,
                 "contexts at once, at most; empty: by their tokens (`hf-shared`), 16 (`hf`), or 512 (`server`)", "16"),
@@ -191,8 +192,9 @@ def check_start(values):
         UserError: a check failed.
     """
     run, *asked = run_and_asked(values)
-    found = layout.find_pairs(run, 0)
-    if values["FRESH"] == "0" and found and found != layout.pairs_path(run, 0, *asked):
+    made = {layout.find_pairs(run, 0): layout.pairs_path(run, 0, *asked)}
+    made[layout.find_model(run, 1)] = layout.model_path(run, 1, *asked)
+    for found in [found for found, own in made.items() if found not in (None, own) and values["FRESH"] == "0"]:
         raise UserError(f"{found} has another NUM_QUERY, USE_GT or USE_FS: set another RUN_NAME, or FRESH=1")
     for name in ("DATA_PATH", "ACCELERATE_CONFIG"):
         if values[name] and not Path(values[name]).is_file():

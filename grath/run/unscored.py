@@ -29,8 +29,10 @@ def unscored_lines():
     trained = []
     while (folder := find_model(run, len(trained) + 1)) and (read_record(folder / TRAINING_RECORD) or {}).get("files"):
         trained.append(folder)
-    first = read_record(trained[0] / TRAINING_RECORD, OF_TRAINING) if trained else {}
-    models = [first.get("incoming_adapter") or first["base_model"], *trained] if trained else []
+    first = (folder := find_model(run, 1)) and read_record(folder / TRAINING_RECORD, OF_TRAINING)
+    if not first:
+        raise UserError(f"{run} contains later models, but no M_1: put it back")
+    models = [first.get("incoming_adapter") or first["base_model"], *trained]
     results = [results_path(run, i) for i in range(len(models))]
     records = [record for folder in results if (record := read_record(folder / SCORES_RECORD))]
     files = dict.fromkeys(Path(name) for record in records for name in record.get("files", ()))

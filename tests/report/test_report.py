@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from made_runs import put_model, put_pairs, put_record, put_run, put_scores, result
-from support import BUNDLED, call_here, cells_of, write_rows
+from support import BUNDLED, call_here, cells_of, rows, write_rows
 
 from grath.common.files import sha256
 from grath.pairs.questions import load_questions
@@ -39,8 +39,12 @@ def comparison(*runs):
 
 def test_what_is_printed_equal_is_not_called_lower():
     scores = {"M_0": 40.241, "M_1": 40.239}
-    rows = [(name, {"grath_mc1": {"score": 33.0}, "grath_mc2": {"score": score}}) for name, score in scores.items()]
-    assert best_iteration(rows) == ["Best by MC1 (bundled) + MC2 (bundled): M_0 (73.24)."]
+    scored = [(name, {"grath_mc1": {"score": 33.0}, "grath_mc2": {"score": score}}) for name, score in scores.items()]
+    assert best_iteration(scored) == ["Best by MC1 (bundled) + MC2 (bundled): M_0 (73.24)."]
+    # Nor what was not scored.
+    lacking = [scored[0], ("M_1", {name: {"score": 1.0} for name in scored[1][1]}), ("M_2", {})]
+    assert best_iteration(lacking) == best_iteration(scored)
+    assert best_iteration(lacking[:2])[0].endswith(": M_0 (73.24); every later iteration is lower (the last: 2.00).")
 
 
 def test_report_of_a_run(made_run):
@@ -49,7 +53,7 @@ def test_report_of_a_run(made_run):
     text, cells = page(made_run), cells_of(page(made_run))
     assert ["M_1", "40.00 ± 1.00 (+10.00)", "50.00 ± 1.00 (+5.00)"] in cells
     assert ["M_3", "20.00 ± 1.00 (-10.00)", "-"] in cells
-    assert "Best by MC1 + MC2: M_1 (90.00); every later iteration is lower (the last: 84.00)." in text
+    assert "Best by MC1 + MC2: M_1 (90.00)." in text  # M_3 lacks MC2
     assert "Base model: me/Llama-2-7b-chat-hf" in text
     (trained,) = [row for row in cells if row[0] == "M_0 -> M_1"]
     assert trained[1:5] == ["5", "3", "1", "1"] and trained[-4:] == ["2", "9", "0.125", "-"]
@@ -70,6 +74,7 @@ def test_report_of_a_run(made_run):
 def test_unfinished_stages_are_not_shown(made_run):
     """A record is written when its stage starts, and gets the rest when it ends. M_1 starts from an adapter here."""
     shutil.rmtree(made_run / "results")
+    shutil.rmtree(next(made_run.glob("models/iter_3_*")))
     put_model(made_run, 1, adapter="runs/first/models/iter_1")
     next(made_run.glob("data/*True.json")).unlink()
     later = {"models/iter_2_*/grath.json": ["files"], "data/*.record.json": ["files", "settings"]}
@@ -191,16 +196,18 @@ def test_only_runs_that_differ_in_the_seed_are_pooled(tmp_path):
 
 
 def test_the_truth_signal(tmp_path):
-    """Also in a moved run; where the questions are not on this machine, an earlier report's signal, or a dash."""
+    """Also in a moved run; where the questions are not here, or have changed, an earlier report's signal, or a dash."""
     questions = load_questions(data_path=BUNDLED)[:6]
     right = [(row["question"], row["choices"][row["answer"]], row["choices"][row["answer"] - 1]) for row in questions]
 
     def signals(path):
-        put_pairs(tmp_path, 0, right, data_path=path)
+        put_pairs(tmp_path, 0, right, questions, data_path=path)
         call_here("grath.report", tmp_path)
         return [row[5] for row in cells_of(page(tmp_path)) if row[0] == "M_0 -> M_1"]
 
-    assert signals("data/questions.jsonl") == signals("gone.jsonl") == ["+1.000 [+1.000, +1.000]"]
+    others = write_rows(tmp_path / "others.jsonl", rows(BUNDLED)[::-1])
+    for path in ("data/questions.jsonl", "gone.jsonl", str(others)):
+        assert signals(path) == ["+1.000 [+1.000, +1.000]"]
     (tmp_path / "pairs.json").unlink()
     assert signals("gone.jsonl") == ["-"]
 
@@ -219,3 +226,46 @@ def test_stages_with_different_bases_are_refused(made_run):
     os.utime(made_run / "report.md", (4e9, 4e9))
     call_here("grath.report", made_run)
     assert page(made_run) != "old"
+
+
+def test_scores_of_a_model_that_was_trained_again_are_refused(made_run):
+    models = [path.parent for path in sorted(made_run.glob("models/iter_*/grath.json"))]
+    files = {"adapter_config.json": "c" * 64, "adapter_model.safetensors": "1" * 64}
+    for path in (models[0] / "grath.json", made_run / "results" / "iter_1" / "settings.json", models[1] / "grath.json"):
+        record = json.loads(path.read_text())
+        part = record if path.parent == models[0] else record["inputs"].setdefault("model", {"adapter": {}})["adapter"]
+        part.update({"files": files} if part is record else files)
+        path.write_text(json.dumps(record))
+    call_here("grath.report", made_run)
+    path.write_text(path.read_text().replace("1" * 64, "2" * 64))
+    done = call_here("grath.report", made_run, status=2)
+    assert "dpo of M_2 was made with adapter_model.safetensors 222222222222, not 111111111111" in done.stderr
+    shutil.rmtree(models[0])
+    assert "contains M_2, but no finished M_1" in call_here("grath.report", made_run, status=2).stderr
+
+
+def test_the_end_of_a_training_and_the_record_of_its_own_pairs_are_shown(made_run):
+    """The last line of TRL's log has the rewards since the one before. Another start left a record of other pairs."""
+    log = next(made_run.glob("models/iter_1_*/training_log.jsonl"))
+    write_rows(log, [*rows(log)[:-1], {"step": 15, "train_loss": 0.1, "rewards/margins": 0.25}])
+    left = next(made_run.glob("data/iter0_*.record.json")).with_name(
+        "iter0_arcc_num_100_useGT_True_useFS_True.json.record.json"
+    )
+    put_record(left, inputs={"max_new_tokens": 50})
+    call_here("grath.report", made_run)
+    (trained,) = [row for row in cells_of(page(made_run)) if row[0] == "M_0 -> M_1"]
+    assert trained[-3:] == ["15", "0.250", "-"] and ["pairs demos", "halueval"] in cells_of(page(made_run))
+    assert not any(row[0] == "pairs max_new_tokens" for row in cells_of(page(made_run)))
+
+
+def test_other_versions_of_a_task_are_not_compared_and_two_files_of_one_are_refused(made_run):
+    file = made_run / "results" / "iter_1" / "truthfulqa_mc1.json"
+    file.write_text(file.read_text().replace('"truthfulqa_mc1": 2.0', '"truthfulqa_mc1": 1.0'))
+    put_record(file.with_name("settings.json"), file.parent.glob("truth*.json"))
+    call_here("grath.report", made_run)
+    shown = [row[1] for row in cells_of(page(made_run)) if row[0] == "M_1"]
+    assert shown[0] == "40.00 ± 1.00 (another task version than the base's)"
+    (made_run / "mine").mkdir()
+    for name in ("a.json", "b.json"):
+        shutil.copy(file, made_run / "mine" / name)
+    assert "has truthfulqa_mc1 in several files" in call_here("grath.report", made_run / "mine", status=2).stderr
