@@ -114,7 +114,6 @@ def read_model(name):
     from transformers import AutoConfig
 
     base, adapter = resolve_base_and_adapter(name)
-    model_identity(name)
     check_weights(base)
     try:
         folder = Path(base) if Path(base).is_dir() else Path(hf_hub_download(base, "config.json")).parent
@@ -127,6 +126,7 @@ def read_model(name):
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
     check_unquantized(base, config)
+    model_identity(name)  # that an adapter's base is the one that it was trained on
     if not adapter:
         check_layers(config)
     return base, config.get_text_config()

@@ -17,7 +17,11 @@ def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
     done = call_here("grath.export", first_iteration[0], out, "--precision", "fp32")
     assert done.stdout.splitlines()[-1].startswith(f"Wrote {out}")
     merge = json.loads((out / "grath_merge.json").read_text())
-    assert merge == {"adapter_sha256": sha256(first_iteration[0] / "adapter_model.safetensors"), "precision": "fp32"}
+    assert merge == {
+        "adapter_sha256": sha256(first_iteration[0] / "adapter_model.safetensors"),
+        "precision": "fp32",
+        "files": {"model.safetensors": sha256(out / "model.safetensors")},
+    }
     ids = AutoTokenizer.from_pretrained(out)("Is ice cold?", return_tensors="pt").input_ids
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(out)(ids).logits

@@ -214,12 +214,24 @@ def test_processes_share_the_processors(tiny_llama, tmp_path):
     assert "set NUM_PROCESSES=1" in done.stderr and not (tmp_path / "s").exists()
 
 
+def test_the_scripts_use_their_own_project(tiny_llama, tmp_path):
+    """Where the caller's folder has another one, and where the project is a link."""
+    (tmp_path / "grath").mkdir()
+    (tmp_path / "grath" / "__init__.py").write_text("raise SystemExit('another project')")
+    env = {"TASKS": "grath_mc1", "DRY_RUN": "1", "RUNS_DIR": str(tmp_path)}
+    assert "grath_mc1, 0-shot" in call("evaluation.sh", tiny_llama, tmp_path / "s", env=env, cwd=tmp_path).stdout
+    (tmp_path / "link").symlink_to(PROJECT)
+    done = call("bash", tmp_path / "link" / "run_smollm2.sh", env=env | {"CDPATH": str(tmp_path)})
+    assert f"--model_name_or_path {PROJECT}/models/smollm2 " in done.stdout
+
+
 def test_prefetch_names_what_it_fetches(tmp_path):
     log = tmp_path / "log"
     (tmp_path / "hf").write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
     (tmp_path / "hf").chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     folder = tmp_path / "the hub"
+    assert "DRY_RUN must be 0 or 1" in call("prefetch.sh", folder, env=env | {"DRY_RUN": "true"}, status=2).stderr
     call("prefetch.sh", folder, "me/model", env=env)
     fetched = log.read_text().splitlines()
     assert len(fetched) == 5
