@@ -145,7 +145,7 @@ def main():
         try:
             trainer = GrathDPOTrainer(model=model, args=config, reference=args.reference, **given)
         except (ValueError, NotImplementedError, ImportError, OSError) as error:  # the last is of --push_to_hub
-            if explain_system_error(error):
+            if explain_system_error(error) or getattr(error, "errno", None):
                 raise
             raise UserError(str(error)) from None
         steps = f"{config.max_steps} steps of {batch} pairs"

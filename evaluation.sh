@@ -21,7 +21,7 @@ set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
 
-export PYTHONSAFEPATH=1 PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} # this project, wherever the caller is
+export PYTHONSAFEPATH=1 # the installed project, not what is in the caller's folder
 
 error() {
     echo "evaluation.sh: error: $*" >&2

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, run_main
-from grath.common.files import atomic_write_text, check_writable, sha256
+from grath.common.files import atomic_write_text, check_writable, file_hash, sha256
 from grath.common.layout import ADAPTER, MERGE_RECORD
 from grath.modeling.identity import model_identity
 from grath.modeling.loading import load_model, load_tokenizer, resolve_base_and_adapter
@@ -69,7 +69,7 @@ def main():
                 f"itself changes them by {effect:.2g}: nothing was saved; try --precision fp32"
             )
         merge = {"adapter_sha256": sha256(Path(adapter) / ADAPTER), "precision": args.precision}
-        merge["files"] = {file.name: sha256(file) for file in sorted(partial.glob("*.safetensors"))}
+        merge["files"] = {file.name: file_hash(file) for file in sorted(partial.glob("*.safetensors"))}
         atomic_write_text(partial / MERGE_RECORD, json.dumps(merge) + "\n")
         partial.rename(args.out)
     finally:

@@ -45,7 +45,7 @@ def main():
     folder = args.merged or args.adapter
     if args.merged:
         merge = args.merged / MERGE_RECORD
-        shape = {"adapter_sha256": str, "files": {str: str}}
+        shape = {"adapter_sha256": str, "files?": {str: str}}
         known = read_json(merge, "record of a merge", shape) if merge.is_file() else {}
         merged = known.get("adapter_sha256") == record["files"][ADAPTER]
         if not (merged and check_files(known, args.merged, "merge the adapter again")):

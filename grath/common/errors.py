@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from grath.common.signals import SignalReceived, end_with_launcher, raise_on_signal
@@ -78,7 +79,8 @@ def printable(text):
 def _escaped_record(*args, **options):
     """Make a log record; the libraries' warnings quote the files that they read."""
     record = logging.LogRecord(*args, **options)
-    record.msg, record.args = printable(record.getMessage()), ()
+    with suppress(Exception):  # a wrong call of a library, which its handler reports
+        record.msg, record.args = printable(record.getMessage()), ()
     return record
 
 

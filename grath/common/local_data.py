@@ -46,17 +46,19 @@ def load_dataset(path, name=None, **options):
 
 def content_hash(folder):
     """Return the SHA-256, in hexadecimal, of the names and bytes of a data set's files; hidden ones do not count."""
-    lines = []
+    files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files = [Path(place, name) for name in names if not name.startswith(".")]
-        lines += [f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files if file.is_file()]
-    return hash_of(sorted(lines))
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return hash_of(
+        f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in sorted(files) if file.is_file()
+    )
 
 
 def _files(data_files):
     """Return the local files that the option `data_files` of `datasets.load_dataset` names: list of absolute paths."""
     if isinstance(data_files, str):
-        return [Path(file).resolve() for file in glob(data_files, recursive=True)]  # noqa: PTH207
+        files = [Path(file).resolve() for file in glob(data_files, recursive=True)]  # noqa: PTH207
+        return [file for file in files if file.is_file()]
     parts = data_files.values() if isinstance(data_files, dict) else data_files
     return [file for part in parts for file in _files(part)]

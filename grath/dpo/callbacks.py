@@ -83,7 +83,7 @@ def training_warnings(log, config, max_steps):
     if not entries:
         return {}
     found, last, warmup = {}, entries[-1], config.get_warmup_steps(max_steps)
-    if warmup >= max_steps:
+    if warmup >= max_steps and config.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau", "greedy"):
         found["warm-up"] = f"the warm-up of {warmup} steps never ends in {max_steps}: use fewer warm-up steps"
     chosen, rejected = last["rewards/chosen"] / config.beta, last["rewards/rejected"] / config.beta
     if chosen < -1 and rejected < -1:

@@ -32,7 +32,7 @@ def resume_state(inputs, settings):
             f"--resume_from_checkpoint {chosen} is not a complete checkpoint (--output_dir has checkpoint-N)"
         )
     if chosen and (trained := read_record(Path(chosen).parent / TRAINING_RECORD)):
-        check_inputs(trained, inputs, chosen, "choose a checkpoint of the same training")
+        check_inputs(trained, inputs, chosen, "choose a checkpoint of the same training, which cannot be extended")
     if folder.resolve() == Path(settings["model_name_or_path"]).expanduser().resolve():
         raise UserError(f"--output_dir {folder} is the model that the training starts from: choose another folder")
     if (folder / "config.json").is_file():

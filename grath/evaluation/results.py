@@ -11,7 +11,7 @@ from grath.common.errors import UserError
 from grath.common.files import atomic_write_text, fits, hash_of, read_json
 from grath.common.layout import SCORES_RECORD
 from grath.common.record import NUMBER, VERSION, check_files, read_record
-from grath.evaluation.tasks import KNOWN_TASKS, get_task, mc2
+from grath.evaluation.tasks import KNOWN_TASKS, NO_SCORE, get_task, mc2
 from grath.pairs.stats import negated
 
 QUESTIONS = "questions"
@@ -25,7 +25,6 @@ RESULT = {
     f"{QUESTIONS}?": (NoneType, {"sha256": str, "scores": [NUMBER | None], "negated?": [int]}),
 }
 EDITED = "remove it, and score the model again"
-NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
 TASK = re.compile(r"[\w.:/+ -]{1,100}")
 # Parts of the names of metrics between 0 and 1, which are shown in percent.
 SHARES = ("acc", "exact_match", "f1", "pass", "mcc")
@@ -41,7 +40,7 @@ def read_scores(folder):
         `question_scores` returned.
 
     Raises:
-        UserError: a file is not a result file, or not the one that was recorded.
+        UserError: a file is not a result file, or not the one that was recorded, or two have one task.
     """
     folder, scores = Path(folder), {}
     if record := read_record(folder / SCORES_RECORD):
@@ -62,7 +61,7 @@ def read_scores(folder):
             if task in subtasks or key is None:
                 continue
             if task in scores:
-                raise UserError(f"{folder} has {task} in several files: name the folder of one evaluation")
+                raise UserError(f"{file} and an earlier file of {folder} both have {task}: move one away")
             if not fits(values[key], NUMBER):
                 raise UserError(f"{file} is damaged: {key} of {task} is not a number")
             stderr = values.get(key.replace(",", "_stderr,"))

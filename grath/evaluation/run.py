@@ -12,11 +12,11 @@ from pathlib import Path
 from grath.common.errors import UserError
 from grath.common.files import check_writable, file_hash, hash_of, sha256
 from grath.common.layout import SAMPLES, SCORES_RECORD, resolve_local
-from grath.common.local_data import OPENED, content_hash, load_dataset
+from grath.common.local_data import OPENED, content_hash
 from grath.common.record import check_files, check_inputs, read_record, recording, write_record
-from grath.evaluation.results import EDITED, NO_SCORE, read_scores, samples_file, write_results
+from grath.evaluation.results import EDITED, read_scores, samples_file, write_results
 from grath.evaluation.samples import BUNDLED, MAX_NEW_TOKENS, ask_samples, write_samples
-from grath.evaluation.tasks import KNOWN_TASKS, OWN_TASKS, get_task, own_files
+from grath.evaluation.tasks import KNOWN_TASKS, get_task, own_files, task_manager
 from grath.modeling.chat import render, template_for
 from grath.modeling.devices import check_shared, init_distributed, print_once
 from grath.modeling.identity import model_identity
@@ -53,8 +53,8 @@ def score_model(args):
         tokenizer = load_tokenizer(args.model)
         check_tokenizer(tokenizer)
         template = _template(args, tokenizer)
-        sampled = sampled and template is not None
-        asked = ask_samples(args.model, tokenizer, template) if sampled else ()
+        asked = _samples(args.model, tokenizer, template) if sampled and template is not None else None
+        sampled = asked is not None
         manager = task_manager(missing)
     elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
         precision = record["inputs"].get("precision")
@@ -198,28 +198,13 @@ def _template(args, tokenizer):
         return None
 
 
-def task_manager(tasks):
-    """Prepare the harness; return its `TaskManager`. Raise `UserError` if one of the tasks is not known."""
-    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    import datasets
-    import lm_eval.tasks
-    import lm_eval.utils
-
-    lm_eval.utils.setup_logging()
-    datasets.load_dataset = load_dataset
-    # The harness needs 14 seconds to read the files of all its tasks, so it reads those of the known ones first.
-    builtin = Path(lm_eval.tasks.__file__).parent
-    folders = {str(builtin / KNOWN_TASKS[task].folder) for task in KNOWN_TASKS.keys() & tasks if get_task(task).folder}
-    own = [str(OWN_TASKS), *sorted(folders)]
-    manager = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):
-        manager = lm_eval.tasks.TaskManager(include_path=own)
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise UserError(f"{unknown[0]} is not a task of lm-evaluation-harness: see `lm-eval ls tasks`")
-    if tags := [task for task in tasks if task in manager.all_tags]:
-        raise UserError(f"{tags[0]} {NO_SCORE}")
-    return manager
+def _samples(model, tokenizer, template):
+    """Return what `ask_samples` does; None, with a message, if the model cannot be asked."""
+    try:
+        return ask_samples(model, tokenizer, template)
+    except UserError as error:
+        print_once(f"no sample answers: {error}")
+        return None
 
 
 @contextmanager

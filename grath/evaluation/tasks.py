@@ -1,12 +1,17 @@
 """The tasks of the Open LLM Leaderboard and the bundled ones: few-shot examples, metric, data set and title."""
 
+import os
 import re
 from dataclasses import dataclass
 from math import exp
+from pathlib import Path
 
+from grath.common.errors import UserError
 from grath.common.layout import PROJECT
+from grath.common.local_data import load_dataset
 
 OWN_TASKS = PROJECT / "tasks"
+NO_SCORE = "is not a task with a score of its own: name its members in TASKS"
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,32 @@ def own_files(name):
     file = OWN_TASKS / f"{name}.yaml"
     if not file.is_file():
         return []
-    included = re.findall(r"^include: *([^\s#]+)\.yaml\s*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    included = re.findall(r"""^include: *["']?([^\s#"']+)\.yaml""", file.read_text(encoding="utf-8"), re.MULTILINE)
     return [file, *(one for name in included for one in own_files(name)), *OWN_TASKS.glob("*.py")]
+
+
+def task_manager(tasks):
+    """Prepare the harness; return its `TaskManager`. Raise `UserError` if one of the tasks is not known."""
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    import datasets
+    import lm_eval.tasks
+    import lm_eval.utils
+
+    lm_eval.utils.setup_logging()
+    datasets.load_dataset = load_dataset
+    # The harness needs 14 seconds to read the files of all its tasks, so it reads those of the known ones first.
+    builtin = Path(lm_eval.tasks.__file__).parent
+    folders = {str(builtin / KNOWN_TASKS[task].folder) for task in KNOWN_TASKS.keys() & tasks if get_task(task).folder}
+    own = [str(OWN_TASKS), *sorted(folders)]
+    manager = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):
+        manager = lm_eval.tasks.TaskManager(include_path=own)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise UserError(f"{unknown[0]} is not a task of lm-evaluation-harness: see `lm-eval ls tasks`")
+    if tags := [task for task in tasks if task in manager.all_tags]:
+        raise UserError(f"{tags[0]} {NO_SCORE}")
+    return manager
 
 
 def mc2(log_likelihoods, labels):

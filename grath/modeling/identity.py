@@ -33,7 +33,8 @@ def model_identity(name):
     found = {"base": _identity(base, "config.json")}
     if adapter:
         folder = Path(adapter)
-        output = folder.parent if folder.name.startswith("checkpoint-") else folder
+        checkpoint = folder.name.startswith("checkpoint-") and not (folder / TRAINING_RECORD).is_file()
+        output = folder.parent if checkpoint else folder
         trained = (read_record(output / TRAINING_RECORD) or {}).get("inputs", {}).get("model", {}).get("base")
         if isinstance(trained, dict) and trained.keys() & found["base"].keys():
             # The copy of a hub's model in a folder has other keys, and cannot be compared.

@@ -81,7 +81,7 @@ def check_tokenizer(tokenizer):
 
 
 def check_vocabulary(name, tokenizer, sequences):
-    """Do what `check_tokens` does for the model `name`, before it is loaded."""
+    """Do what `check_tokens` does for the model `name`, before it is loaded; check the sizes in its configuration."""
     from transformers import AutoConfig
 
     base = resolve_base_and_adapter(name)[0]

@@ -41,11 +41,12 @@ def load_preferences(name, seed):
     if LABELED.fullmatch(name):
         return gold_pairs(name, seed)
     rows = load_dataset(name, split="train")
-    kinds = (str, [{"role": re.compile("system|user|assistant"), "content": str}])
+    kinds = (str, [{"role": re.compile("system|developer|user|assistant|tool|function"), "content": str}])
     shapes = tuple({"chosen": turns, "rejected": turns, "prompt?": turns} for turns in kinds)
     for number, row in enumerate(rows, start=1):
         if not (fits(row, shapes) and row["chosen"] and row["rejected"]):
-            raise UserError(f"{name}, row {number}: chosen and rejected are not texts or messages, as TRL's format has")
+            kinds = "all texts, or all messages of the system, the user and the assistant"
+            raise UserError(f"{name}, row {number}: prompt, chosen and rejected must be {kinds}, as in TRL's format")
     return rows
 
 

@@ -21,8 +21,9 @@ _CHANNEL = r"<\|?channel\|?>\s*"
 OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
 CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)
 # What stands around an answer and does not belong to it.
-BEFORE = re.compile(r"(?:[*_`:\s\u200b✅❌✓✗✔✘]|[-•>]\s)*")
-AFTER = re.compile(r"(?:[*_`\s\u200b✅❌✓✗✔✘]|</\w+>|<\|\w+\|>|\[/INST\])+$")
+_MARK = r"[*`\s\u200b\ufe0f✅❌✓✗✔✘✖☑]"
+BEFORE = re.compile(rf"(?:{_MARK}|:|_+\s|[-•]\s+(?!\d))*")
+AFTER = re.compile(rf"(?:{_MARK}|<\|\w+\|>|\[/INST\])+(?=[.!?]?$)")
 # A special token around reasoning.
 DELIMITER = re.compile(rf"{OPENING.pattern}|{CLOSING.pattern}|channel", re.IGNORECASE)
 
@@ -77,9 +78,11 @@ def _letters(text):
 
 def _clean(text):
     """Remove what belongs to no answer: emphasis, list markers, the end of a turn or a tag, half a pair of quotes."""
-    text = text[BEFORE.match(text).end() :]
+    text = re.sub(r"</(\w+)>$", lambda tag: tag[0] if f"<{tag[1]}" in text else "", text[BEFORE.match(text).end() :])
     text = text[:-100] + AFTER.sub("", text[-100:])  # a search in the whole text could take long
-    return text[:-1] if text.endswith('"') and text.count('"') % 2 else text
+    if re.fullmatch(r"_[^_]+_", text):
+        return text[1:-1]
+    return text[:-1] if text.count('"') % 2 and re.search(r'\D"$', text) else text
 
 
 def _labelled(line):

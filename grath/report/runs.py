@@ -54,8 +54,8 @@ def read_run(folder):
         "training": entries of the training log}.
 
     Raises:
-        UserError: the folder is not that of a run, a record is damaged, a file was edited, or the stages had different
-            base models.
+        UserError: the folder is not that of a run or lacks a model, a record is damaged, a file was edited, or the
+            stages had different models.
     """
     if not is_run(folder):
         raise UserError(f"{folder} is not a run folder: it contains neither models, data nor scores of M_0")
@@ -91,13 +91,13 @@ def read_run(folder):
             "pairs": of_pairs,
             "training": read_json_lines(log, "training log", LOG_ENTRY) if log and log.is_file() else [],
         }
-    _check_bases(models)
+    _check_models(models)
     settings = _settings(models)
     name = folder.resolve().name.removesuffix(f"_seed_{settings['seed']}")
     return {"folder": folder, "name": name, "settings": settings, "models": models}
 
 
-def _check_bases(models):
+def _check_models(models):
     made = [
         (f"{stage} of M_{number}", record["inputs"]["model"]["base"])
         for number, model in models.items()
@@ -111,7 +111,8 @@ def _check_bases(models):
             owner = number - 1 if stage == "dpo" else number
             trained, used = models.get(owner, {}).get("records", {}).get("dpo"), record["inputs"].get("model", {})
             if trained and isinstance(used.get("adapter"), dict):
-                advice = f"M_{owner} was trained again; make that of M_{number} again"
+                again = f"train M_{number} again" if stage == "dpo" else f"run the {stage} of M_{number} again"
+                advice = f"M_{owner} was trained again since; {again}"
                 check_inputs({"inputs": used["adapter"]}, trained["files"], f"{stage} of M_{number}", advice)
 
 

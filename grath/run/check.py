@@ -19,8 +19,7 @@ from grath.common.errors import PACKAGE, UserError, first_line
 from grath.common.files import check_writable
 from grath.common.layout import PROJECT, resolve_local, run_folder
 from grath.common.local_data import load_dataset
-from grath.evaluation.run import task_manager
-from grath.evaluation.tasks import KNOWN_TASKS, get_task
+from grath.evaluation.tasks import KNOWN_TASKS, get_task, task_manager
 from grath.modeling.chat import prompt_ids, template_for
 from grath.modeling.devices import check_devices, describe_device
 from grath.modeling.identity import model_identity
@@ -126,19 +125,19 @@ def read_model(name):
         reason = first_line(error)
         raise UserError(f"{base}: {reason} (fetch it with prefetch.sh, or log in with `hf auth login`)") from None
     check_unquantized(base, config)
-    model_identity(name)  # that an adapter's base is the one that it was trained on
-    if not adapter:
+    if adapter:
+        model_identity(name)  # that its base is the one that it was trained on
+    else:
         check_layers(config)
     return base, config.get_text_config()
 
 
 def check_layers(config):
     """Raise `UserError` if a model with this configuration has none of the layers that a new adapter is for."""
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # the model classes raise many kinds of errors
         raise UserError(f"{config.model_type}: {first_line(error)[:200]}") from None

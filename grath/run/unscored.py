@@ -18,7 +18,7 @@ def unscored_lines():
     TASKS are those that any model of the run has a score of, unless the environment sets them.
 
     Raises:
-        UserError: there is no run with a model in RUNS_DIR.
+        UserError: there is no run with a model in RUNS_DIR, or the newest lacks its first.
     """
     runs_dir = Path(os.environ.get("RUNS_DIR") or "runs")
     folders = {file.parent.parent for file in runs_dir.absolute().glob(f"*/models/iter_*/{TRAINING_RECORD}")}

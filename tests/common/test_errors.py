@@ -80,9 +80,12 @@ def test_any_other_error_keeps_its_traceback(kind):
 
 
 def test_the_text_of_a_file_in_a_librarys_warning_is_escaped(caplog):
-    with pytest.raises(SystemExit):
-        run_main(lambda: logging.getLogger("a library").warning("the type %s", "\x1b[2Jx"))
+    library = logging.getLogger("a library")
+    with pytest.raises(SystemExit, match="^0$"):
+        run_main(lambda: library.warning("the type %s", "\x1b[2Jx"))
     assert [record.getMessage() for record in caplog.records] == ["the type \\x1b[2Jx"]
+    with pytest.raises(TypeError), caplog.at_level(logging.ERROR, "a library"):
+        run_main(lambda: library.error("no place for this", 1))
 
 
 def test_a_debugger_sees_every_traceback(tmp_path):

@@ -88,6 +88,7 @@ def test_scores_are_refused_if_their_own_data_has_changed(fill, tmp_path):
 def test_equal_folders_share_a_cache_entry_and_hidden_files_do_not_count(tmp_path):
     for name in ("a", "b"):
         put_arc(tmp_path / name, range(3))
+        (tmp_path / name / "allenai/ai2_arc" / "ARC-Challenge.txt").touch()
     folder, other = (tmp_path / name / "allenai/ai2_arc" for name in ("a", "b"))
     notes = other / ".cache" / "huggingface" / "ARC-Challenge.metadata"
     notes.parent.mkdir(parents=True)
@@ -112,12 +113,12 @@ def test_equal_folders_share_a_cache_entry_and_hidden_files_do_not_count(tmp_pat
 
 def test_the_files_of_tasks_of_ones_own_are_part_of_their_scores(tiny_llama, tmp_path, monkeypatch):
     """The task file, what it includes, its functions, and the local files that it reads."""
-    tasks, data = shutil.copytree(PROJECT / "tasks", tmp_path / "tasks"), tmp_path / "mine.jsonl"
+    tasks, data = shutil.copytree(PROJECT / "tasks", tmp_path / "tasks"), tmp_path / "mine" / "mine.jsonl"
     (tmp_path / "data").symlink_to(PROJECT / "data")
-    for module in ("grath.evaluation.tasks", "grath.evaluation.run"):
-        monkeypatch.setattr(f"{module}.OWN_TASKS", tasks)
+    monkeypatch.setattr("grath.evaluation.tasks.OWN_TASKS", tasks)
     own = (tasks / "grath_mc1.yaml").read_text().replace("task: grath_mc1", "task: mine")
-    dataset = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {data}"
+    data.parent.joinpath("more").mkdir(parents=True)
+    dataset = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: [{data.parent}/*]"
     (tasks / "mine.yaml").write_text(own.replace("custom_dataset: !function utils.load", dataset))
     data.write_text("".join(BUNDLED_MC.read_text().splitlines(keepends=True)[:4]))
 

@@ -25,7 +25,7 @@ def test_preferences_of_the_hub_without_identical_and_long_pairs(tiny_llama, tmp
     for prompt in ("Is ice cold?", turn("human", "Is ice cold?")):
         write_rows(tmp_path / "me" / "prefs" / "train.jsonl", [data[0] | {"prompt": prompt}])
         done, _ = train(tiny_llama, tmp_path / "n", source=("--dataset_name", "me/prefs"), cwd=tmp_path, status=2)
-        assert "me/prefs, row 1: chosen and rejected are not texts or messages" in done.stderr
+        assert "me/prefs, row 1: prompt, chosen and rejected must be all texts, or all messages" in done.stderr
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])

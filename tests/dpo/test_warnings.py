@@ -1,5 +1,7 @@
 """The warnings about a training."""
 
+import shutil
+
 import pytest
 from trainings import train
 
@@ -55,3 +57,15 @@ def test_a_warm_up_longer_than_the_training(tmp_path):
     log = [entry(1, 0, 0, 0), entry(20, 0.0001, 0)]
     found = training_warnings(log, GrathDPOConfig(output_dir=str(tmp_path), precision="fp32", max_steps=20), 20)
     assert found["warm-up"].startswith("the warm-up of 100 steps never ends in 20") and "no margin" in found
+    constant = GrathDPOConfig(output_dir=str(tmp_path), precision="fp32", max_steps=20, lr_scheduler_type="constant")
+    assert "warm-up" not in training_warnings(log, constant, 20)
+
+
+def test_the_end_of_a_prompt_that_training_leaves_out(tiny_llama, pair_file, tmp_path):
+    """As in templates of models that begin to reason."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    template = (model / "chat_template.jinja").read_text() + "{% if add_generation_prompt %}<think>{% endif %}"
+    (model / "chat_template.jinja").write_text(template)
+    done, record = train(model, tmp_path / "m", "--max_steps", "1", source=("--dataset_path", pair_file))
+    assert record["warnings"][0].startswith("the model is asked with '<think>' at the end of the prompt")
+    assert f"Warning: {record['warnings'][0]}" in done.stdout

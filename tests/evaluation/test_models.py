@@ -118,13 +118,14 @@ def test_a_token_that_only_the_chat_template_has(model, pair_file, tmp_path):
     tokenizer.chat_template = "<|ask|>{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(model)
     shutil.copy(pair_file, tmp_path / "pairs.json")
+    scores = ("grath.evaluation", model, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1)
     for command in [
-        ("grath.evaluation", model, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1, "--samples"),
+        (*scores[:2], tmp_path / "t", *scores[3:], "--chat_template"),
         ("grath.distance", tmp_path / "pairs.json", "--model_name_or_path", model),
     ]:
         assert "none for the token '<|ask|>'" in call_here(*command, status=2).stderr
-    assert not (tmp_path / "s").exists()
-    call_here("grath.evaluation", model, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1)
+    assert "no sample answers: " in call_here(*scores, "--samples").stdout
+    assert (tmp_path / "s" / "grath_mc1.json").is_file() and not (tmp_path / "s" / "samples.jsonl").exists()
 
 
 def test_files_of_a_model_with_other_types(model, tmp_path):

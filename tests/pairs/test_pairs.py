@@ -213,8 +213,19 @@ def test_candidates_depend_only_on_seed_and_question():
                 "Correct answer: yes ✅\nIncorrect answer: no ❌",
             )
         ),
-        ('Correct answer: "yes"\nIncorrect answer: -5', (('"yes"', "-5"), None)),
-        ("Correct answer: yes\nIncorrect answer: " + "_" * 10**5 + "x", (("yes", "x"), None)),
+        ("Correct answer: `yes`.\nIncorrect answer: `no`", (("yes.", "no"), None)),
+        # What belongs to an answer stays.
+        *(
+            (f"Correct answer: {one}\nIncorrect answer: {other}", ((one, other), None))
+            for one, other in (
+                ('"yes"', "-5"),
+                ("- 5", "> 100 °C"),
+                ("10<sup>3</sup>", '12"'),
+                ("__init__", "snake_case_"),
+                ("<yes>", "[no]"),
+            )
+        ),
+        ("Correct answer: yes\nIncorrect answer: " + "*" * 10**5 + "x", (("yes", "x"), None)),
         ("### Correct answer:\nyes\n\n### Incorrect answer:\nno", (("yes", "no"), None)),
         # Other names of the next question, and of reasoning.
         (f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}", (("yes", "no"), None)),

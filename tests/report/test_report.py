@@ -268,4 +268,4 @@ def test_other_versions_of_a_task_are_not_compared_and_two_files_of_one_are_refu
     (made_run / "mine").mkdir()
     for name in ("a.json", "b.json"):
         shutil.copy(file, made_run / "mine" / name)
-    assert "has truthfulqa_mc1 in several files" in call_here("grath.report", made_run / "mine", status=2).stderr
+    assert "both have truthfulqa_mc1: move one away" in call_here("grath.report", made_run / "mine", status=2).stderr

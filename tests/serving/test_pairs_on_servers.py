@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Thread
 
 import pytest
 from stand_in.inference_server import InferenceServer
@@ -146,6 +147,22 @@ def test_saved_responses_that_cannot_be_written_are_asked_again(serve, tiny_llam
     server.faults = lambda number: None
     assert "Discarding saved responses that are damaged" in ask(tiny_llama, tmp_path, server.url).stdout
     assert pairs_in(tmp_path) == expected(4)
+
+
+def test_a_server_dies_in_the_middle_and_comes_back(serve, tiny_llama, tmp_path):
+    first, again = serve(faults=lambda number: "silent" if number > 11 else None), []
+
+    def restart():
+        wait_for(lambda: len(first.seen) >= 21)
+        first.stop()
+        again.append(serve(port=first.port))
+
+    thread = Thread(target=restart)
+    thread.start()
+    ask(tiny_llama, tmp_path, first.url, questions=20)
+    thread.join()
+    assert sum(first.served.values()) - 1 == 10 and sum(again[0].served.values()) == 10
+    assert pairs_in(tmp_path) == expected(20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
