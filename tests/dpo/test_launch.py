@@ -36,6 +36,7 @@ def test_two_processes_run_the_second_iteration_of_one(llama_run, tmp_path):
         path.unlink()
     (second,) = run.glob("models/iter_2_*")
     shutil.rmtree(second)
+    shutil.rmtree(run / "results" / "iter_2")  # of the model that was there
     done = call("run_llama2.sh", env={**settings, "RUNS_DIR": str(tmp_path), "NUM_PROCESSES": "2", "TASKS": ""})
     assert "2 process(es)" in done.stdout
     for path in whole.glob("data/iter*e.json"):
