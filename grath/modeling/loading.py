@@ -88,9 +88,9 @@ def check_vocabulary(name, tokenizer, sequences):
     config = _load(AutoConfig, base, "model").get_text_config()
     if not fits(getattr(config, "vocab_size", None), int):
         raise UserError(f"{base} is not a language model: its configuration has no vocab_size")
-    for name in ("sliding_window", "max_position_embeddings"):
-        if (size := getattr(config, name, None)) is not None and not (fits(size, int) and size > 0):
-            raise UserError(f"the configuration of {base} is damaged: {name} is {size!r}"[:300])
+    for key in ("sliding_window", "max_position_embeddings"):
+        if (size := getattr(config, key, None)) is not None and not (fits(size, int) and size > 0):
+            raise UserError(f"the configuration of {base} is damaged: {key} is {size!r}"[:300])
     check_tokens(tokenizer, sequences, config.vocab_size)
 
 

@@ -45,8 +45,10 @@ def load_preferences(name, seed):
     shapes = tuple({"chosen": turns, "rejected": turns, "prompt?": turns} for turns in kinds)
     for number, row in enumerate(rows, start=1):
         if not (fits(row, shapes) and row["chosen"] and row["rejected"]):
-            kinds = "all texts, or all messages of the system, the user and the assistant"
-            raise UserError(f"{name}, row {number}: prompt, chosen and rejected must be {kinds}, as in TRL's format")
+            raise UserError(
+                f"{name}, row {number}: prompt, chosen and rejected must be all texts, or all messages of the system, "
+                "the user and the assistant, as in TRL's format"
+            )
     return rows
 
 
