@@ -111,7 +111,7 @@ def main():
     from grath.dpo.checkpoints import clear_output_dir, resume_state, save_adapter
     from grath.dpo.dataset import tokenize_pairs
     from grath.dpo.trainer import GrathDPOTrainer, describe_reference, lora_config
-    from grath.modeling.cpu_matmul import fp32_cpu_matmul
+    from grath.modeling.cpu_matmul import prepare_for_training
     from grath.modeling.devices import check_shared, print_once
     from grath.report.plots import plot_training
 
@@ -135,43 +135,42 @@ def main():
     reference = describe_reference(args.model_name_or_path, args.reference)
     print_once(f"policy starts from {reference['policy_starts_from']}")
     print_once(f"reference ({args.reference}): {reference['reference_model']}")
-    model = load_model(args.model_name_or_path, config.precision, trainable=True)
+    model = prepare_for_training(load_model(args.model_name_or_path, config.precision, trainable=True))
     # Again, because loading may have downloaded another commit.
     inputs |= identities(args)
     resume_state(inputs, settings)
     lora = None if reference["incoming_adapter"] else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
-    with fp32_cpu_matmul(model):
-        given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
-        try:
-            trainer = GrathDPOTrainer(model=model, args=config, reference=args.reference, **given)
-        except (ValueError, NotImplementedError, ImportError, OSError) as error:  # the last is of --push_to_hub
-            if explain_system_error(error) or getattr(error, "errno", None):
-                raise
-            raise UserError(str(error)) from None
-        steps = f"{config.max_steps} steps of {batch} pairs"
-        print_once(f"{config.precision}, {config.optim.value}, {steps}, {processes} process(es)")
-        if batch != PAIRS_PER_STEP:
-            print_once(f"The paper trains on {PAIRS_PER_STEP} pairs per step, not {batch}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            settings[name] = getattr(config, name)
-        log, output = TrainingLog(trainer.steps_per_epoch), Path(config.output_dir)
-        trainer.add_callback(log)
-        if not config.disable_tqdm:
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(ProgressBar)
-        write = trainer.is_world_process_zero()
-        content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
-        content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY)}
-        path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
-        clear = partial(clear_output_dir, output) if state == "nothing" else None
-        with recording(path, inputs, earlier, seen, write, start, clear, **content) as record:
-            if checkpoint:
-                print_once(f"Resuming from {checkpoint}")
-            trainer.train(resume_from_checkpoint=checkpoint)
-            if write:
-                plot_training(trainer.state.log_history, output / TRAINING_PLOT)
-            record["warnings"] = [*warnings, *getattr(model, "load_warnings", []), *log.warnings.values()]
-            record["files"] = save_adapter(trainer)
+    given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
+    try:
+        trainer = GrathDPOTrainer(model=model, args=config, reference=args.reference, **given)
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:  # the last is of --push_to_hub
+        if explain_system_error(error) or getattr(error, "errno", None):
+            raise
+        raise UserError(str(error)) from None
+    steps = f"{config.max_steps} steps of {batch} pairs"
+    print_once(f"{config.precision}, {config.optim.value}, {steps}, {processes} process(es)")
+    if batch != PAIRS_PER_STEP:
+        print_once(f"The paper trains on {PAIRS_PER_STEP} pairs per step, not {batch}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        settings[name] = getattr(config, name)
+    log, output = TrainingLog(trainer.steps_per_epoch), Path(config.output_dir)
+    trainer.add_callback(log)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    write = trainer.is_world_process_zero()
+    content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
+    content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY)}
+    path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
+    clear = partial(clear_output_dir, output) if state == "nothing" else None
+    with recording(path, inputs, earlier, seen, write, start, clear, **content) as record:
+        if checkpoint:
+            print_once(f"Resuming from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if write:
+            plot_training(trainer.state.log_history, output / TRAINING_PLOT)
+        record["warnings"] = [*warnings, *getattr(model, "load_warnings", []), *log.warnings.values()]
+        record["files"] = save_adapter(trainer)
     print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 
 

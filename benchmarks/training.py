@@ -15,7 +15,6 @@ over 1,119 pairs, as computed from these figures. The peak memory includes what 
 
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 from generation import peak_bytes, reset_peak
@@ -30,7 +29,7 @@ from grath.dpo.config import GrathDPOConfig
 from grath.dpo.dataset import filter_pairs, tokenize_pairs
 from grath.dpo.trainer import GrathDPOTrainer, lora_config
 from grath.modeling.chat import template_for
-from grath.modeling.cpu_matmul import fp32_cpu_matmul
+from grath.modeling.cpu_matmul import prepare_for_training
 from grath.modeling.loading import load_model, load_tokenizer
 from grath.modeling.precision import DTYPES
 from grath.pairs.files import read_pairs
@@ -73,21 +72,21 @@ def train(way, args, tokenizer, pairs, folder):
     model = load_model(args.model, args.dtype)
     common = {"model": model, "train_dataset": pairs, "processing_class": tokenizer, "peft_config": lora_config()}
     start = time.perf_counter()
-    with fp32_cpu_matmul(model) if way == "ours" else nullcontext():
-        if way == "ours":
-            config = GrathDPOConfig(precision=args.dtype, **settings)
-            trainer = GrathDPOTrainer(args=config, reference="rolling", **common)
-        else:
-            cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
-            bf16 = {"bf16": False} if args.dtype == "fp32" else {}
-            own = {
-                "gradient_checkpointing": args.gradient_checkpointing,
-                "precompute_ref_log_probs": way == "precomputed",
-            }
-            trainer = PlainTrainer(args=DPOConfig(**settings, **cpu, **bf16, **own), **common)
-        before = time.perf_counter() - start
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    if way == "ours":
+        config = GrathDPOConfig(precision=args.dtype, **settings)
+        common["model"] = prepare_for_training(model)
+        trainer = GrathDPOTrainer(args=config, reference="rolling", **common)
+    else:
+        cpu = {} if model.device.type == "cuda" else {"use_cpu": True, "dataloader_pin_memory": False}
+        bf16 = {"bf16": False} if args.dtype == "fp32" else {}
+        own = {
+            "gradient_checkpointing": args.gradient_checkpointing,
+            "precompute_ref_log_probs": way == "precomputed",
+        }
+        trainer = PlainTrainer(args=DPOConfig(**settings, **cpu, **bf16, **own), **common)
+    before = time.perf_counter() - start
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "before": before,

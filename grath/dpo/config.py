@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from math import isnan
 
+from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
 from grath.common import defaults
@@ -84,6 +85,10 @@ class GrathDPOConfig(DPOConfig):
         sizes = step_sizes(int(os.environ.get("WORLD_SIZE", "1")), *sizes)
         self.per_device_train_batch_size, self.gradient_accumulation_steps = sizes
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.activation_offloading and self.use_cpu:
+            raise UserError("--activation_offloading needs a GPU")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("--use_liger_kernel needs a package: pip install liger-kernel")
         if self.optim == "auto":
             paged = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_FSDP") != "true"
             self.optim = "paged_adamw_32bit" if paged else "adamw_torch"

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -52,8 +51,15 @@ def score_model(args):
         check_model(args.model, weights=args.backend != SERVER)
         tokenizer = load_tokenizer(args.model)
         check_tokenizer(tokenizer)
-        template = _template(args, tokenizer)
-        asked = _samples(args.model, tokenizer, template) if sampled and template is not None else None
+        asked = template = None
+        try:
+            template = template_for(tokenizer, args.model_type) if args.chat_template or sampled else None
+            asked = ask_samples(args.model, tokenizer, template) if sampled else None
+        except UserError as error:
+            if args.chat_template:
+                raise
+            if main_process:
+                print(f"no sample answers: {error}")
         sampled = asked is not None
         manager = task_manager(missing)
     elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
@@ -184,27 +190,6 @@ def _inputs(args, tasks, precision, earlier):
         made = {"data": data | before, "samples": earlier.get("samples") or inputs["samples"]}
         check_inputs({"inputs": earlier | made}, inputs, args.output, ADVICE)
     return inputs
-
-
-def _template(args, tokenizer):
-    """Return the chat template of the model; None, with a message, if only the sample answers would need it."""
-    try:
-        return template_for(tokenizer, args.model_type)
-    except UserError as error:
-        if args.chat_template:
-            raise
-        if args.samples:
-            print(f"no sample answers: {error}", file=sys.stderr)
-        return None
-
-
-def _samples(model, tokenizer, template):
-    """Return what `ask_samples` does; None, with a message, if the model cannot be asked."""
-    try:
-        return ask_samples(model, tokenizer, template)
-    except UserError as error:
-        print_once(f"no sample answers: {error}")
-        return None
 
 
 @contextmanager

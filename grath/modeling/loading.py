@@ -89,7 +89,7 @@ def check_vocabulary(name, tokenizer, sequences):
     if not fits(getattr(config, "vocab_size", None), int):
         raise UserError(f"{base} is not a language model: its configuration has no vocab_size")
     for key in ("sliding_window", "max_position_embeddings"):
-        if (size := getattr(config, key, None)) is not None and not (fits(size, int) and size > 0):
+        if (size := getattr(config, key, None)) is not None and not (fits(size, int) and size >= 0):
             raise UserError(f"the configuration of {base} is damaged: {key} is {size!r}"[:300])
     check_tokens(tokenizer, sequences, config.vocab_size)
 
@@ -127,7 +127,7 @@ def load_model(name, precision, trainable=False):
     """
     import torch
     from accelerate import PartialState
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base, adapter = resolve_base_and_adapter(name)
     options = {"use_safetensors": True}
@@ -145,8 +145,7 @@ def load_model(name, precision, trainable=False):
     if device.type != "cpu" or precision not in DTYPES:
         # Load the weights straight to the device, not into main memory once for each process.
         options["device_map"] = {"": device}
-    check_weights(base)
-    check_unquantized(base, _load(AutoConfig, base, "model"))
+    check_model(name)
     model, info = _load(AutoModelForCausalLM, base, "model", output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{base} lacks {len(missing)} weights, starting with {missing[0]}: download it again")
@@ -171,11 +170,11 @@ def load_model(name, precision, trainable=False):
 def load_for_inference(name, precision):
     """Load a model as `load_model` does, in evaluation mode, on a CPU with its fastest products.
 
-    The model can neither be trained nor saved, see `prepare_linear_layers`.
+    The model can neither be trained nor saved, see `prepare_for_inference`.
     """
-    from grath.modeling.cpu_matmul import prepare_linear_layers
+    from grath.modeling.cpu_matmul import prepare_for_inference
 
-    return prepare_linear_layers(load_model(name, precision)).eval()
+    return prepare_for_inference(load_model(name, precision)).eval()
 
 
 def check_model(name, weights=True):

@@ -118,6 +118,8 @@ REFUSED = [
     (["--f_divergence_type", "none"], "invalid choice: 'none'"),
     (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must not be negative, not -1"),
     (["--max_grad_norm", "nan"], "--max_grad_norm must be a number, not nan"),
+    (["--activation_offloading", "--use_cpu"], "--activation_offloading needs a GPU"),
+    (["--use_liger_kernel"], "--use_liger_kernel needs a package"),
     (["--push_to_hub"], "offline"),
 ]
 

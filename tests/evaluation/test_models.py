@@ -209,7 +209,7 @@ def test_samples_may_follow_with_another_template(model, tmp_path):
     """As the message says, where the tokenizer has none."""
     (model / "chat_template.jinja").unlink()
     done = score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples")
-    assert "no sample answers: " in done.stderr
+    assert "no sample answers: " in done.stdout
     score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples", "--model_type", "llama2")
     assert (tmp_path / "s" / "samples.jsonl").is_file()
 

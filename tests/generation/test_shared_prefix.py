@@ -14,7 +14,7 @@ from grath.generation.cache import common_prefix_length
 from grath.generation.hf import generate_hf
 from grath.generation.prompt_lookup import NgramIndex
 from grath.generation.shared_prefix import generate_shared_prefix
-from grath.modeling.cpu_matmul import prepare_linear_layers, time_products
+from grath.modeling.cpu_matmul import prepare_for_inference, time_products
 
 # Name: (prompts, length of their common prefix).
 PROMPTS = {
@@ -73,7 +73,7 @@ def test_an_adapter_and_prepared_weights(way, batch_size, monkeypatch):
         assert plain(model, prompts[:40], 8, {5}) != expected
     if way:
         monkeypatch.setattr("grath.modeling.cpu_matmul.choose_way", lambda model: way)
-        model = prepare_linear_layers(model)
+        model = prepare_for_inference(model)
         assert hasattr(model, "peft_config") == (way == "plain")
     same(model, prompts[:40], shared(model, prompts, 8, {5}, batch_size)[:40], expected)
 

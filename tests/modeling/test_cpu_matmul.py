@@ -1,5 +1,6 @@
 """Matrix products on a CPU: every way gives the product, and the fastest one is taken."""
 
+import re
 from types import SimpleNamespace
 
 import psutil
@@ -9,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from support import asking, call_here, tiny
 
 import grath.modeling.cpu_matmul as cpu_matmul
-from grath.modeling.cpu_matmul import fp32_cpu_matmul, make_product, merge_lora, prepare_linear_layers, time_products
+from grath.modeling.cpu_matmul import make_product, prepare_for_inference, prepare_for_training, time_products
 
 
 def prefer(monkeypatch, way):
@@ -29,8 +30,9 @@ def test_every_way_gives_the_exact_product_rounded_once(dtype, rows):
     assert "plain" in ways and ("float32" in ways) <= (dtype != torch.float32)
     for way, milliseconds in ways.items():
         assert len(milliseconds) == 2 and min(milliseconds) > 0
-        out = make_product(weight, bias, way)(x)
-        assert out.dtype == dtype
+        of_way = torch.float32 if way == "float32" else dtype
+        out = make_product(weight.to(of_way), bias.to(of_way), way)(x.to(of_way))
+        assert out.dtype == of_way
         # Each sum is rounded in float32, by the size of what is added, and the output once in its dtype.
         added = torch.nn.functional.linear(x.double().abs(), weight.double().abs(), bias.double().abs())
         bound = torch.finfo(dtype).eps * exact.abs() + 4 * torch.finfo(torch.float32).eps * added
@@ -38,27 +40,14 @@ def test_every_way_gives_the_exact_product_rounded_once(dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_training_converts_and_gives_the_exact_products_and_gradients(dtype, monkeypatch):
-    model = tiny("llama", hidden_size=96, intermediate_size=250).to(dtype).requires_grad_(False)
-    layer = model.model.layers[0].mlp.gate_proj
-    x = torch.randn(70, 2, 96, dtype=dtype, requires_grad=True)
-    weights = torch.randn(70, 2, 250, dtype=dtype)
-    exact = torch.nn.functional.linear(x.double(), layer.weight.double())
-    prefer(monkeypatch, "float32")
-    with fp32_cpu_matmul(model):
-        assert "forward" in vars(layer)
-        out = layer(x)
-        (gradient,) = torch.autograd.grad(out, x, weights)
-        few = layer(x[:1])
-    assert "forward" not in vars(layer)
-    assert out.dtype == few.dtype == gradient.dtype == dtype
-    step = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), exact, atol=step, rtol=step)
-    torch.testing.assert_close(gradient.double(), weights.double() @ layer.weight.double(), atol=4 * step, rtol=step)
-    for way in ("plain", "packed"):
-        prefer(monkeypatch, way)
-        with fp32_cpu_matmul(model):
-            assert "forward" not in vars(layer)
+@pytest.mark.parametrize("way", cpu_matmul.WAYS)
+def test_training_computes_in_float32_where_that_is_faster(dtype, way, monkeypatch):
+    prefer(monkeypatch, way)
+    model = prepare_for_training(with_adapter(tiny("llama").to(dtype)))
+    computed = torch.float32 if way == "float32" else dtype
+    for name, weight in tiny("llama").to(dtype).state_dict().items():
+        ours = model.get_base_model().state_dict()[re.sub("(q|down)_proj", r"\g<0>.base_layer", name)]
+        assert ours.dtype == computed and torch.equal(ours, weight.to(computed))
 
 
 def with_adapter(model, **options):
@@ -82,43 +71,29 @@ def test_a_prepared_model_gives_the_same_logits(dtype, adapted, tied, monkeypatc
         plain, exact = build()(ids).logits.double(), build().double()(ids).logits
         for way in time_products(torch.zeros(8, 8, dtype=dtype)).keys() - {"plain"}:
             prefer(monkeypatch, way)
-            model = prepare_linear_layers(build())
+            model, computed = prepare_for_inference(build()), torch.float32 if way == "float32" else dtype
             assert hasattr(model, "peft_config") == (adapted and dtype == torch.bfloat16 and way == "packed")
             base = model.get_base_model() if hasattr(model, "peft_config") else model
             assert base.model.layers[0].mlp.up_proj.weight is None
-            assert base.get_input_embeddings().weight.dtype == dtype
-            assert base.lm_head.weight.dtype == dtype  # some models' code reads it
+            assert base.get_input_embeddings().weight.dtype == computed
+            assert base.lm_head.weight.dtype == computed  # some models' code reads it
             ours = model(ids).logits
-            assert ours.dtype == dtype
+            assert ours.dtype == computed
             error = (ours.double() - exact).abs().max()
             assert error <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_a_merge_into_16_bit_weights_is_not_rounded():
-    model = with_adapter(tiny("llama").bfloat16())
-    layers = [layer.self_attn.q_proj for layer in model.get_base_model().model.layers]
-    expected = [layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float() for layer in layers]
-    rounded = [weight.bfloat16().float() for weight in expected]
-    merged = [layer.self_attn.q_proj.weight for layer in merge_lora(model).model.layers]
-    for ours, exact, other in zip(merged, expected, rounded, strict=True):
-        assert torch.equal(ours, exact) and not torch.equal(ours, other)
-
-
-def test_weights_that_do_not_fit_in_float32_are_converted_for_each_product(monkeypatch, capsys):
+def test_float32_is_not_chosen_if_the_memory_is_too_small(monkeypatch):
     prefer(monkeypatch, "float32")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    model = prepare_linear_layers(tiny("llama").bfloat16())
-    assert "are converted for each product" in capsys.readouterr().out
-    assert model.lm_head.weight.dtype == torch.bfloat16 and "forward" in vars(model.lm_head)
+    assert prepare_for_inference(tiny("llama").bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_quantized_or_trained_model_is_left_alone(monkeypatch):
+def test_a_model_without_such_layers_is_left_alone(monkeypatch):
     monkeypatch.setattr(cpu_matmul, "time_products", lambda weight: pytest.fail("timed"))
-    with fp32_cpu_matmul(tiny("llama")):  # in float32 there is nothing to choose in training
-        pass
     model = torch.nn.Module()
     model.get_output_embeddings = lambda: None
-    assert prepare_linear_layers(model) is model
+    assert prepare_for_inference(model) is prepare_for_training(model) is model
 
 
 def test_every_start_measures_and_prints_its_choice(tiny_llama, tmp_path, monkeypatch):
