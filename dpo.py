@@ -82,19 +82,21 @@ def load_rows(args, seed):
     return rows, hash_of(json.dumps(row, default=str) for row in rows)
 
 
-def _same_model(one, other):
-    """Whether two names, of which the first may be None, are those of one model."""
+def own_pairs(args):
+    """Return the record of the pairs if the model itself has written them, else None."""
+    record = args.dataset_path and read_record(record_path(written_path(Path(args.dataset_path))))
     try:
-        return bool(one) and resolve_base_and_adapter(one) == resolve_base_and_adapter(other)
-    except UserError:  # the first is gone
-        return False
+        names = [record["model"], args.model_name_or_path]
+        own, model = map(resolve_base_and_adapter, names)
+    except (KeyError, TypeError, UserError):  # no record, or one of a model that is gone
+        return None
+    return record if own == model else None
 
 
 def identities(args):
     """Return the hashes of the model and of its own tokenizer: dict. Refuse pairs that another state of it wrote."""
     found = {"model": model_identity(args.model_name_or_path)}
-    wrote = args.dataset_path and read_record(record_path(written_path(Path(args.dataset_path))))
-    if wrote and _same_model(wrote.get("model"), args.model_name_or_path):
+    if wrote := own_pairs(args):
         advice = "since then, the model has been replaced; write the pairs again"
         check_inputs({"inputs": wrote["inputs"].get("model", {})}, found["model"], args.dataset_path, advice)
     return found | ({"tokenizer": tokenizer_identity(args.tokenizer_name)} if args.tokenizer_name else {})
@@ -160,6 +162,7 @@ def main():
         trainer.add_callback(ProgressBar)
     write = trainer.is_world_process_zero()
     content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
+    content["own_pairs"] = bool(own_pairs(args))
     content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY)}
     path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
     clear = partial(clear_output_dir, output) if state == "nothing" else None

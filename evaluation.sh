@@ -46,7 +46,7 @@ set_arguments() {
     fi
     SERVER_URL=${SERVER_URL:-}
     read -ra servers <<<"${SERVER_URL//$'\n'/ }"
-    if ((${#servers[@]})); then arguments+=(--server_url "${servers[@]}"); fi
+    if ((${#servers[@]})) && [[ ${BACKEND:-server} == server ]]; then arguments+=(--server_url "${servers[@]}"); fi
     option EVAL_PRECISION --precision
     option EVAL_BATCH_SIZE --batch_size
     option LIMIT --limit

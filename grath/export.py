@@ -9,6 +9,7 @@ before OUT appears.
 
 import gc
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -53,8 +54,7 @@ def main():
     unmerged = logits(model, tokenizer)
     with model.disable_adapter():
         effect = (unmerged - logits(model, tokenizer)).abs().mean().item()
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = args.out.with_name(f".{args.out.name}.{os.getpid()}.partial")
     try:
         model.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)

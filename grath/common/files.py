@@ -146,7 +146,8 @@ def file_hash(file):
         return sha256(file)
     known = Path(cache, "grath", stamp)
     with suppress(OSError, UnicodeDecodeError):
-        return known.read_text(encoding="utf-8")
+        if re.fullmatch("[0-9a-f]{64}", digest := known.read_text(encoding="utf-8")):
+            return digest
     digest = sha256(file)
     with suppress(OSError):  # a cache that cannot be written saves no time
         atomic_write_text(known, digest)

@@ -22,7 +22,7 @@ from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
 from grath.modeling.chat import render
 from grath.modeling.devices import halve_if_out_of_memory, print_once, this_device
-from grath.modeling.loading import check_tokens, context_window, resolve_base_and_adapter
+from grath.modeling.loading import check_tokenizer, check_tokens, context_window, resolve_base_and_adapter
 
 
 class GrathDPOTrainer(DPOTrainer):
@@ -95,6 +95,7 @@ class GrathDPOTrainer(DPOTrainer):
             dataset = super()._prepare_dataset(dataset, processing_class, args, name)
             sequences = [row[f"{part}_ids"] for row in dataset for part in ("prompt", "chosen", "rejected")]
             check_tokens(processing_class, sequences, self.embeddings)
+            check_tokenizer(processing_class)
         limits = [limit for limit in (args.max_length, self.window) if limit]
         dataset, self.counts = filter_pairs(dataset, min(limits, default=None))
         return dataset

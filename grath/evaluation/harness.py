@@ -7,6 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
 
+from grath.common.errors import UserError
 from grath.common.progress import progress_bar
 from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 from grath.generation.attention import unsupported_reason
@@ -66,6 +67,8 @@ class SplitLM(HFLM):
     def inspect(self, pairs):
         """Count the contexts that will be cut, and check the tokens of `pairs`: (context, answer), lists of ids."""
         most = self.max_length + 1
+        if (longest := max((len(answer) for _, answer in pairs), default=0)) > self.max_length:
+            raise UserError(f"an answer has {longest} tokens, and the model's context window {self.max_length}")
         self.truncated += len({tuple(context) for context, answer in pairs if len(context) + len(answer) > most})
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         check_tokens(self.tokenizer, [ids for pair in pairs for ids in pair], embeddings)
@@ -94,7 +97,7 @@ class SharedContextLM(SplitLM):
             windows = [truncate_window(*ids, self.max_length) for ids in tokenized]
             reason = unsupported_reason(self.model, max(len(context) + len(answer) for context, answer in windows))
             if not all(context and answer for context, answer in windows):
-                reason = "an answer is empty or longer than the model's window"
+                reason = "a context or an answer is empty"
         if reason:
             if not disable_tqdm:
                 print(f"hf-shared uses the method of hf: {reason}", file=sys.stderr)

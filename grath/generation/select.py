@@ -49,9 +49,7 @@ class LocalGenerator:
         generate_fn = generate_shared_prefix if self.engine == "shared_prefix" else generate_hf
         self.rows = self.rows or (GPU_ROWS if self.engine == "shared_prefix" and device.type == "cuda" else ROWS)
         state.print(f"Asking {len(prompts)} questions ({self.engine}, {device}, batches of {self.rows})")
-        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
-        # `parse_response` needs those around a model's reasoning.
-        hidden = {i for i in special if not DELIMITER.search(self.tokenizer.convert_ids_to_tokens(i))}
+        hidden = hidden_tokens(self.tokenizer)
         left = list(range(len(prompts)))
         while left:
             done, unfinished = set(), [prompts[i] for i in left]
@@ -80,11 +78,22 @@ class ServerGenerator:
         self.served, self.window, self.in_flight = served, served.window, batch_size
         # A server may take other defaults from the model's generation_config.json.
         self.options = {"max_tokens": max_new_tokens, "temperature": 0, "top_p": 1, "repetition_penalty": 1}
-        self.options["stop_token_ids"] = eos_token_ids(name, tokenizer)
+        self.options |= {"stop_token_ids": eos_token_ids(name, tokenizer), "skip_special_tokens": False}
+        self.hidden = hidden_tokens(tokenizer).values()
 
     def generate(self, prompts):
         """Generate completions; none is asked again after it was yielded."""
         print(f"Asking {len(prompts)} questions ({', '.join(self.served.urls)})", flush=True)
         bodies = [{"prompt": prompt, **self.options} for prompt in prompts]
         for index, response in request_completions(self.served, bodies, self.in_flight):
-            yield index, response["choices"][0]["text"]
+            text = response["choices"][0]["text"]
+            for token in self.hidden:
+                text = text.replace(token, "")
+            yield index, text
+
+
+def hidden_tokens(tokenizer):
+    """Return the special tokens that a completion's text does not show: dict, id -> text."""
+    special = {i: str(added) for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+    # `parse_response` needs those around a model's reasoning.
+    return {i: text for i, text in special.items() if not DELIMITER.search(text)}

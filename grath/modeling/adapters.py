@@ -33,7 +33,7 @@ TAKEN = {
 # Values of other options with which LoRA is plain.
 PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 LORA_WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-MERGE = "merge it into its base with PEFT (merge_and_unload), and use the merged model"
+MERGE = "merge it into its base with PEFT (merge_and_unload), if it can be merged, and use the merged model"
 
 
 def check_adapter(folder):

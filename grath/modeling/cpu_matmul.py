@@ -18,6 +18,8 @@ WAYS = ("plain", "packed", "float32")
 # Rows of activations in the products that are timed: a batch, and a single row.
 TIMED_ROWS = (128, 1)
 SECONDS = 0.2
+# float32 changes results, so it must take at most this share of the time of 16 bits: a near tie never decides.
+CLEARLY_FASTER = 0.8
 
 
 def choose_way(model):
@@ -36,7 +38,8 @@ def choose_way(model):
         milliseconds = time_products(weight)
         need = 2 * 4 * sum(layer.weight.numel() for layer in layers) * state.num_processes
         ways = [way for way in milliseconds if way != "float32" or need < psutil.virtual_memory().available]
-        chosen = [min(ways, key=lambda way: sum(milliseconds[way]))]
+        share = {"float32": 1 / CLEARLY_FASTER}
+        chosen = [min(ways, key=lambda way: sum(milliseconds[way]) * share.get(way, 1))]
         if os.environ.get("GRATH_DEBUG") == "1":
             times = ", ".join(f"{way} {batch:.2f} and {row:.2f} ms" for way, (batch, row) in milliseconds.items())
             print(f"Matrix products of {str(weight.dtype)[6:]} weights: {chosen[0]}; 128 rows and 1 row take {times}")
@@ -45,6 +48,8 @@ def choose_way(model):
 
 def time_products(weight):
     """Time the products of a weight (m, d) in each of the `WAYS` that this CPU and this torch have.
+
+    What counts is the time that one thread computes, which other processes on the machine change little.
 
     Returns:
         dict of way -> list of milliseconds, one for each of `TIMED_ROWS`.
@@ -59,13 +64,16 @@ def time_products(weight):
                 product(x)
             products[way] = product, inputs
     best = {way: [float("inf")] * len(TIMED_ROWS) for way in products}
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    end = time.thread_time() + SECONDS
+    while time.thread_time() < end:
         for way, (product, inputs) in products.items():
             for i, x in enumerate(inputs):
-                start = time.perf_counter()
+                start = time.thread_time()
                 product(x)
-                best[way][i] = min(best[way][i], 1000 * (time.perf_counter() - start))
+                best[way][i] = min(best[way][i], 1000 * (time.thread_time() - start))
+    torch.set_num_threads(threads)
     return best
 
 
@@ -91,7 +99,7 @@ def prepare_for_inference(model):
     if way == "plain":
         return model
     if way == "float32":
-        model = model.float()
+        model = _in_float32(model)
     if hasattr(model, "peft_config") and _linear_layers(model)[0].weight.dtype == torch.float32:
         model = model.merge_and_unload()
     head = model.get_output_embeddings()
@@ -103,8 +111,15 @@ def prepare_for_inference(model):
 
 
 def prepare_for_training(model):
-    """Convert a model in 16 bits to float32 if `choose_way` finds that faster; return the model."""
-    return model.float() if choose_way(model) == "float32" else model
+    """Convert a model in 16 bits to float32 if `choose_way` finds that clearly faster; return the model."""
+    return _in_float32(model) if choose_way(model) == "float32" else model
+
+
+def _in_float32(model):
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    note = "the model in 16 bits was computed in float32, which is faster on this CPU"
+    base.load_warnings = [*getattr(base, "load_warnings", []), note]
+    return model.float()
 
 
 def _linear_layers(model):

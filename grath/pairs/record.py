@@ -26,7 +26,6 @@ def describe_pairs(args, questions, messages, earlier):
         inputs["tokenizer"] = tokenizer_identity(args.tokenizer_name)
     inputs |= {"precision": _precision(args, earlier or {}), "model_type": args.model_type}
     inputs |= {"max_new_tokens": args.max_new_tokens}
-    inputs |= {"demos": args.demos} if args.useFS else {}
     inputs |= {"seed": args.seed} if args.useGT else {}
     return inputs | {"questions": hash_rows(questions), "messages": hash_rows(messages)}
 

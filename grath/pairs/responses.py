@@ -16,7 +16,7 @@ LINE = re.compile(rf"[\W\d_]*{_LABEL}[\s\d*_]{{0,6}}:(.*)", re.IGNORECASE)
 LABEL = re.compile(r"(?:in)?correct answer[*_ ]{0,4}:", re.IGNORECASE)
 INCORRECT_LABEL = re.compile(r"incorrect answer[*_ ]{0,4}:", re.IGNORECASE)
 # What a reasoning model puts around its reasoning: <think>, [THINK], <|begin_of_thought|>, <|channel|>analysis.
-_KIND = r"(?:[a-z]+[_:]){0,3}(?:think|thought|reason|reflect|analysis|scratchpad|cot\b)\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
+_KIND = r"(?:[a-z]+[_:]){0,3}(?:think|thought|reason|rationale|reflect|analysis|scratch|cot\b)\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
 _CHANNEL = r"<\|?channel\|?>\s*"
 OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
 CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)
@@ -37,6 +37,8 @@ def opens_reasoning(prompt):
 
 def parse_response(response, question=""):
     """Extract the two answers from a response: its last pair of lines about the question, after any reasoning.
+
+    Different pairs without a question between them, such as a pair and its explanation, count as none.
 
     A pair is about the question that the response states before it. That may have other words than `question`; but if
     some pair states `question` itself, only such pairs count.
@@ -64,7 +66,9 @@ def parse_response(response, question=""):
     asked = {number: _letters(text) for number, (label, text) in enumerate(lines) if label == QUESTION}
     of = [next((asked[at] for at in reversed(asked) if at < number), None) for number, *_ in pairs]
     own = _letters(question) if _letters(question) in of else of[0]
-    correct, incorrect = [answers for (_, *answers), stated in zip(pairs, of, strict=True) if stated == own][-1]
+    *others, (at, correct, incorrect) = [pair for pair, stated in zip(pairs, of, strict=True) if stated == own]
+    if others and others[-1][1:] != (correct, incorrect) and not any(others[-1][0] < line < at for line in asked):
+        return None, "different pairs of answers"
     if not correct or not incorrect:
         return None, "empty answer"
     if LABEL.search(correct) or LABEL.search(incorrect):

@@ -53,7 +53,7 @@ def model_card(adapter, record, name, merged):
         tags=["grath", "dpo", "trl", "lora"],
     )
     settings, records, rows, asked, source = settings_of("dpo", record), [record], [], record["pairs"]["read"], ""
-    given = settings.get("dpo dataset_name", "")
+    given = settings.get("dpo dataset_name") or ("" if record.get("own_pairs", True) else "another source")
     if run:
         models, settings = run["models"], run["settings"]
         records = models[number]["records"].values()

@@ -15,7 +15,7 @@ def plain(text, marks=r"\\`*_\[\]|~"):
     """Return a text from outside as one line that Markdown shows as it is: no HTML, link, image or table of its own."""
     line = html.escape(printable(" ".join(text.split())), quote=False)
     line = re.sub(rf"([{marks}])", r"\\\1", line)
-    return line.replace("://", "&#58;//").replace("www.", "www&#46;")
+    return line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
 def inert(name):

@@ -49,7 +49,7 @@ GROUPS = {
                 "Llama-2-7b-chat-hf, zephyr-7b-beta"),
         Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), "pairs",
                 "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
-        Setting("RUN_NAME", "grath", matching("[^/]+", "a plain name (use RUNS_DIR for the folder)"), None,
+        Setting("RUN_NAME", "grath", matching("[^/]{1,150}", "a plain, short name (use RUNS_DIR for the folder)"), None,
                 "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
         Setting("RUNS_DIR", "runs", str, None, "folder of all runs"),
         Setting("SEED", "0", NATURAL, "pairs",

@@ -19,7 +19,7 @@ def server(tiny_llama):
 
 
 def score(server, model, folder, *flags, status=0):
-    servers = ("--server_url", server.url, "--server_timeout", 20)
+    servers = ("--server_url", server.url, "--server_timeout", 300)
     return call_here("grath.evaluation", model, folder, *MC, *servers, "--limit", 3, *flags, status=status)
 
 

@@ -45,6 +45,7 @@ def test_training_computes_in_float32_where_that_is_faster(dtype, way, monkeypat
     prefer(monkeypatch, way)
     model = prepare_for_training(with_adapter(tiny("llama").to(dtype)))
     computed = torch.float32 if way == "float32" else dtype
+    assert hasattr(model, "load_warnings") == (way == "float32")  # for the record
     for name, weight in tiny("llama").to(dtype).state_dict().items():
         ours = model.get_base_model().state_dict()[re.sub("(q|down)_proj", r"\g<0>.base_layer", name)]
         assert ours.dtype == computed and torch.equal(ours, weight.to(computed))
@@ -103,6 +104,14 @@ def test_every_start_measures_and_prints_its_choice(tiny_llama, tmp_path, monkey
         done = call_here(*asking(tiny_llama, tmp_path / way, "--precision", "bf16"))
         assert f"Matrix products of bfloat16 weights: {way}; 128 rows and 1 row take plain " in done.stdout
         assert f"{way} 0.50 and 2.00 ms" in done.stdout
+
+
+def test_a_near_tie_never_changes_the_precision(monkeypatch):
+    times = {"plain": [2.0, 1.0], "packed": [1.0, 1.0], "float32": [0.7, 1.0]}
+    monkeypatch.setattr(cpu_matmul, "time_products", lambda weight: times)
+    assert cpu_matmul.choose_way(tiny("llama").bfloat16()) == "packed"
+    times["float32"] = [0.5, 1.0]
+    assert cpu_matmul.choose_way(tiny("llama").bfloat16()) == "float32"
 
 
 def test_products_that_this_cpu_lacks_are_not_timed(monkeypatch):

@@ -109,7 +109,7 @@ def test_a_signal_that_the_shell_ignores_ends_nothing(number, ignored, tmp_path)
         send_when_started(process, tmp_path, signal.Signals[f"SIG{number}"])
         if ignored:
             (tmp_path / "go").touch()
-        assert process.wait(timeout=60) == (0 if ignored else 128 + signal.Signals[f"SIG{number}"])
+        assert process.wait(timeout=600) == (0 if ignored else 128 + signal.Signals[f"SIG{number}"])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_job_is_requeued_only_if_its_start_has_saved_something(file, requeued,
     slurm = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
     with subprocess.Popen(["./run_grath.sh"], **waiting_loop(tmp_path, save, **slurm)) as process:
         send_when_started(process, tmp_path, signal.SIGUSR1)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=600)[1]
     assert process.returncode == 128 + signal.SIGUSR1
     assert (tmp_path / "requeued").exists() == requeued
     assert ("the job is requeued and resumes" in said) == requeued != ("this start saved nothing" in said)
