@@ -25,13 +25,6 @@ os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = CACHE.name
 PROJECT = Path(__file__).resolve().parent.parent
 # For the way `vllm` of the benchmarks: this Python, with a stand-in.
 VLLM_ENV = {"PYTHONPATH": str(PROJECT / "tests" / "stand_in"), "VLLM_PYTHON": sys.executable}
-if os.environ.get("GRATH_TEST_MATMUL"):
-    # In this process and in those that the tests start.
-    os.environ["PYTHONPATH"] = str(PROJECT / "tests" / "matmul")
-    importlib.import_module("matmul.sitecustomize")
-imports_counted = pytest.mark.skipif(
-    "GRATH_TEST_MATMUL" in os.environ, reason="GRATH_TEST_MATMUL imports torch at every start"
-)
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"
 # The tiny chat model answers every question with this response. Each of the texts is one token of the tiny tokenizers,

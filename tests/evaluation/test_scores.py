@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import HUB, PROJECT, call, call_here, imports_counted, rows
+from support import HUB, PROJECT, call, call_here, rows
 
 from grath.common.errors import UserError
 from grath.evaluation.results import check_numbers, read_scores
@@ -46,7 +46,6 @@ def scored(scored_once, tmp_path):
     return shutil.copytree(scored_once, tmp_path / "scores")
 
 
-@imports_counted
 def test_a_finished_command_answers_in_one_line_without_torch(scored, tiny_llama):
     before = content(scored)
     command = (sys.executable, "-X", "importtime", "-m", "grath.evaluation", tiny_llama, scored, *MC, "--samples")

@@ -12,7 +12,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from support import BUNDLED, PROJECT, asking, call, call_here, imports_counted
+from support import BUNDLED, PROJECT, asking, call, call_here
 
 from grath.common.errors import UserError
 from grath.modeling import loading
@@ -112,7 +112,6 @@ def test_weights_and_adapter_are_loaded_on_the_gpu_of_the_process(precision, mon
     [(module, {}) for module in ("dpo", "create_pair_responses", "grath.evaluation.run", "grath.run.settings")]
     + [("dpo", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}), ("dpo", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})],
 )
-@imports_counted
 def test_every_stage_sets_the_allocator_before_torch_is_imported(module, given):
     hook = "event == 'import' and args[0] == 'torch' and os.write(1, str(dict(os.environ)).encode()) and os._exit(0)"
     code = f"import os, sys; sys.addaudithook(lambda event, args: {hook}); import {module}, torch"

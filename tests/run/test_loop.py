@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from fault_injection import records
-from support import BUNDLED, CORRECT, PROJECT, call, check_here, imports_counted, rows
+from support import BUNDLED, CORRECT, PROJECT, call, check_here, rows
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -111,7 +111,6 @@ def copied(llama_run, tmp_path):
     return tmp_path / run.name, {**settings, "RUNS_DIR": str(tmp_path)}
 
 
-@imports_counted
 def test_a_run_shows_one_bar_for_each_long_task_and_a_table(llama_run):
     done = llama_run[2]
     assert "were not passed to `accelerate launch`" not in done.stderr
