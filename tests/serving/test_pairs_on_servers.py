@@ -422,11 +422,8 @@ def test_an_adapter_is_loaded_and_unloaded(serve, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        *((url, "is not a server's address") for url in ("localhost:8000", "http://", "http://host:port")),
-        *(
-            (url, "is not a server's address")
-            for url in ("http://a..b", f"http://{'a' * 70}", "http://a b", "http://a:0")
-        ),
+        *((url, "is not a server's address") for url in ("http://", "http://host:port", "http://a..b")),
+        *((url, "is not a server's address") for url in (f"http://{'a' * 70}", "http://a b", "http://a:0")),
         (f"http://host:8000/{KEY}", "may contain no password"),
         *((url, "may contain no password") for url in ("http://name:secret@host:80OO/?x=1", "name:secret@host")),
     ],
@@ -448,16 +445,6 @@ def test_text_of_a_server_is_searched_in_linear_time(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for text in ("\\", "%25", "&#", "%", "s", "sk-"):
         assert len(client.show(text * 2**20)) == client.MOST_SHOWN
-
-
-def test_bad_combinations(tiny_llama, tmp_path):
-    for flags, said in {
-        ("--engine", "server"): "needs --server_url",
-        ("--server_url", "http://x:1"): "needs --engine server",
-        ("--engine", "server", "--server_url", "http://x:1"): "the server decides it",
-    }.items():
-        done = call_here(*asking(tiny_llama, tmp_path, *flags), status=2)
-        assert said in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_three_hundred_requests_at_once(serve):
