@@ -10,6 +10,7 @@ from filelock import FileLock
 from support import (
     BUNDLED,
     PROJECT,
+    RESPONSE,
     call,
     call_here,
     make_llama,
@@ -90,6 +91,21 @@ def tiny_llama(made_once, llama_tokenizer):
         make_llama(llama_tokenizer).save_pretrained(folder)
 
     return made_once("tiny llama", save)
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path):
+    """A copy of the tiny model, to be changed."""
+    return shutil.copytree(tiny_llama, tmp_path / "model")
+
+
+@pytest.fixture
+def server(tiny_llama):
+    """An inference server of the tiny model."""
+    from stand_in.inference_server import InferenceServer
+
+    with InferenceServer(tiny_llama, answer=lambda ids: RESPONSE) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -93,6 +94,16 @@ def asking(model, folder, *flags, count=2):
     )  # fmt: skip
 
 
+def stages(model, pairs, folder):
+    """What each stage that loads a model writes in a folder -> its command. The training has one step."""
+    train = ("--dataset_path", pairs, "--output_dir", folder / "d", "--precision", "fp32", "--max_steps", 1)
+    return {
+        "p_num_2_useGT_False_useFS_False.json": asking(model, folder),
+        "d": ("dpo.py", "--model_name_or_path", model, *train),
+        "s": ("grath.evaluation", model, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
+    }
+
+
 def preset():
     """The settings of run_llama2.sh."""
     lines = (PROJECT / "run_llama2.sh").read_text(encoding="utf-8")
@@ -113,6 +124,33 @@ def write_rows(path, content):
     """Write objects as a JSON-lines file and return its path."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     return path
+
+
+def change_json(file, **changes):
+    """Change values of the JSON object in a file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def put_program(path, text):
+    """Write an executable script."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def wait_for(reached, process=None):
+    """Wait until a function returns something true; the process must not end before."""
+    deadline = time.monotonic() + 600
+    while not reached():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.02)
+
+
+def score_values(folder):
+    """The scores in a folder, in percent: task -> score."""
+    from grath.evaluation.results import read_scores
+
+    return {task: found["score"] for task, found in read_scores(folder).items()}
 
 
 def pair(question, correct, incorrect):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import BUNDLED, PROJECT, call, call_here, pair, write_rows
+from support import BUNDLED, PROJECT, call, call_here, change_json, pair, write_rows
 from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,16 +82,14 @@ def make_models(folder, model):
         path = folder / name
         shutil.copytree(model, path, ignore=shutil.ignore_patterns(*without))
         for file, change in changes.items():
-            file = path / f"{file}.json"
-            file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+            change_json(path / f"{file}.json", **change)
         return path
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
     adapter = folder / "another adapter"
     get_peft_model(small, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(model)}))
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=str(model))
     half = folder / "half an adapter"
     half.mkdir()
     shutil.copy(adapter / "adapter_config.json", half)

@@ -7,7 +7,7 @@ from itertools import cycle
 
 import pytest
 from made_runs import put_pairs, put_run
-from support import BUNDLED, asking, call_here, pair, rows, write_rows
+from support import BUNDLED, asking, call_here, pair, rows, stages, write_rows
 
 from grath.common.files import fits
 
@@ -156,23 +156,14 @@ def test_names_and_versions_in_a_report_are_text(name, tmp_path):
 def test_a_folder_in_the_place_of_an_output_is_one_line(pair_file, tmp_path):
     (tmp_path / "new_combined.json").mkdir()
     shutil.copy(pair_file, tmp_path / "new.json")
-    command = (
-        "combine_new_correct_ori_wrong.py",
-        "--new_data_path",
-        tmp_path / "new.json",
-        "--ori_data_path",
-        pair_file,
-    )
+    files = ("--new_data_path", tmp_path / "new.json", "--ori_data_path", pair_file)
+    command = ("combine_new_correct_ori_wrong.py", *files)
     assert "a file and a folder have the same name" in call_here(*command, status=2).stderr
 
 
 def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):
-    train = ("--dataset_path", pair_file, "--output_dir", tmp_path / "d", "--max_steps", 1, "--precision", "fp32")
-    for record, command in {
-        "p_num_2_useGT_False_useFS_False.json.record.json": asking(tiny_llama, tmp_path),
-        "d/grath.json": ("dpo.py", "--model_name_or_path", tiny_llama, *train),
-        "s/settings.json": ("grath.evaluation", tiny_llama, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1),
-    }.items():
+    records = ("p_num_2_useGT_False_useFS_False.json.record.json", "d/grath.json", "s/settings.json")
+    for record, command in zip(records, stages(tiny_llama, pair_file, tmp_path).values(), strict=True):
         path = tmp_path / record
         path.parent.mkdir(exist_ok=True)
         with path.with_name(f".{path.name}.lock").open("w") as lock:

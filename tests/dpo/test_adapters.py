@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support import BUNDLED, asking, call_here, check_here, weights
+from support import BUNDLED, call_here, change_json, check_here, stages, weights
 from trainings import margin, train
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
@@ -71,10 +71,7 @@ def test_a_rolling_iteration_starts_from_every_adapter_that_is_taken(kind, tiny_
 
 def commands(adapter, pair_file, folder):
     """What each command that loads an adapter writes: file -> its arguments."""
-    return {
-        "p_num_2_useGT_False_useFS_False.json": asking(adapter, folder),
-        "d": ("dpo.py", "--model_name_or_path", adapter, "--dataset_path", pair_file, "--output_dir", folder / "d"),
-        "s": ("grath.evaluation", adapter, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
+    return stages(adapter, pair_file, folder) | {
         "x": ("grath.export", adapter, folder / "x"),
         "pairs.distance.json": ("grath.distance", folder / "pairs.json", "--model_name_or_path", adapter),
     }
@@ -125,26 +122,24 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny_llama, pair_file,
     kept = {name: weight for name, weight in weights(adapter).items() if ".layers.1.self_attn.k_proj" not in name}
     save_file(kept, adapter / "adapter_model.safetensors")
     assert "layers.1" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    for base, reason in {"/nowhere/llama": "put it back there", str(adapter): "is an adapter itself"}.items():
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    good = (adapter / "adapter_config.json").read_text()
+    damaged, others = "is damaged", "does not fit its base"
+    for name, value, reason in [
+        ("base_model_name_or_path", "/nowhere/llama", "put it back there"),
+        ("base_model_name_or_path", str(adapter), "is an adapter itself"),
+        *(("r", "8", damaged), ("target_modules", 5, damaged), ("exclude_modules", 7, damaged)),
+        *(("rank_pattern", "abc", damaged), ("alpha_pattern", {"q_proj": "x"}, damaged)),
+        *(("layers_to_transform", "x", damaged), ("lora_dropout", [0.5], damaged)),
+        *(("target_modules", "(q_proj", others), ("rank_pattern", {"(": 4}, others)),
+    ]:
+        (adapter / "adapter_config.json").write_text(good)
+        change_json(adapter / "adapter_config.json", **{name: value})
         assert reason in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
-    for name, value in {
-        "r": "8", "target_modules": 5, "exclude_modules": 7, "rank_pattern": "abc", "alpha_pattern": {"q_proj": "x"},
-        "layers_to_transform": "x", "lora_dropout": [0.5],
-    }.items():  # fmt: skip
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, name: value}))
-        assert "is damaged" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
-    for name, value in {"target_modules": "(q_proj", "rank_pattern": {"(": 4}}.items():
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, name: value}))
-        assert "does not fit its base" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
 
 
-def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(tiny_llama, pair_file, tmp_path):
-    shutil.copytree(tiny_llama, tmp_path / "base")
-    train(tmp_path / "base", tmp_path / "m", source=("--dataset_path", pair_file, "--max_steps", "1"))
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(model, pair_file, tmp_path):
+    train(model, tmp_path / "m", source=("--dataset_path", pair_file, "--max_steps", "1"))
+    change_json(model / "config.json", rms_norm_eps=1e-4)
     for made, command in commands(tmp_path / "m", pair_file, tmp_path).items():
         if made != "pairs.distance.json":
             done = call_here(*command, status=2)

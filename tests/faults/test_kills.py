@@ -17,6 +17,7 @@ from fault_injection import (
     same_scores,
     start,
 )
+from support import put_program
 
 pytestmark = pytest.mark.faults
 
@@ -82,11 +83,8 @@ SIGNALS = {
 def test_signals_end_every_process(llama_run, tmp_path):
     undisturbed, settings, _ = llama_run
     copy_without(undisturbed, tmp_path, 2)
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/requeued"\n')
-    scontrol.chmod(0o755)
-    settings = {**settings, "SLURM_JOB_ID": "17", "EXTRA_PATH": str(scontrol.parent)}
+    put_program(tmp_path / "bin" / "scontrol", f'#!/bin/sh\necho "$@" >>"{tmp_path}/requeued"\n')
+    settings = {**settings, "SLURM_JOB_ID": "17", "EXTRA_PATH": f"{tmp_path}/bin"}
     settings |= {"SLURM_ARRAY_JOB_ID": "14", "SLURM_ARRAY_TASK_ID": "3"}
 
     def says_how_to_resume(run, name, output):

@@ -12,7 +12,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from support import BUNDLED, PROJECT, asking, call, call_here
+from support import BUNDLED, PROJECT, call, call_here, stages
 
 from grath.common.errors import UserError
 from grath.modeling import loading
@@ -33,18 +33,16 @@ def no_device_is_set(monkeypatch):
 def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_file, tmp_path):
     """Slurm or the user names a GPU, and torch sees none: the run must not start on the CPU."""
     out = tmp_path / "out"
-    ask = asking(tiny_llama, out)
-    train = ("dpo.py", "--model_name_or_path", tiny_llama, "--dataset_path", pair_file, "--output_dir", out)
-    score = ("grath.evaluation", tiny_llama, out, "--tasks", "grath_mc1")
+    commands = list(stages(tiny_llama, pair_file, out).values())
     loop = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(out), "DATA_PATH": str(BUNDLED)}
     for done in (
-        *(call_here(*command, env=SEEN, status=2) for command in (ask, train, score)),
+        *(call_here(*command, env=SEEN, status=2) for command in commands),
         call("run_llama2.sh", env={**SEEN, **loop}, status=2),
     ):
         assert "this machine has a GPU (CUDA_VISIBLE_DEVICES=0), but torch cannot use it: " in done.stderr
         assert done.stderr.endswith("(set DEVICE=cpu to use the CPU)\n") and done.stderr.count("\n") == 1
     assert not out.exists()
-    call(*ask, env={**SEEN, "DEVICE": "cpu"})  # read before torch is imported
+    call(*commands[0], env={**SEEN, "DEVICE": "cpu"})  # read before torch is imported
     assert list(out.glob("p_*False.json"))
 
 

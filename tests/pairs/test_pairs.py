@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import time
 
 import pytest
-from support import BUNDLED, PROJECT, asking, call, call_here, pair, rows, write_rows
+from support import BUNDLED, PROJECT, asking, call, call_here, change_json, pair, rows, wait_for, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
 from grath.pairs.responses import load_responses, opens_reasoning, parse_response, remove_responses, save_responses
@@ -69,9 +67,7 @@ def test_a_kill_loses_no_finished_question_and_other_settings_are_refused_then(t
         return (files[0], files[0].read_text().count("\n")) if files else (None, 0)
 
     with subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 600
-        while saved()[1] < 5 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: saved()[1] >= 5, process)
         process.kill()
     kept, finished = saved()
     assert 5 <= finished < 60
@@ -97,7 +93,7 @@ def test_a_kill_loses_no_finished_question_and_other_settings_are_refused_then(t
     assert record["starts"] == 2 and record["counts"] == {"asked": 60, "written": 60, "identical": 0}
 
 
-def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama, tmp_path):
+def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama, model, tmp_path):
     questions = write_rows(tmp_path / "q.jsonl", rows(BUNDLED)[:3])
     command = asking(tiny_llama, tmp_path / "out", "--data_path", questions, "--useFS", count=3)
     call_here(*command)
@@ -107,10 +103,9 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     done = call(sys.executable, "-X", "importtime", PROJECT / command[0], *command[1:], env={"PYTHONPATH": ""})
     assert f"{path} contains these pairs, finished" in done.stdout
     assert not re.search(r"^import time:.*\| +torch$", done.stderr, re.MULTILINE)
-    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
-    assert "finished" in call_here(*command, "--model_name_or_path", moved).stdout  # a copy is the same model
-    template = (moved / "chat_template.jinja").read_text()
-    (moved / "chat_template.jinja").write_text(template + " ")
+    assert "finished" in call_here(*command, "--model_name_or_path", model).stdout  # a copy is the same model
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template + " ")
     other_questions = write_rows(tmp_path / "other.jsonl", rows(BUNDLED)[3:6])
     for flags, said in (
         (("--max_new_tokens", "50"), "max_new_tokens 100, not 50"),
@@ -118,7 +113,7 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
         (("--model_type", "llama2"), "model_type auto, not llama2"),
         (("--demos", "halueval"), "demos truthfulqa, not halueval"),
         (("--data_path", other_questions), "questions "),
-        (("--model_name_or_path", moved), "model base chat_template.jinja "),
+        (("--model_name_or_path", model), "model base chat_template.jinja "),
     ):
         done = call_here(*command, *flags, status=2)
         assert f"{path} was made with {said}" in done.stderr and "pass --overwrite to replace it" in done.stderr
@@ -134,13 +129,10 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     assert path.read_bytes() == written
 
 
-def test_an_unsupported_model_falls_back_to_generate(tiny_llama, tmp_path):
-    narrow = tmp_path / "narrow"
-    shutil.copytree(tiny_llama, narrow)
-    config = json.loads((narrow / "config.json").read_text())
-    config = {**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
-    (narrow / "config.json").write_text(json.dumps(config))
-    done = call_here(*asking(narrow, tmp_path / "out", "--max_new_tokens", "60"), status=None)
+def test_an_unsupported_model_falls_back_to_generate(tiny_llama, model, tmp_path):
+    narrow = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    change_json(model / "config.json", **narrow)
+    done = call_here(*asking(model, tmp_path / "out", "--max_new_tokens", "60"), status=None)
     line = next(line for line in done.stdout.splitlines() if "plain batched generation" in line)
     assert "its sliding window of 64 tokens is shorter than a sequence of" in line
     plain = ask(tiny_llama, tmp_path / "a", "--engine", "generate")

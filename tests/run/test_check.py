@@ -48,8 +48,7 @@ def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
     assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
 
 
-def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
+def test_check_and_stages_require_the_same_weights(model):
     assert read_model(str(model))[1].hidden_size == 64 and has_local_weights(str(model))
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -83,8 +82,7 @@ def test_check_does_not_count_half_a_model_of_the_hub(tiny_llama, tmp_path, monk
         read_model("a/b")
 
 
-def test_check_refuses_a_model_without_the_layers_that_lora_trains(tiny_llama, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
+def test_check_refuses_a_model_without_the_layers_that_lora_trains(model):
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 600}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="^gpt2 has none of the layers that LoRA trains: q_proj, k_proj, v_proj$"):

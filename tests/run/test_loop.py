@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from fault_injection import records
-from support import BUNDLED, CORRECT, PROJECT, call, check_here, rows
+from support import BUNDLED, CORRECT, PROJECT, call, check_here, put_program, rows
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -144,8 +144,7 @@ def test_the_same_command_does_nothing_twice(copied, tmp_path):
     """It starts Python at most 14 times for two iterations, as every start does."""
     run, settings = copied
     counter = tmp_path / "hook" / "sitecustomize.py"
-    counter.parent.mkdir()
-    counter.write_text(f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")
+    put_program(counter, f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
     done = call("run_llama2.sh", env={**settings, "PYTHONPATH": str(counter.parent)})
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
@@ -206,12 +205,10 @@ def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeyp
 
 def test_presets_can_be_given_to_slurm(tmp_path):
     """Slurm runs a copy of the script from a folder of its own."""
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/bash\ncp "$1" "{tmp_path}/slurm_script"\ncd "{tmp_path}"\nexec ./slurm_script\n')
-    sbatch.chmod(0o755)
+    copied = f'#!/bin/bash\ncp "$1" "{tmp_path}/slurm_script"\ncd "{tmp_path}"\nexec ./slurm_script\n'
+    put_program(tmp_path / "bin" / "sbatch", copied)
     env = {"SLURM_SUBMIT_DIR": str(PROJECT), "DRY_RUN": "1", "SLURM_JOB_ID": "1"}
-    env["PATH"] = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env["PATH"] = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     for preset in PRESETS:
         header = (PROJECT / preset).read_text().split("\nset -euo")[0]
         for option in ("requeue", "open-mode=append", "signal=B:USR1@"):

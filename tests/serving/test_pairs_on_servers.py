@@ -6,12 +6,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from threading import Thread
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, asking, call_here, pair, rows
+from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, asking, call_here, pair, rows, wait_for
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
@@ -61,13 +60,6 @@ def command(model, folder, *urls, questions=4, timeout=20):
 
 def ask(*arguments, flags=(), status=0, **options):
     return call_here(*command(*arguments, **options), *flags, status=status)
-
-
-def wait_for(reached):
-    deadline = time.monotonic() + 600
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def pairs_in(folder):
