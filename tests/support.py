@@ -224,6 +224,30 @@ def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+def change_weights(model, change):
+    """Change the tensors of a model's folder by a function of the dict name -> tensor."""
+    from safetensors.torch import load_file, save_file
+
+    file = model / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def save_adapter(base, folder, kind="LoraConfig", **options):
+    """Save an adapter with random weights on a base; return its folder."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = getattr(peft, kind)(**{"task_type": "CAUSAL_LM", **options})
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    return folder
+
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 

@@ -219,6 +219,8 @@ LOOP = [
     ("REFERENCE", "base", "REFERENCE must be one of rolling, fixed, not 'base'"),
     ("RUN_NAME", "../x", "RUN_NAME must be a plain name (use RUNS_DIR for the folder), not '../x'"),
     ("USE_FS", "true", "USE_FS must be 0 or 1, not 'true'"),
+    ("TASKS", "a" * 50 + " -", f"TASKS must be names of tasks, not '{'a' * 50} -'"),
+    ("SEED", "007", "SEED must be a whole number, not '007'"),
     ("RUNS_DIR", "./-x", "RUNS_DIR: a command would take '-x' for an option"),
     ("MODEL_NAME_OR_PATH", "", "MODEL_NAME_OR_PATH must be set; the presets run_*.sh set it"),
     ("NUM_QUERY", "", "NUM_QUERY must be a whole number of at least 1"),

@@ -4,18 +4,18 @@ import json
 import shutil
 
 import pytest
-from support import BUNDLED, call_here, change_json, check_here, stages, weights
+from support import BUNDLED, call_here, change_json, check_here, save_adapter, stages, weights
 from trainings import margin, train
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 TAKEN = {
-    "rank and scale": {"r": 3, "lora_alpha": 7, "target_modules": ATTENTION},
-    "patterns": {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"k_proj": 2}},
+    "rank and scale": {"r": 3, "lora_alpha": 7},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"k_proj": 2}},
     "rank-stabilized": {"use_rslora": True, "target_modules": ["o_proj"]},
     "a pattern of names": {"target_modules": r".*\.(q|k|v)_proj"},
     "all linear layers": {"target_modules": "all-linear", "lora_dropout": 0.1},
-    "one layer": {"target_modules": ATTENTION, "layers_to_transform": [1]},
-    "gaussian": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
+    "one layer": {"layers_to_transform": [1]},
+    "gaussian": {"init_lora_weights": "gaussian"},
 }
 REFUSED = {
     "DoRA": {"use_dora": True},
@@ -29,30 +29,9 @@ REFUSED = {
 }
 
 
-def save_adapter(base, folder, config):
-    """Save an adapter with random weights on a base."""
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data += 0.1 * torch.randn_like(weight)
-    model.save_pretrained(folder)
-    return folder
-
-
-def lora(**options):
-    from peft import LoraConfig
-
-    return LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ATTENTION, **options})
-
-
 @pytest.mark.parametrize("kind", TAKEN)
 def test_a_rolling_iteration_starts_from_every_adapter_that_is_taken(kind, tiny_llama, pair_file, tmp_path):
-    adapter = save_adapter(tiny_llama, tmp_path / "a", lora(**TAKEN[kind]))
+    adapter = save_adapter(tiny_llama, tmp_path / "a", **{"target_modules": ATTENTION, **TAKEN[kind]})
     flags = ("--dataset_path", pair_file, "--max_steps", "1", "--learning_rate", "1e-9")
     _, record = train(adapter, tmp_path / "d", source=flags)
     scale = abs(record["log"][0]["logps/chosen"]) + abs(record["log"][0]["logps/rejected"])
@@ -89,7 +68,7 @@ def assert_all_refuse(adapter, pair_file, folder, reason):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
-    adapter = save_adapter(tiny_llama, tmp_path / "a", lora(**REFUSED[kind]))
+    adapter = save_adapter(tiny_llama, tmp_path / "a", **{"target_modules": ATTENTION, **REFUSED[kind]})
     if kind in ("DoRA", "the head", "PiSSA"):
         assert_all_refuse(adapter, pair_file, tmp_path, "merge it into its base with PEFT")
     else:
@@ -99,17 +78,15 @@ def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
 
 OTHERS = {
     "LoHaConfig": {"target_modules": ATTENTION},
-    "VeraConfig": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]},
-    "PrefixTuningConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3},
+    "VeraConfig": {"target_modules": ["q_proj"]},
+    "PrefixTuningConfig": {"num_virtual_tokens": 3},
     "LoraConfig": {"task_type": "FEATURE_EXTRACTION", "target_modules": ATTENTION},
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
-    import peft
-
-    adapter = save_adapter(tiny_llama, tmp_path / "a", getattr(peft, kind)(**OTHERS[kind]))
+    adapter = save_adapter(tiny_llama, tmp_path / "a", kind, **OTHERS[kind])
     done = call_here(*commands(adapter, pair_file, tmp_path)["d"], status=2)
     assert "not LoRA for a causal language model: merge it" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -117,7 +94,7 @@ def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny_llama, pair_file, tmp_path):
     from safetensors.torch import save_file
 
-    adapter = save_adapter(tiny_llama, tmp_path / "a", lora())
+    adapter = save_adapter(tiny_llama, tmp_path / "a", target_modules=ATTENTION)
     # A layer that the file lacks would keep its initial weights.
     kept = {name: weight for name, weight in weights(adapter).items() if ".layers.1.self_attn.k_proj" not in name}
     save_file(kept, adapter / "adapter_model.safetensors")

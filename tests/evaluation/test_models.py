@@ -5,8 +5,8 @@ import math
 import shutil
 
 import pytest
-from safetensors.torch import load_file, save_file
-from support import BUNDLED, asking, call_here, change_json, check_here, stages
+from safetensors.torch import load_file
+from support import BUNDLED, asking, call_here, change_json, change_weights, check_here, stages
 from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
@@ -14,11 +14,6 @@ from grath.evaluation.results import mend_underflow
 from grath.evaluation.run import _apply_chat_template
 from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import resolve_base_and_adapter
-
-
-def change_weights(model, change):
-    weights = load_file(model / "model.safetensors")
-    save_file(change(weights), model / "model.safetensors", metadata={"format": "pt"})
 
 
 def score(model, folder, *flags, status=0):

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import HUB, PROJECT, call, call_here, put_program, rows, score_values, wait_for
+from support import HUB, PROJECT, call, call_here, change_weights, put_program, rows, score_values, wait_for
 
 from grath.common.errors import UserError
 from grath.evaluation.results import check_numbers, read_scores
@@ -161,13 +160,10 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
     }  # fmt: skip
 
 
-def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path):
+def test_log_likelihoods_that_are_no_numbers_are_no_score(model, tmp_path):
     """The harness would count the first choice of every question, the right one: MC1 100."""
-    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][3] = torch.nan
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    done = score(broken, tmp_path / "s", *MC, status=2)
+    change_weights(model, lambda weights: weights | {"model.norm.weight": weights["model.norm.weight"] * torch.nan})
+    done = score(model, tmp_path / "s", *MC, status=2)
     assert "computes NaN instead of log-likelihoods" in done.stderr and not score_values(tmp_path / "s")
 
 

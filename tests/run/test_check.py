@@ -24,10 +24,7 @@ def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
     checked = [line.split(":")[0].split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("ok ")]
     assert checked == ["packages", "device", "model", "chat template", "data", "disk"]
     plan = done.stdout.split("The plan: 8 stages")[1].splitlines()[1:-1]
-    assert [line.strip() for line in plan][1:3] == [
-        "iteration 1: M_0 writes pairs",
-        "iteration 1: DPO trains M_1",
-    ]
+    assert [line.strip() for line in plan][1:3] == ["iteration 1: M_0 writes pairs", "iteration 1: DPO trains M_1"]
     assert re.search(r"^ok    disk: .* free, about \d+ MB to write$", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1] == "Ready: run the same command without CHECK=1"
     assert not (tmp_path / "runs").exists()

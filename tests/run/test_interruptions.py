@@ -10,7 +10,7 @@ import threading
 
 import psutil
 import pytest
-from fault_injection import ASK, WITHOUT_SCORES, copy_without, point, start
+from fault_injection import ASK, copy_without, point, start
 from support import PROJECT, call, put_program, wait_for
 
 # It only makes this process wait for ten minutes.
@@ -31,7 +31,7 @@ def held_start(settings, folder):
 
 def test_two_starts_at_once_and_then_a_signal_to_every_process(llama_run, tmp_path):
     """As `scancel` sends it: to the loop and to the stage at once."""
-    settings = {**llama_run[1], **WITHOUT_SCORES}
+    settings = {**llama_run[1], "TASKS": ""}
     with held_start(settings, tmp_path) as (loop, lock, found):
         status, output = start(settings, tmp_path)
         assert status == 2
@@ -47,7 +47,7 @@ def test_two_starts_at_once_and_then_a_signal_to_every_process(llama_run, tmp_pa
 
 
 def test_a_killed_loop_leaves_one_stage_that_holds_the_lock(llama_run, tmp_path):
-    settings = {**llama_run[1], **WITHOUT_SCORES}
+    settings = {**llama_run[1], "TASKS": ""}
     with held_start(settings, tmp_path) as (loop, _, found):
         (stage,) = [one for one in loop.children(recursive=True) if ASK in " ".join(one.cmdline())]
         loop.kill()

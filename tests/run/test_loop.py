@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from fault_injection import records
-from support import BUNDLED, CORRECT, PROJECT, call, check_here, put_program, rows
+from support import BUNDLED, CORRECT, PROJECT, call, put_program, rows
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -234,19 +234,6 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     assert done.stdout.count("is up to date (") == 1 and done.stdout.count("Wrote the results to ") == 2
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
     assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
-
-
-def test_a_model_without_a_chat_template_is_not_ready(tiny_llama, tmp_path):
-    """By hand, `evaluation.sh` scores such a model without answers."""
-    model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
-    env = {"MODEL_NAME_OR_PATH": str(model), "RUNS_DIR": str(tmp_path), "RUN_NAME": "r", "MODEL_TYPE": "auto"}
-    env |= {"NUM_QUERY": "2", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1", "SAMPLES": "0"}
-    checked = check_here(env, status=2)
-    line = "the tokenizer has no chat template: set --model_type (MODEL_TYPE) to llama2, zephyr, smollm2"
-    assert f"FAIL  chat template: {line}" in checked.stdout
-    done = call("evaluation.sh", model, tmp_path / "scores", env={"TASKS": "grath_mc1", "LIMIT": "2"})
-    assert f"no sample answers: {line}" in done.stdout + done.stderr
-    assert (tmp_path / "scores" / "grath_mc1.json").is_file() and not (tmp_path / "scores" / "samples.jsonl").exists()
 
 
 def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_path):

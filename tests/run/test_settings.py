@@ -131,9 +131,3 @@ def test_a_run_of_other_questions_is_refused_by_its_models_too(tmp_path):
     (tmp_path / "grath_seed_0" / "models" / "iter_1_arcc_num_6_useGT_False_useFS_True").mkdir(parents=True)
     with pytest.raises(UserError, match="iter_1_.*has another NUM_QUERY, USE_GT or USE_FS"):
         check_start(read(RUNS_DIR=str(tmp_path)))
-
-
-@pytest.mark.parametrize(("name", "value"), [("TASKS", "a --limit 1"), ("TASKS", "a" * 50 + " -"), ("SEED", "007")])
-def test_values_that_would_mean_something_else(name, value):
-    with pytest.raises(UserError, match=f"^{name} must be "):
-        read(**{name: value})

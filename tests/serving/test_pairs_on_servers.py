@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,20 @@ from threading import Thread
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import BUNDLED, CORRECT, INCORRECT, PROJECT, RESPONSE, asking, call_here, pair, rows, wait_for
+from support import (
+    BUNDLED,
+    CORRECT,
+    INCORRECT,
+    PROJECT,
+    RESPONSE,
+    asking,
+    call_here,
+    change_weights,
+    pair,
+    rows,
+    save_adapter,
+    wait_for,
+)
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
@@ -190,8 +204,8 @@ def change(**parts):
 
     def fault(response):
         (choice,) = response["choices"]
-        response |= {name: value for name, value in parts.items() if name not in ("text", "finish_reason", "index")}
-        choice |= {name: value for name, value in parts.items() if name in ("text", "finish_reason", "index")}
+        for name, value in parts.items():
+            (choice if name in ("text", "finish_reason", "index") else response)[name] = value
 
     return fault
 
@@ -335,14 +349,10 @@ def test_a_wrong_list_of_models_is_one_line(serve, tiny_llama, tmp_path, body, s
 
 
 def test_another_model_is_refused(serve, tiny_llama, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     def changed(name, change):
-        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        model.lm_head.weight.data = change(model.lm_head.weight.data)
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / name)
-        return tmp_path / name
+        folder = shutil.copytree(tiny_llama, tmp_path / name)
+        change_weights(folder, lambda weights: weights | {"lm_head.weight": change(weights["lm_head.weight"])})
+        return folder
 
     # The second one would generate the same tokens, with less confidence.
     other, similar = changed("other", lambda weight: weight.flip(0)), changed("similar", lambda weight: 0.3 * weight)
@@ -378,19 +388,8 @@ def test_a_server_that_does_not_answer_is_left_out(serve, tiny_llama, tmp_path, 
     assert f"no response from {dead}" in done.stderr
 
 
-@pytest.fixture
-def adapter(tiny_llama, tmp_path):
-    """An adapter of the tiny model with random weights."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    get_peft_model(model, LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def test_an_adapter_is_loaded_and_unloaded(serve, adapter, tmp_path):
-    server = serve()
+def test_an_adapter_is_loaded_and_unloaded(serve, tiny_llama, tmp_path):
+    adapter, server = save_adapter(tiny_llama, tmp_path / "adapter", target_modules=["q_proj"]), serve()
     ask(adapter, tmp_path / "a", server.url)
     (name,) = {body["model"] for body in server.seen}
     assert name.startswith("grath-") and server.adapters == {}
