@@ -153,6 +153,16 @@ def score_values(folder):
     return {task: found["score"] for task, found in read_scores(folder).items()}
 
 
+def patch_gpus(monkeypatch, count):
+    """Let torch see `count` GPUs."""
+    import torch
+
+    for backend in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(backend, "is_available", lambda: count > 0)
+        monkeypatch.setattr(backend, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+
+
 def pair(question, correct, incorrect):
     return {"question": question, "correct": correct, "incorrect": incorrect}
 

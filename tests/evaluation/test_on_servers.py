@@ -48,21 +48,26 @@ def test_an_adapter_is_scored_by_its_own_name(llama_run, tmp_path):
     assert score_values(tmp_path) == pytest.approx(score_values(run / "results" / "iter_2"), abs=1e-2)
 
 
-def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
-    """Such as llama.cpp's: the harness would silently score chance."""
-    for prompt_logprobs, said in (
-        (False, "Only no echo is supported; scores need the log-probabilities of a prompt"),
-        ("constant", "returns no log-probabilities for the tokens of a prompt"),
-    ):
-        with InferenceServer(tiny_llama, prompt_logprobs=prompt_logprobs) as server:
-            done = score(server, tiny_llama, tmp_path, status=2)
-        assert server.url in done.stderr and said in done.stderr
-        assert "Traceback" not in done.stderr and not score_values(tmp_path)
-
-
 def of_logprobs(change):
     """A fault that changes the log-probabilities of a response."""
     return lambda response: change(response["choices"][0]["logprobs"])
+
+
+def constant(value):
+    """A fault that gives every token this log-probability."""
+    return of_logprobs(lambda found: found.update(token_logprobs=[None, *(value for _ in found["tokens"][1:])]))
+
+
+def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
+    """Such as llama.cpp's: the harness would silently score chance."""
+    for options, said in (
+        ({"prompt_logprobs": False}, "Only no echo is supported; scores need the log-probabilities of a prompt"),
+        ({"faults": lambda number: constant(0.0)}, "returns no log-probabilities for the tokens of a prompt"),
+    ):
+        with InferenceServer(tiny_llama, **options) as server:
+            done = score(server, tiny_llama, tmp_path, status=2)
+        assert server.url in done.stderr and said in done.stderr
+        assert "Traceback" not in done.stderr and not score_values(tmp_path)
 
 
 def cut(logprobs):
@@ -82,10 +87,7 @@ WRONG = {
     "nan": (replace("token_logprobs", float("nan")), "missing, or no number"),
     "positive": (replace("token_logprobs", 0.5), "missing, or no number"),
     "huge": (replace("token_logprobs", -(10**400)), "missing, or no number"),
-    "constant": (
-        of_logprobs(lambda found: found.update(token_logprobs=[None, *(-9999.0 for _ in found["tokens"][1:])])),
-        "as the log-probability of every token",
-    ),
+    "constant": (constant(-9999.0), "as the log-probability of every token"),
     "no best": (replace("top_logprobs", {}), "missing, or no number"),
     "best is a list": (replace("top_logprobs", [-1.0]), "missing, or no number"),
     "token": (replace("tokens", "another"), "tokens other than those"),

@@ -12,7 +12,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from support import BUNDLED, PROJECT, call, call_here, stages
+from support import BUNDLED, PROJECT, call, call_here, patch_gpus, stages
 
 from grath.common.errors import UserError
 from grath.modeling import loading
@@ -46,18 +46,8 @@ def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_
     assert list(out.glob("p_*False.json"))
 
 
-def patch_torch(monkeypatch, reason=None, count=0):
-    """Let torch see `count` GPUs, or fail to use CUDA with a `reason`."""
-    for backend in (torch.cuda, torch.accelerator):
-        monkeypatch.setattr(backend, "is_available", lambda: count > 0)
-        monkeypatch.setattr(backend, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    if reason:
-        monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=RuntimeError(reason)))
-
-
 def test_hidden_gpus_are_no_error(monkeypatch):
-    patch_torch(monkeypatch, "no")
+    patch_gpus(monkeypatch, 0)
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         check_devices(4)
@@ -65,7 +55,9 @@ def test_hidden_gpus_are_no_error(monkeypatch):
 
 
 def test_the_evidence_of_a_gpu_and_torchs_reason(monkeypatch):
-    patch_torch(monkeypatch, "The NVIDIA driver is too old (found version 11040).\nPlease update it.")
+    patch_gpus(monkeypatch, 0)
+    old = RuntimeError("The NVIDIA driver is too old (found version 11040).\nPlease update it.")
+    monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=old))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(UserError, match=r"\(CUDA_VISIBLE_DEVICES=0,1\).* too old \(found version 11040\) \(set DEVICE"):
         check_devices()
@@ -76,7 +68,7 @@ def test_the_evidence_of_a_gpu_and_torchs_reason(monkeypatch):
 
 
 def test_more_processes_than_gpus_and_other_devices_are_refused(monkeypatch):
-    patch_torch(monkeypatch, count=2)
+    patch_gpus(monkeypatch, 2)
     check_devices(2)
     with pytest.raises(UserError, match=r"NUM_PROCESSES=3, but torch sees 2 GPU\(s\)"):
         check_devices(3)

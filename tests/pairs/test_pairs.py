@@ -31,14 +31,11 @@ def test_the_responses_to_a_file_with_brackets_in_its_name(tmp_path):
 
 def test_any_labels_and_numbers_of_choices(tmp_path):
     numbered = {"text": ["ice", "steam", "rain"], "label": ["1", "2", "3"]}
-    five = {"text": list("vwxyz"), "label": ["A", "B", "C", "D", "E"]}
-    data = [
-        {"id": "a", "question": "What is frozen?", "choices": numbered, "answerKey": "1"},
-        {"id": "b", "question": "What comes last?", "choices": five, "answerKey": "E"},
-    ]
-    first, second = load_questions(data_path=write_rows(tmp_path / "q.jsonl", data))
-    assert draw_candidates(first, 0)[0] == "ice"
-    assert draw_candidates(second, 0)[0] == "z"
+    five = {"text": list("vwxyz"), "label": list("ABCDE")}
+    kinds = ((numbered, "1"), (five, "E"))
+    data = [{"id": "a", "question": "Which?", "choices": choices, "answerKey": key} for choices, key in kinds]
+    questions = load_questions(data_path=write_rows(tmp_path / "q.jsonl", data))
+    assert [draw_candidates(question, 0)[0] for question in questions] == ["ice", "z"]
 
 
 @pytest.mark.slow
@@ -165,30 +162,23 @@ def test_candidates_depend_only_on_seed_and_question():
         ("Question: q\nCorrect answer: yes \nIncorrect answer: no\nmore", (("yes", "no"), None)),
         ("Correct answer: yes\r\n\r\nIncorrect answer: no", (("yes", "no"), None)),
         ("Correct answer: yes\nIncorrect answer: no\nCorrect answer: other", (("yes", "no"), None)),
-        ("Incorrect answer: no", (None, "no correct answer")),
-        ("Correct answer: yes Incorrect answer: no", (("yes", "no"), None)),
         ("Correct answer:\nIncorrect answer: no", (None, "empty answer")),
         ("Correct answer: yes\nIncorrect answer: \nno", (None, "empty answer")),
         ("Correct answer: one\ntwo\nIncorrect answer: no", (None, "no incorrect answer after the correct one")),
         # A draft and the final pair; reasoning; a preamble; the next question.
         (f"Question: q\n{DRAFT}\nBetter:\nQuestion: q\n{FINAL}", (("yes", "no"), None)),
-        (f"{DRAFT}\n[/THINK]\n{FINAL}", (("yes", "no"), None)),
         (f"<reasoning>{DRAFT}</reasoning>\n<Thought>\n{DRAFT}\n</Thought>{FINAL}", (("yes", "no"), None)),
         (f"<think>\n{FINAL}\nor rather", (None, "reasoning without an end")),
         (f"</think>\nThe Correct answer: line, the Incorrect answer: line.\n{FINAL}", (("yes", "no"), None)),
         ("Write a Correct answer: and an Incorrect answer:", (None, "no incorrect answer after the correct one")),
         (f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
-        (f"{FINAL}\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
         ("Correct answer: Correct answer: yes\nIncorrect answer: no", (None, "a label in an answer")),
         ("Correct answer: yes\nIncorrect answer: no\n\nThe [thought] of <reason>", (("yes", "no"), None)),
         (f"<|begin_of_thought|>\n{DRAFT}\n<|end_of_thought|>\n{FINAL}", (("yes", "no"), None)),
-        ("Correct answer:" + " " * 10**5 + "x", (None, "no incorrect answer after the correct one")),
-        ("Correct answer:" + "\n" * 10**5 + "x", (None, "no incorrect answer after the correct one")),
+        ("Correct answer:" + " " * 10**5 + "\n" * 10**5, (None, "no incorrect answer after the correct one")),
         ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, (None, "no correct answer")),
-        ("**Correct answer:** yes\n**Incorrect answer:** no", (("yes", "no"), None)),
         # Labels as models write them; emphasis is not part of an answer.
         ("- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*", (("yes", "no"), None)),
-        ("1. Correct answer : yes\n2. Incorrect answer : no", (("yes", "no"), None)),
         # A mark at only one of the answers would be what DPO learns.
         *(
             (response, (("yes", "no"), None))
@@ -236,10 +226,7 @@ def test_candidates_depend_only_on_seed_and_question():
                 ('<think effort="low">', "</think>"),
                 ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
             ]
-            for closing, expected in [
-                (closing, (("yes", "no"), None)),
-                ("", (None, "reasoning without an end")),
-            ]
+            for closing, expected in [(closing, (("yes", "no"), None)), ("", (None, "reasoning without an end"))]
         ),
         ("<" + "a_" * 10**5 + "think" + "\\" * 10**5 + "a:" * 10**5, (None, "no correct answer")),
     ],
