@@ -187,17 +187,11 @@ def test_samples_may_follow_with_another_template(model, tmp_path):
     assert (tmp_path / "s" / "samples.jsonl").is_file()
 
 
-def test_a_template_without_system_turns_scores_a_task_with_one():
-    class Tokenizer:
-        chat_template = "x"
-
-        def apply_chat_template(self, messages, **_):
-            if messages[0]["role"] == "system":
-                raise ValueError("System role not supported")
-            return messages[0]["content"]
-
+def test_a_template_without_system_turns_scores_a_task_with_one(tiny_llama):
+    template = "{{ raise_exception('no') if messages[0].role == 'system' else messages[0].content }}"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, chat_template=template)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is ice?"}]
-    assert _apply_chat_template(Tokenizer(), turns) == "What is ice?"
+    assert _apply_chat_template(tokenizer, turns) == "What is ice?"
 
 
 def test_scores_depend_on_the_bundled_questions_and_samples_on_the_template(model, tmp_path, monkeypatch):

@@ -71,13 +71,11 @@ def test_the_device_decides_the_first_rows(monkeypatch):
 
     for name in ("generate_shared_prefix", "generate_hf"):
         monkeypatch.setattr(select, name, all_at_once)
-    base = tiny("llama")
+    config = {"config": tiny("llama").config, "generation_config": tiny("llama").generation_config}
     kinds = ("cuda", "shared_prefix", GPU_ROWS), ("cuda", "generate", ROWS), ("cpu", "shared_prefix", ROWS)
     for device, engine, rows in kinds:
-        of_base = {"config": base.config, "generation_config": base.generation_config}
-        generator = LocalGenerator(
-            SimpleNamespace(device=torch.device(device), **of_base), TOKENIZER, 12, engine=engine
-        )
+        model = SimpleNamespace(device=torch.device(device), **config)
+        generator = LocalGenerator(model, TOKENIZER, 12, engine=engine)
         assert len(list(generator.generate(make_prompts(3, 4)))) == 3 and generator.rows == rows
 
 
@@ -102,9 +100,3 @@ def test_the_generation_benchmark(tiny_llama):
     table = [line.split() for line in done.stdout.splitlines() if re.search(r"\d of 5$", line)]
     assert [(line[0], line[-3]) for line in table] == [(way, "5") for way in ways]
     assert "engine over" in done.stdout
-
-
-def test_the_generation_benchmark_needs_the_python_of_vllm():
-    script = [sys.executable, PROJECT / "benchmarks" / "generation.py", "--ways", "vllm"]
-    done = call(*script, env={"VLLM_PYTHON": ""}, status=2)
-    assert "needs VLLM_PYTHON" in done.stderr and done.stderr.count("\n") == 1

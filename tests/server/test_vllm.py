@@ -93,14 +93,6 @@ def test_pairs_are_those_of_the_engine_and_no_response_is_asked_for_twice(vllm, 
     assert len(rows(ours)) > 80 and ours.read_bytes() == theirs.read_bytes()
 
 
-@needs_hub
-def test_truthfulqa_is_that_of_hf_shared(vllm, smollm2, tmp_path):
-    env = {"DATASETS_ROOT": str(HUB), "TASKS": "truthfulqa_mc1 truthfulqa_mc2", "LIMIT": "20", "OMP_NUM_THREADS": ""}
-    call("evaluation.sh", smollm2, tmp_path / "here", env={**env, "EVAL_PRECISION": "fp32"})
-    call("evaluation.sh", smollm2, tmp_path / "server", env={**env, "BACKEND": "server", "SERVER_URL": vllm})
-    assert score_values(tmp_path / "server") == pytest.approx(score_values(tmp_path / "here"), abs=0.1)
-
-
 def test_two_iterations_with_adapters_that_are_loaded_at_run_time(vllm, smollm2, tmp_path):
     env = {
         "MODEL_NAME_OR_PATH": str(smollm2), "RUNS_DIR": str(tmp_path), "SERVER_URL": vllm, "DATA_PATH": str(BUNDLED),
