@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from greedy import make_prompts, plain, same
-from support import HUB, PROJECT, VLLM_ENV, asking, call, call_here, needs_hub, tiny
+from support import HUB, PROJECT, VLLM_ENV, call, needs_hub, tiny
 
 from grath.generation import select
-from grath.generation.cache import SharedPrefixCache
 from grath.generation.select import GPU_ROWS, ROWS, LocalGenerator
 
 TOKENIZER = SimpleNamespace(eos_token_id=5, decode=list, added_tokens_decoder={})
@@ -77,16 +76,6 @@ def test_the_device_decides_the_first_rows(monkeypatch):
         model = SimpleNamespace(device=torch.device(device), **config)
         generator = LocalGenerator(model, TOKENIZER, 12, engine=engine)
         assert len(list(generator.generate(make_prompts(3, 4)))) == 3 and generator.rows == rows
-
-
-def test_pairs_are_the_same_when_the_memory_was_full(tiny_llama, tmp_path, monkeypatch):
-    call_here(*asking(tiny_llama, tmp_path / "small", "--batch_size", 3, count=12))
-    forward, full = SharedPrefixCache.forward, full_at(1, 9)
-    monkeypatch.setattr(SharedPrefixCache, "forward", lambda *args: full() or forward(*args))
-    done = call_here(*asking(tiny_llama, tmp_path / "large", "--batch_size", 12, count=12))
-    assert "The memory is full with 12 questions in a batch: going on with 6" in done.stdout
-    small, large = (next((tmp_path / name).glob("*_False.json")) for name in ("small", "large"))
-    assert small.read_bytes() == large.read_bytes()
 
 
 @needs_hub
