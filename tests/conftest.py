@@ -7,21 +7,8 @@ import sys
 
 import pytest
 from filelock import FileLock
-from support import (
-    BUNDLED,
-    PROJECT,
-    RESPONSE,
-    call,
-    call_here,
-    make_llama,
-    make_tokenizer,
-    pair,
-    put,
-    put_arc,
-    put_truthful,
-    rows,
-    write_rows,
-)
+from made_data import put, put_arc, put_truthful
+from support import BUNDLED, PROJECT, RESPONSE, call, call_here, make_llama, make_tokenizer, pair, rows, write_rows
 
 
 def pytest_collection_modifyitems(items):

@@ -11,20 +11,7 @@ from threading import Thread
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import (
-    BUNDLED,
-    CORRECT,
-    INCORRECT,
-    PROJECT,
-    RESPONSE,
-    asking,
-    call_here,
-    change_weights,
-    pair,
-    rows,
-    save_adapter,
-    wait_for,
-)
+from support import BUNDLED, PROJECT, asking, call_here, change_weights, pair, rows, save_adapter, wait_for
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
@@ -40,7 +27,7 @@ def own_answer(server):
 
     def answer(ids):
         question = server.tokenizer.decode(ids).split("Question: ")[-1].split(" [/INST]")[0]
-        return f"Question: {question}\nCorrect answer: {CORRECT} {question}\nIncorrect answer: {INCORRECT}"
+        return f"Question: {question}\nCorrect answer: Yes, {question}\nIncorrect answer: No."
 
     return answer
 
@@ -83,7 +70,7 @@ def pairs_in(folder):
 
 def expected(questions):
     asked = [row["question"] for row in rows(BUNDLED)[:questions]]
-    return [pair(question, f"{CORRECT} {question}", INCORRECT) for question in asked]
+    return [pair(question, f"Yes, {question}", "No.") for question in asked]
 
 
 def saved(folder):
@@ -92,9 +79,8 @@ def saved(folder):
     return [json.loads(line)[0] for line in lines]
 
 
-def test_the_file_is_that_of_the_engine(serve, tiny_llama, tmp_path):
+def test_the_file_is_that_of_the_engine(server, tiny_llama, tmp_path):
     """The server gets the token ids of our own prompt, asks greedily, and is compared with the local model first."""
-    server = serve(answer=lambda ids: RESPONSE)
     done = ask(tiny_llama, tmp_path / "server", f"{server.url}/v1/")
     call_here(*asking(tiny_llama, tmp_path / "here", count=4))
     (ours,), (theirs,) = ((tmp_path / name).glob("*_False.json") for name in ("server", "here"))
@@ -108,9 +94,8 @@ def test_the_file_is_that_of_the_engine(serve, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--useFS"], ["--useGT"], ["--useGT", "--useFS"]], ids=" ".join)
-def test_the_prompt_has_what_the_flags_ask_for(serve, tiny_llama, tmp_path, flags):
+def test_the_prompt_has_what_the_flags_ask_for(server, tiny_llama, tmp_path, flags):
     """Few-shot examples are turns before the question; ground-truth candidates stand in each of its turns."""
-    server = serve(answer=lambda ids: RESPONSE)
     ask(tiny_llama, tmp_path, server.url, questions=1, flags=flags)
     text = server.tokenizer.decode(server.seen[-1]["prompt"])
     turns = 1 + 6 * ("--useFS" in flags)
