@@ -138,19 +138,18 @@ def scored_once(tiny_llama, made_once):
 @pytest.fixture(scope="session")
 def llama_run(tiny_llama, made_once):
     """A real `run_llama2.sh`, two iterations on a tiny model: (folder, settings, finished process). Never changed."""
-    fixed = {
+    settings = {
         "MODEL_NAME_OR_PATH": tiny_llama, "ITERATIONS": 2, "MAX_STEPS": 4, "SAVE_STEPS": 2, "WARMUP_STEPS": 0,
         "NUM_QUERY": 6, "DATA_PATH": BUNDLED, "TASKS": "grath_mc1 grath_mc2", "LIMIT": 3, "DPO_PRECISION": "fp32",
         "PAIRS_PRECISION": "fp32",
     }  # fmt: skip
 
-    def settings(runs):
-        return {name: str(value) for name, value in {**fixed, "RUNS_DIR": runs}.items()}
+    settings = {name: str(value) for name, value in settings.items()}
 
     def start(runs):
-        done = call("run_llama2.sh", env=settings(runs))
+        done = call("run_llama2.sh", env={**settings, "RUNS_DIR": str(runs)})
         (runs / "done.json").write_text(json.dumps([done.stdout, done.stderr]))
 
     runs = made_once("a run", start)
     done = subprocess.CompletedProcess(["run_llama2.sh"], 0, *json.loads((runs / "done.json").read_text()))
-    return runs / "llama2_seed_0", settings(runs), done
+    return runs / "llama2_seed_0", {**settings, "RUNS_DIR": str(runs)}, done

@@ -97,13 +97,11 @@ def test_questions_and_few_shot_examples_of_other_types(tmp_path):
 @pytest.mark.parametrize("name", ["~nobody-here/model", "a" * 300, "a/" * 2500 + "a"])
 def test_names_that_no_file_system_takes(name, pair_file, tmp_path):
     for command in [
-        asking(name, tmp_path / "p"),
+        *stages(name, pair_file, tmp_path).values(),
         asking(tmp_path, tmp_path / "p", "--tokenizer_name", name),
         asking(tmp_path, tmp_path / "p", "--data_path", "", "--data_name", name),
-        ("dpo.py", "--model_name_or_path", name, "--dataset_path", pair_file, "--output_dir", tmp_path / "d"),
         ("dpo.py", "--model_name_or_path", "none", "--dataset_path", name, "--output_dir", tmp_path / "d"),
         ("dpo.py", "--model_name_or_path", "none", "--dataset_path", pair_file, "--output_dir", name),
-        ("grath.evaluation", name, tmp_path / "s", "--tasks", "grath_mc1"),
         ("grath.export", name, tmp_path / "x"),
         ("grath.report", name),
     ]:

@@ -167,6 +167,7 @@ def test_candidates_depend_only_on_seed_and_question():
         ("Correct answer: one\ntwo\nIncorrect answer: no", (None, "no incorrect answer after the correct one")),
         # A draft and the final pair; reasoning; a preamble; the next question.
         (f"Question: q\n{DRAFT}\nBetter:\nQuestion: q\n{FINAL}", (("yes", "no"), None)),
+        (f"{DRAFT}\n[/THINK]\n{FINAL}", (("yes", "no"), None)),
         (f"<reasoning>{DRAFT}</reasoning>\n<Thought>\n{DRAFT}\n</Thought>{FINAL}", (("yes", "no"), None)),
         (f"<think>\n{FINAL}\nor rather", (None, "reasoning without an end")),
         (f"</think>\nThe Correct answer: line, the Incorrect answer: line.\n{FINAL}", (("yes", "no"), None)),
@@ -179,6 +180,7 @@ def test_candidates_depend_only_on_seed_and_question():
         ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, (None, "no correct answer")),
         # Labels as models write them; emphasis is not part of an answer.
         ("- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*", (("yes", "no"), None)),
+        ("1. Correct answer : yes\n2. Incorrect answer : no", (("yes", "no"), None)),
         # A mark at only one of the answers would be what DPO learns.
         *(
             (response, (("yes", "no"), None))

@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from fault_injection import records
-from support import BUNDLED, CORRECT, PROJECT, call, put_program, rows
+from support import BUNDLED, CORRECT, PROJECT, call, put_program, rows, score_values
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -90,11 +90,8 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
         config = json.loads((run / "models" / f"iter_{i}_{tail}" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tiny_llama)
     for i in (0, 1, 2):
-        for task in ("grath_mc1", "grath_mc2"):
-            assert set(json.loads((run / "results" / f"iter_{i}" / f"{task}.json").read_text())["results"]) == {task}
+        assert score_values(run / "results" / f"iter_{i}").keys() == {"grath_mc1", "grath_mc2"}
         assert len(rows(run / "results" / f"iter_{i}" / "samples.jsonl")) == 5
-    second = json.loads((run / "models" / f"iter_2_{tail}" / "grath.json").read_text())
-    assert f"models/iter_1_{tail}" in second["policy_starts_from"]
     lines = done.stdout.splitlines()
     model = f"{run}/models/iter_2_{tail}"
     assert lines[-1] == f"Done: see {run}/report.md; M_2 is the LoRA adapter in {model}"
