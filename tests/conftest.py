@@ -139,12 +139,10 @@ def scored_once(tiny_llama, made_once):
 def llama_run(tiny_llama, made_once):
     """A real `run_llama2.sh`, two iterations on a tiny model: (folder, settings, finished process). Never changed."""
     settings = {
-        "MODEL_NAME_OR_PATH": tiny_llama, "ITERATIONS": 2, "MAX_STEPS": 4, "SAVE_STEPS": 2, "WARMUP_STEPS": 0,
-        "NUM_QUERY": 6, "DATA_PATH": BUNDLED, "TASKS": "grath_mc1 grath_mc2", "LIMIT": 3, "DPO_PRECISION": "fp32",
-        "PAIRS_PRECISION": "fp32",
+        "MODEL_NAME_OR_PATH": str(tiny_llama), "ITERATIONS": "2", "MAX_STEPS": "4", "SAVE_STEPS": "2",
+        "WARMUP_STEPS": "0", "NUM_QUERY": "6", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1 grath_mc2",
+        "LIMIT": "3", "DPO_PRECISION": "fp32", "PAIRS_PRECISION": "fp32",
     }  # fmt: skip
-
-    settings = {name: str(value) for name, value in settings.items()}
 
     def start(runs):
         done = call("run_llama2.sh", env={**settings, "RUNS_DIR": str(runs)})

@@ -1,19 +1,17 @@
 """Fault injection: runs of the loop that are killed or hindered at a point, and their comparison with another run."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
-from support import PROJECT, score_values, weights
+from support import PROJECT, score_values, script_env, weights
 
 from grath.common.layout import SCORES_RECORD, TRAINING_RECORD
 from grath.common.record import read_record
@@ -38,18 +36,12 @@ def renamed(program, name, count=1):
 def start(settings, folder, fault=None):
     """Run the loop in `folder` with a fault; return its status and output. Fail if one of its processes is left."""
     mark = uuid.uuid4().hex
-    env = {
-        **os.environ, **settings, "RUNS_DIR": str(folder), "MARK": mark, "HF_HUB_OFFLINE": "1",
-        "PATH": f"{settings.get('EXTRA_PATH', '')}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "VIRTUAL_ENV": sys.prefix,
-        "PYTHONPATH": str(HOOK),
-        "FAULT": json.dumps(fault),
-    }  # fmt: skip
+    settings = {**settings, "RUNS_DIR": str(folder), "MARK": mark, "PYTHONPATH": str(HOOK), "FAULT": json.dumps(fault)}
     # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
     # Through a pipe: a limit on the size of files would stop the messages too.
     with subprocess.Popen(
         ["bash", "-c", 'LOOP=$$ exec "$0"', PROJECT / "run_llama2.sh"],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=script_env(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
     ) as process:  # fmt: skip
         printed = []

@@ -38,6 +38,12 @@ CORRECT, INCORRECT = "Plants need light to grow.", "Plants eat small stones."
 RESPONSE = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INCORRECT}"
 
 
+def script_env(env=None):
+    """The environment of a script: this Python comes first, and `env` wins."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, **(env or {})}
+
+
 def call(*command, cwd=PROJECT, env=None, status=0):
     """Run a command, offline; return it finished. A script's name is looked up in the project; status None is any."""
     command = [str(part) for part in command]
@@ -45,15 +51,7 @@ def call(*command, cwd=PROJECT, env=None, status=0):
         command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
     elif command[0].endswith(".sh"):
         command[0] = str(PROJECT / command[0])
-    bin_folder = str(Path(sys.executable).parent)
-    settings = {
-        **os.environ,
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "VIRTUAL_ENV": str(Path(bin_folder).parent),
-        "HF_HUB_OFFLINE": "1",
-        **(env or {}),
-    }
-    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(command, cwd=cwd, env=script_env(env), capture_output=True, text=True, timeout=3600)
     assert status is None or done.returncode == status, (
         f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import HUB, PROJECT, call, call_here, change_weights, put_program, rows, score_values, wait_for
+from support import HUB, PROJECT, call, call_here, change_weights, put_program, rows, score_values, script_env, wait_for
 
 from grath.common.errors import UserError
 from grath.evaluation.results import check_numbers, read_scores
@@ -136,11 +136,10 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
     root.mkdir()
     for name in ("Rowan", "cais", "allenai", "truthfulqa"):
         (root / name).symlink_to((HUB if (HUB / name).is_dir() else hub) / name)
-    env = {"LIMIT": "1", "DATASETS_ROOT": str(root), "VIRTUAL_ENV": sys.prefix}
-    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"LIMIT": "1", "DATASETS_ROOT": str(root)}
     command = [PROJECT / "evaluation.sh", tiny_llama, folder, "--log_samples"]
-    options = {"cwd": tmp_path, "env": os.environ | env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, start_new_session=True, **options) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, cwd=tmp_path, env=script_env(env), **quiet) as process:
         wait_for(lambda: (folder / "settings.json").exists() and record_of(folder)["files"], process)
         os.killpg(process.pid, signal.SIGKILL)
     assert content(folder).keys() & {"mmlu.json", "samples.jsonl"} == set()

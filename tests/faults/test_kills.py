@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fault_injection import ASK, SCORE, TRAIN, copy_without, hit_and_restart, point, renamed, same_as, start
-from support import put_program
+from support import put_program, script_env
 
 from grath.common.layout import record_path
 
@@ -92,8 +92,8 @@ def test_signals_end_every_process(llama_run, tmp_path):
     undisturbed, settings, _ = llama_run
     copy_without(undisturbed, tmp_path, 2)
     put_program(tmp_path / "bin" / "scontrol", f'#!/bin/sh\necho "$@" >>"{tmp_path}/requeued"\n')
-    settings = {**settings, "SLURM_JOB_ID": "17", "EXTRA_PATH": f"{tmp_path}/bin"}
-    settings |= {"SLURM_ARRAY_JOB_ID": "14", "SLURM_ARRAY_TASK_ID": "3"}
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "14", "SLURM_ARRAY_TASK_ID": "3"}
+    settings = settings | slurm | {"PATH": f"{tmp_path}/bin:{script_env()['PATH']}"}
 
     def says_how_to_resume(run, name, output):
         assert "Traceback" not in output, name

@@ -11,7 +11,7 @@ import threading
 import psutil
 import pytest
 from fault_injection import ASK, copy_without, point, start
-from support import PROJECT, call, put_program, wait_for
+from support import PROJECT, call, put_program, script_env, wait_for
 
 # It only makes this process wait for ten minutes.
 HELD = point(ASK, "open", r"\.responses\.", signal="SIGCONT")
@@ -76,10 +76,10 @@ def waiting_loop(folder, ask, **env):
     put_program(python, f"#!/bin/bash\n{asked}\n{ask}\n{wait}\n")
     put_program(python.with_name("scontrol"), f'#!/bin/sh\necho "$@" >>"{folder}/requeued"\n')
     (python.parent / "accelerate").symlink_to(python)
-    env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "TASKS": "", **env}
+    env |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "TASKS": ""}
     env |= {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "RUNS_DIR": str(folder), "ITERATIONS": "1"}
     return {
-        "env": {**os.environ, **env}, "cwd": PROJECT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE,
+        "env": script_env(env), "cwd": PROJECT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE,
         "text": True, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     }  # fmt: skip
 
