@@ -27,22 +27,19 @@ def full_at(*passes):
     return hook
 
 
-@pytest.mark.parametrize("engine", ["shared_prefix", "generate"])
+@pytest.mark.parametrize(("engine", "name"), [("shared_prefix", "generate_shared_prefix"), ("generate", "generate_hf")])
 @pytest.mark.parametrize(
     ("passes", "rows"),
     [((), 8), ((0,), 4), ((1,), 4), ((5,), 4), ((0, 1, 2), 1), ((9, 20), 2)],
     ids=["never", "prefix", "prefill", "step", "to one row", "twice"],
 )
-def test_when_the_memory_is_full_half_of_the_rows_remain(engine, passes, rows, monkeypatch, capsys):
+def test_when_the_memory_is_full_half_of_the_rows_remain(engine, name, passes, rows, monkeypatch, capsys):
     """All completions come once, are those of a small batch, and are not computed again."""
     model, prompts, asked, found = tiny("llama"), make_prompts(24, 12), [], {}
     model.generation_config.eos_token_id = [5, *range(0, 60, 7)]
     expected = plain(model, prompts, 12, set(model.generation_config.eos_token_id))
-    for name in ("generate_shared_prefix", "generate_hf"):
-        generate_fn = getattr(select, name)
-        monkeypatch.setattr(
-            select, name, lambda model, new, *rest, fn=generate_fn: asked.append(new) or fn(model, new, *rest)
-        )
+    generate_fn = getattr(select, name)
+    monkeypatch.setattr(select, name, lambda model, new, *rest: asked.append(new) or generate_fn(model, new, *rest))
     model.model.register_forward_pre_hook(full_at(*passes))
     generator = LocalGenerator(model, TOKENIZER, 12, 8, engine)
     for index, ids in generator.generate(prompts):

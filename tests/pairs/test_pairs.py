@@ -156,85 +156,88 @@ def test_candidates_depend_only_on_seed_and_question():
         assert incorrect != correct
 
 
+FOUND = [
+    "Question: q\nCorrect answer: yes \nIncorrect answer: no\nmore",
+    "Correct answer: yes\r\n\r\nIncorrect answer: no",
+    "Correct answer: yes\nIncorrect answer: no\nCorrect answer: other",
+    # A draft and the final pair; the end of reasoning; a preamble; words of reasoning.
+    f"Question: q\n{DRAFT}\nBetter:\nQuestion: q\n{FINAL}",
+    f"{DRAFT}\n[/THINK]\n{FINAL}",
+    f"</think>\nThe Correct answer: line, the Incorrect answer: line.\n{FINAL}",
+    f"{FINAL}\n\nThe [thought] of <reason>",
+    f"{FINAL}\nI was sure without <think>.",
+    # Labels as models write them; emphasis is not part of an answer.
+    "- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*",
+    "1. Correct answer : yes\n2. Incorrect answer : no",
+    "### Correct answer:\nyes\n\n### Incorrect answer:\nno",
+    "__Correct answer:__ yes\n__Incorrect answer:__ _no_",
+    "Correct answer:\n- yes\nIncorrect answer:: no",
+    "Correct answer: yes\nIncorrect answer: " + "*" * 10**5 + "no",
+    # A mark at only one of the answers would be what DPO learns.
+    f'"{FINAL}"',
+    f"<answer>\n{FINAL}</answer>",
+    f"```\n{FINAL}```",
+    f"{FINAL} [/INST]",
+    f"{FINAL}<|im_end|>",
+    "Correct answer: yes; Incorrect answer: no",
+    "Correct answer: yes (Incorrect answer: no)",
+    "Correct answer: yes ✅\nIncorrect answer: no ❌",
+    # The next question.
+    f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}",
+    f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}",
+    f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}",
+    f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}",
+]
+
+
+@pytest.mark.parametrize("response", FOUND)
+def test_the_pair_in_a_response(response):
+    assert parse_response(response) == (("yes", "no"), None)
+
+
+LACKING = [
+    ("Correct answer:\nIncorrect answer: no", "empty answer"),
+    ("Correct answer: yes\nIncorrect answer: \nno", "empty answer"),
+    ("Correct answer: one\ntwo\nIncorrect answer: no", "no incorrect answer after the correct one"),
+    ("Write a Correct answer: and an Incorrect answer:", "no incorrect answer after the correct one"),
+    ("Correct answer:" + " " * 10**5 + "\n" * 10**5, "no incorrect answer after the correct one"),
+    ("Correct answer: Correct answer: yes\nIncorrect answer: no", "a label in an answer"),
+    ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, "no correct answer"),
+    ("<" + "a_" * 10**5 + "think" + "\\" * 10**5 + "a:" * 10**5, "no correct answer"),
+]
+
+
+@pytest.mark.parametrize(("response", "reason"), LACKING)
+def test_a_response_without_a_pair(response, reason):
+    assert parse_response(response) == (None, reason)
+
+
 @pytest.mark.parametrize(
-    ("response", "expected"),
+    ("opening", "closing"),
     [
-        ("Question: q\nCorrect answer: yes \nIncorrect answer: no\nmore", (("yes", "no"), None)),
-        ("Correct answer: yes\r\n\r\nIncorrect answer: no", (("yes", "no"), None)),
-        ("Correct answer: yes\nIncorrect answer: no\nCorrect answer: other", (("yes", "no"), None)),
-        ("Correct answer:\nIncorrect answer: no", (None, "empty answer")),
-        ("Correct answer: yes\nIncorrect answer: \nno", (None, "empty answer")),
-        ("Correct answer: one\ntwo\nIncorrect answer: no", (None, "no incorrect answer after the correct one")),
-        # A draft and the final pair; reasoning; a preamble; the next question.
-        (f"Question: q\n{DRAFT}\nBetter:\nQuestion: q\n{FINAL}", (("yes", "no"), None)),
-        (f"{DRAFT}\n[/THINK]\n{FINAL}", (("yes", "no"), None)),
-        (f"<reasoning>{DRAFT}</reasoning>\n<Thought>\n{DRAFT}\n</Thought>{FINAL}", (("yes", "no"), None)),
-        (f"<think>\n{FINAL}\nor rather", (None, "reasoning without an end")),
-        (f"</think>\nThe Correct answer: line, the Incorrect answer: line.\n{FINAL}", (("yes", "no"), None)),
-        ("Write a Correct answer: and an Incorrect answer:", (None, "no incorrect answer after the correct one")),
-        (f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
-        ("Correct answer: Correct answer: yes\nIncorrect answer: no", (None, "a label in an answer")),
-        ("Correct answer: yes\nIncorrect answer: no\n\nThe [thought] of <reason>", (("yes", "no"), None)),
-        (f"<|begin_of_thought|>\n{DRAFT}\n<|end_of_thought|>\n{FINAL}", (("yes", "no"), None)),
-        ("Correct answer:" + " " * 10**5 + "\n" * 10**5, (None, "no incorrect answer after the correct one")),
-        ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, (None, "no correct answer")),
-        # Labels as models write them; emphasis is not part of an answer.
-        ("- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*", (("yes", "no"), None)),
-        ("1. Correct answer : yes\n2. Incorrect answer : no", (("yes", "no"), None)),
-        # A mark at only one of the answers would be what DPO learns.
-        *(
-            (response, (("yes", "no"), None))
-            for response in (
-                f'"{FINAL}"',
-                f"<answer>\n{FINAL}</answer>",
-                f"```\n{FINAL}```",
-                f"{FINAL} [/INST]",
-                f"{FINAL}<|im_end|>",
-                "Correct answer: yes; Incorrect answer: no",
-                "Correct answer: yes (Incorrect answer: no)",
-                "__Correct answer:__ yes\n__Incorrect answer:__ _no_",
-                "Correct answer:\n- yes\nIncorrect answer:: no",
-                "Correct answer: yes ✅\nIncorrect answer: no ❌",
-            )
-        ),
-        ("Correct answer: `yes`.\nIncorrect answer: `no`", (("yes.", "no"), None)),
-        # What belongs to an answer stays.
-        *(
-            (f"Correct answer: {one}\nIncorrect answer: {other}", ((one, other), None))
-            for one, other in (
-                ('"yes"', "-5"),
-                ("- 5", "> 100 °C"),
-                ("10<sup>3</sup>", '12"'),
-                ("__init__", "snake_case_"),
-                ("<yes>", "[no]"),
-            )
-        ),
-        ("Correct answer: yes\nIncorrect answer: " + "*" * 10**5 + "x", (("yes", "x"), None)),
-        ("### Correct answer:\nyes\n\n### Incorrect answer:\nno", (("yes", "no"), None)),
-        # Other names of the next question, and of reasoning.
-        (f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}", (("yes", "no"), None)),
-        (f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}", (("yes", "no"), None)),
-        (f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}", (("yes", "no"), None)),
-        (f"{FINAL}\nI was sure without <think>.", (("yes", "no"), None)),
-        ("Correct answer: a <think> tag\nIncorrect answer: [thought] so", (("a <think> tag", "[thought] so"), None)),
-        ("Correct answer: [cotton] grows\nIncorrect answer: no", (("[cotton] grows", "no"), None)),
-        *(
-            (f"Well. {opening}{DRAFT}{closing}{FINAL if closing else ''}", expected)
-            for opening, closing in [
-                ("<|START_THINKING|>", "<|END_THINKING|>"),
-                ("◁think▷", "◁/think▷"),
-                ("<seed:think>", "</seed:think>"),
-                ("<chain_of_thought>", "</chain_of_thought>"),
-                ('<think effort="low">', "</think>"),
-                ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
-            ]
-            for closing, expected in [(closing, (("yes", "no"), None)), ("", (None, "reasoning without an end"))]
-        ),
-        ("<" + "a_" * 10**5 + "think" + "\\" * 10**5 + "a:" * 10**5, (None, "no correct answer")),
+        ("<think>\n", "</think>\n"),
+        ("<reasoning>", "</reasoning>\n<Thought>\nso\n</Thought>"),
+        ("<|begin_of_thought|>\n", "\n<|end_of_thought|>\n"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("◁think▷", "◁/think▷"),
+        ("<seed:think>", "</seed:think>"),
+        ("<chain_of_thought>", "</chain_of_thought>"),
+        ('<think effort="low">', "</think>"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     ],
 )
-def test_parsing(response, expected):
-    assert parse_response(response) == expected
+def test_reasoning_is_no_answer(opening, closing):
+    assert parse_response(f"Well. {opening}{DRAFT}{closing}{FINAL}") == (("yes", "no"), None)
+    assert parse_response(f"Well. {opening}{DRAFT}") == (None, "reasoning without an end")
+
+
+def test_what_belongs_to_an_answer_stays():
+    for one, other in (
+        *(('"yes"', "-5"), ("- 5", "> 100 °C"), ("10<sup>3</sup>", '12"'), ("__init__", "snake_case_")),
+        *(("<yes>", "[no]"), ("a <think> tag", "[thought] so"), ("[cotton] grows", "no")),
+    ):
+        assert parse_response(f"Correct answer: {one}\nIncorrect answer: {other}") == ((one, other), None)
+    assert parse_response("Correct answer: `yes`.\nIncorrect answer: `no`") == (("yes.", "no"), None)
 
 
 @pytest.mark.parametrize(
