@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from support import BUNDLED, PROJECT, call, call_here, change_json, pair, write_rows
+from support import BUNDLED, PROJECT, call, call_here, change_json, pair, save_adapter, write_rows
 from torch import distributed
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from grath.common.errors import UserError, run_main
 from grath.pairs.questions import load_questions
@@ -85,11 +83,8 @@ def make_models(folder, model):
             change_json(path / f"{file}.json", **change)
         return path
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    small = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
-    adapter = folder / "another adapter"
-    get_peft_model(small, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
-    change_json(adapter / "adapter_config.json", base_model_name_or_path=str(model))
+    adapter = save_adapter(model, folder / "adapter of another rank", target_modules=["q_proj"])
+    change_json(adapter / "adapter_config.json", r=3)
     half = folder / "half an adapter"
     half.mkdir()
     shutil.copy(adapter / "adapter_config.json", half)

@@ -1,6 +1,5 @@
 """`hf-shared` gives what `hf` gives, and computes less."""
 
-import json
 import sys
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from support import BUNDLED, FAMILIES, PROJECT, VLLM_ENV, call, tiny
+from support import BUNDLED, FAMILIES, PROJECT, VLLM_ENV, call, save_adapter, tiny
 
 from grath.evaluation import harness
 from grath.evaluation.harness import SharedContextLM
@@ -165,8 +163,6 @@ def test_the_evaluation_benchmark(tiny_llama, tmp_path):
     assert [line[1] for line in table] == list(ways)
     assert all(0 <= float(line[7]) < 2e-4 for line in table)
     assert done.stdout.count("scores equal") == len(table)
-    config = {"base_model_name_or_path": str(tiny_llama), "peft_type": "LORA"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file({}, tmp_path / "adapter_model.safetensors")
-    done = call(*script, *ways, "--model", tmp_path, env=VLLM_ENV, status=2)
+    adapter = save_adapter(tiny_llama, tmp_path / "a", target_modules=["q_proj"])
+    done = call(*script, *ways, "--model", adapter, env=VLLM_ENV, status=2)
     assert done.stderr.endswith("the way vllm needs a model, not an adapter\n") and done.stderr.count("\n") == 1
