@@ -19,12 +19,8 @@ def pytest_collection_modifyitems(items):
     readers = [item for item in items if "llama_run" in item.fixturenames]
 
     def place(item):
-        slow, reader = item.get_closest_marker("slow"), item in readers
-        if reader and item is readers[0]:
-            return 0
-        if slow:
-            return 3 if reader else 2 if "tiny_llama" in item.fixturenames else 1
-        return 5 if reader else 4
+        fast = not item.get_closest_marker("slow")
+        return item not in readers[:1], fast, item in readers, "tiny_llama" in item.fixturenames
 
     items.sort(key=place)
 
