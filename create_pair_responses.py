@@ -74,8 +74,7 @@ def parse_args():
     engines = "shared_prefix: compute the common prefix once; generate: transformers' generate; server: --server_url"
     add("--engine", choices=("shared_prefix", "generate", SERVER), default="shared_prefix", help=engines)
     add("--server_url", nargs="+", help="servers of --engine server, which share the questions")
-    timeout = {"type": positive_int, "default": defaults.SERVER_TIMEOUT}
-    add("--server_timeout", **timeout, help="seconds to wait for a server that does not respond")
+    add("--server_timeout", type=positive_int, default=defaults.SERVER_TIMEOUT, help="seconds to wait for lost servers")
     add("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on a CUDA GPU, bf16 on a CPU")
     add("--overwrite", action="store_true", help="write the pair file again, whatever it was made from")
     args = parser.parse_args()

@@ -7,21 +7,8 @@ import sys
 
 import pytest
 from filelock import FileLock
-from support import (
-    BUNDLED,
-    PROJECT,
-    RESPONSE,
-    call,
-    call_here,
-    make_llama,
-    make_tokenizer,
-    pair,
-    put,
-    put_arc,
-    put_truthful,
-    rows,
-    write_rows,
-)
+from made_data import put, put_arc, put_truthful
+from support import BUNDLED, PROJECT, RESPONSE, call, call_here, make_llama, make_tokenizer, pair, rows, write_rows
 
 
 def pytest_collection_modifyitems(items):
@@ -32,12 +19,8 @@ def pytest_collection_modifyitems(items):
     readers = [item for item in items if "llama_run" in item.fixturenames]
 
     def place(item):
-        slow, reader = item.get_closest_marker("slow"), item in readers
-        if reader and item is readers[0]:
-            return 0
-        if slow:
-            return 3 if reader else 2 if "tiny_llama" in item.fixturenames else 1
-        return 5 if reader else 4
+        fast = not item.get_closest_marker("slow")
+        return item not in readers[:1], fast, item in readers, "tiny_llama" in item.fixturenames
 
     items.sort(key=place)
 
@@ -82,36 +65,30 @@ def smollm_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_llama(made_once, llama_tokenizer):
     """Folder of a two-layer Llama that answers every request for a pair, of every kind, with `RESPONSE`."""
-    return made_once("tiny llama", lambda folder: save_llama(folder, llama_tokenizer))
+
+    def save(folder):
+        from grath.modeling.chat import TEMPLATES
+
+        llama_tokenizer.chat_template = TEMPLATES["llama2"]
+        llama_tokenizer.save_pretrained(folder)
+        make_llama(llama_tokenizer).save_pretrained(folder)
+
+    return made_once("tiny llama", save)
 
 
-def save_llama(folder, tokenizer):
-    """Save `make_llama` in the folder, if each token of the response wins by 20 nats in every kind of prompt."""
-    import torch
+@pytest.fixture
+def model(tiny_llama, tmp_path):
+    """A copy of the tiny model, to be changed."""
+    return shutil.copytree(tiny_llama, tmp_path / "model")
 
-    from grath.modeling.chat import TEMPLATES, answer_ids
-    from grath.pairs.prompts import build_messages, load_demos
-    from grath.pairs.questions import load_questions
 
-    tokenizer.chat_template = TEMPLATES["llama2"]
-    model = make_llama(tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    prompts = [
-        build_messages(question, 0, use_gt, demos)
-        for question in load_questions(data_path=BUNDLED)[:160:40]
-        for demos in (load_demos("truthfulqa"), [])
-        for use_gt in (True, False)
-    ]
-    for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype)
-        for messages in prompts:
-            prompt, answer = answer_ids(tokenizer, messages, RESPONSE, tokenizer.chat_template)
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
-            best = logits.topk(2)
-            assert best.indices[:, 0].tolist() == answer
-            assert (best.values[:, 0] - best.values[:, 1]).min() > 20
+@pytest.fixture
+def server(tiny_llama):
+    """An inference server of the tiny model."""
+    from stand_in.inference_server import InferenceServer
+
+    with InferenceServer(tiny_llama, answer=lambda ids: RESPONSE) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -157,27 +134,16 @@ def scored_once(tiny_llama, made_once):
 @pytest.fixture(scope="session")
 def llama_run(tiny_llama, made_once):
     """A real `run_llama2.sh`, two iterations on a tiny model: (folder, settings, finished process). Never changed."""
-    fixed = {
-        "MODEL_NAME_OR_PATH": tiny_llama,
-        "ITERATIONS": 2,
-        "MAX_STEPS": 4,
-        "SAVE_STEPS": 2,
-        "WARMUP_STEPS": 0,
-        "NUM_QUERY": 6,
-        "DATA_PATH": BUNDLED,
-        "TASKS": "grath_mc1 grath_mc2",
-        "LIMIT": 3,
-        "DPO_PRECISION": "fp32",
-        "PAIRS_PRECISION": "fp32",
-    }
-
-    def settings(runs):
-        return {name: str(value) for name, value in {**fixed, "RUNS_DIR": runs}.items()}
+    settings = {
+        "MODEL_NAME_OR_PATH": str(tiny_llama), "ITERATIONS": "2", "MAX_STEPS": "4", "SAVE_STEPS": "2",
+        "WARMUP_STEPS": "0", "NUM_QUERY": "6", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1 grath_mc2",
+        "LIMIT": "3", "DPO_PRECISION": "fp32", "PAIRS_PRECISION": "fp32",
+    }  # fmt: skip
 
     def start(runs):
-        done = call("run_llama2.sh", env=settings(runs))
+        done = call("run_llama2.sh", env={**settings, "RUNS_DIR": str(runs)})
         (runs / "done.json").write_text(json.dumps([done.stdout, done.stderr]))
 
     runs = made_once("a run", start)
     done = subprocess.CompletedProcess(["run_llama2.sh"], 0, *json.loads((runs / "done.json").read_text()))
-    return runs / "llama2_seed_0", settings(runs), done
+    return runs / "llama2_seed_0", {**settings, "RUNS_DIR": str(runs)}, done

@@ -1,27 +1,24 @@
 """Fault injection: runs of the loop that are killed or hindered at a point, and their comparison with another run."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
-from support import PROJECT, weights
+from support import PROJECT, score_values, script_env, weights
 
-from grath.common.layout import SCORES_RECORD, TRAINING_RECORD, record_path
+from grath.common.layout import SCORES_RECORD, TRAINING_RECORD
 from grath.common.record import read_record
 from grath.common.signals import SIGNALS
 
 HOOK = Path(__file__).parent / "faults" / "hook"
 ASK, TRAIN, SCORE = "create_pair_responses.py", "dpo.py --dataset_path", "grath.evaluation"
-WITHOUT_SCORES = {"TASKS": ""}
 
 
 def point(program, event, path, count=1, cut=None, signal="SIGKILL", limit=None):
@@ -39,18 +36,12 @@ def renamed(program, name, count=1):
 def start(settings, folder, fault=None):
     """Run the loop in `folder` with a fault; return its status and output. Fail if one of its processes is left."""
     mark = uuid.uuid4().hex
-    env = {
-        **os.environ, **settings, "RUNS_DIR": str(folder), "MARK": mark, "HF_HUB_OFFLINE": "1",
-        "PATH": f"{settings.get('EXTRA_PATH', '')}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "VIRTUAL_ENV": sys.prefix,
-        "PYTHONPATH": str(HOOK),
-        "FAULT": json.dumps(fault),
-    }  # fmt: skip
+    settings = {**settings, "RUNS_DIR": str(folder), "MARK": mark, "PYTHONPATH": str(HOOK), "FAULT": json.dumps(fault)}
     # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
     # Through a pipe: a limit on the size of files would stop the messages too.
     with subprocess.Popen(
         ["bash", "-c", 'LOOP=$$ exec "$0"', PROJECT / "run_llama2.sh"],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=script_env(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
     ) as process:  # fmt: skip
         printed = []
@@ -111,8 +102,8 @@ def hit_and_restart(points, settings, folder, expected=-9, finish=True, each=Non
     return run
 
 
-def same_as(run, undisturbed):
-    """Compare a run with the undisturbed one: pair files, adapters, and what the records say."""
+def same_as(run, undisturbed, scored=True):
+    """Compare a run with the undisturbed one: pair files, adapters, scores if it has any, and what the records say."""
     for file in undisturbed.glob("data/*.json"):
         if not file.name.endswith(".record.json"):
             assert (run / "data" / file.name).read_bytes() == file.read_bytes()
@@ -125,19 +116,13 @@ def same_as(run, undisturbed):
     for path, expected in records(undisturbed).items():
         ours = made.get(run / path.relative_to(undisturbed))
         if ours is None:
-            assert path.name == SCORES_RECORD
+            assert path.name == SCORES_RECORD and not scored
             continue
         assert ours["inputs"].keys() == expected["inputs"].keys() and ours["files"].keys() == expected["files"].keys()
     partial = [path for path in run.rglob("*") if re.search(r"\.tmp$|partial|\.responses", path.name)]
     assert not partial
-
-
-def same_scores(run, undisturbed):
-    for file in sorted(undisturbed.glob("results/*/grath_mc*.json")):
-        ours, theirs = (
-            json.loads(path.read_text())["results"][file.stem] for path in (run / file.relative_to(undisturbed), file)
-        )
-        assert ours["acc,none"] == pytest.approx(theirs["acc,none"], abs=1e-6)
+    for folder in undisturbed.glob("results/*") if scored else ():
+        assert score_values(run / "results" / folder.name) == pytest.approx(score_values(folder), abs=1e-4)
 
 
 def copy_without(undisturbed, folder, *iterations):
@@ -150,24 +135,3 @@ def copy_without(undisturbed, folder, *iterations):
         for path in run.glob(f"data/iter{number - 1}_*"):
             path.unlink()
     return run
-
-
-RECORD_0 = record_path(Path(r"iter0_\w+.json")).name
-# The points of a first iteration without scores, in order.
-ITERATION_1 = {
-    "the record of pairs": renamed(ASK, RECORD_0),
-    "before the first response": point(ASK, "open", r"\.responses\."),
-    "the pair file": renamed(ASK, r"iter0_\w+\.json"),
-    "the finished record of pairs": renamed(ASK, RECORD_0, 2),
-    "after the pair file": point(ASK, "os.remove", r"\.responses"),
-    "the training's record": renamed(TRAIN, r"grath\.json"),
-    "the first checkpoint": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="optimizer.pt"),
-    "after the first checkpoint": point(TRAIN, "os.mkdir", r"checkpoint-4$"),
-    "the last checkpoint": point(TRAIN, "open", r"checkpoint-4/trainer_state\.json", cut="adapter_model.safetensors"),
-    "the training's plot": renamed(TRAIN, r"training\.png"),
-    "the adapter's configuration": point(TRAIN, "os.rename", r"/adapter_config\.json$"),
-    "the adapter": renamed(TRAIN, r"adapter_model\.safetensors"),
-    "the finished record": renamed(TRAIN, r"grath\.json", 2),
-    "after the adapter": point(TRAIN, "shutil.rmtree", r"\.partial$"),
-    "the report": renamed("grath.report", r"report\.md"),
-}

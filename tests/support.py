@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -25,13 +26,6 @@ os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = CACHE.name
 PROJECT = Path(__file__).resolve().parent.parent
 # For the way `vllm` of the benchmarks: this Python, with a stand-in.
 VLLM_ENV = {"PYTHONPATH": str(PROJECT / "tests" / "stand_in"), "VLLM_PYTHON": sys.executable}
-if os.environ.get("GRATH_TEST_MATMUL"):
-    # In this process and in those that the tests start.
-    os.environ["PYTHONPATH"] = str(PROJECT / "tests" / "matmul")
-    importlib.import_module("matmul.sitecustomize")
-imports_counted = pytest.mark.skipif(
-    "GRATH_TEST_MATMUL" in os.environ, reason="GRATH_TEST_MATMUL imports torch at every start"
-)
 HUB = PROJECT.parent / "shared" / "hub"
 BUNDLED = PROJECT / "data" / "questions.jsonl"
 # The tiny chat model answers every question with this response. Each of the texts is one token of the tiny tokenizers,
@@ -44,6 +38,12 @@ CORRECT, INCORRECT = "Plants need light to grow.", "Plants eat small stones."
 RESPONSE = f"Question: It is so.\nCorrect answer: {CORRECT}\nIncorrect answer: {INCORRECT}"
 
 
+def script_env(env=None):
+    """The environment of a script: this Python comes first, and `env` wins."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, **(env or {})}
+
+
 def call(*command, cwd=PROJECT, env=None, status=0):
     """Run a command, offline; return it finished. A script's name is looked up in the project; status None is any."""
     command = [str(part) for part in command]
@@ -51,15 +51,7 @@ def call(*command, cwd=PROJECT, env=None, status=0):
         command = [sys.executable, str(PROJECT / command[0]), *command[1:]]
     elif command[0].endswith(".sh"):
         command[0] = str(PROJECT / command[0])
-    bin_folder = str(Path(sys.executable).parent)
-    settings = {
-        **os.environ,
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "VIRTUAL_ENV": str(Path(bin_folder).parent),
-        "HF_HUB_OFFLINE": "1",
-        **(env or {}),
-    }
-    done = subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(command, cwd=cwd, env=script_env(env), capture_output=True, text=True, timeout=3600)
     assert status is None or done.returncode == status, (
         f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )
@@ -100,6 +92,16 @@ def asking(model, folder, *flags, count=2):
     )  # fmt: skip
 
 
+def stages(model, pairs, folder):
+    """What each stage that loads a model writes in a folder -> its command. The training has one step."""
+    train = ("--dataset_path", pairs, "--output_dir", folder / "d", "--precision", "fp32", "--max_steps", 1)
+    return {
+        "p_num_2_useGT_False_useFS_False.json": asking(model, folder),
+        "d": ("dpo.py", "--model_name_or_path", model, *train),
+        "s": ("grath.evaluation", model, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
+    }
+
+
 def preset():
     """The settings of run_llama2.sh."""
     lines = (PROJECT / "run_llama2.sh").read_text(encoding="utf-8")
@@ -120,6 +122,43 @@ def write_rows(path, content):
     """Write objects as a JSON-lines file and return its path."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     return path
+
+
+def change_json(file, **changes):
+    """Change values of the JSON object in a file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def put_program(path, text):
+    """Write an executable script."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def wait_for(reached, process=None):
+    """Wait until a function returns something true; the process must not end before."""
+    deadline = time.monotonic() + 600
+    while not reached():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.02)
+
+
+def score_values(folder):
+    """The scores in a folder, in percent: task -> score."""
+    from grath.evaluation.results import read_scores
+
+    return {task: found["score"] for task, found in read_scores(folder).items()}
+
+
+def patch_gpus(monkeypatch, count):
+    """Let torch see `count` GPUs."""
+    import torch
+
+    for backend in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(backend, "is_available", lambda: count > 0)
+        monkeypatch.setattr(backend, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
 
 
 def pair(question, correct, incorrect):
@@ -155,42 +194,35 @@ def make_tokenizer(bos, eos, add_bos):
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>")
 
 
-def put(root, name, split, content, configs, splits, config=None):
-    """Write a split of a made data set in the hub's own folder layout; its page names `configs` and `splits`."""
-    import pandas
-
-    folder = root / name / (config or configs[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    pandas.DataFrame(content).to_parquet(folder / f"{split}-0.parquet")
-    page = "".join(
-        f"- config_name: {name}\n  data_files:\n"
-        + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in splits)
-        for name in configs
-    )
-    (root / name / "README.md").write_text(f"---\nconfigs:\n{page}---\n")
-
-
-def put_arc(root, numbers):
-    """A made ARC with the questions of these numbers in every split."""
-    choices = {"text": ["ice", "fire", "sand", "iron"], "label": ["A", "B", "C", "D"]}
-    rows = [{"id": str(i), "question": f"What is cold? {i}", "choices": choices, "answerKey": "A"} for i in numbers]
-    splits = ("train", "validation", "test")
-    for split in splits:
-        put(root, "allenai/ai2_arc", split, rows, ["ARC-Challenge"], splits)
-
-
-def put_truthful(root, numbers):
-    """A made TruthfulQA with the questions of these numbers."""
-    targets = {"choices": ["Yes.", "No."], "labels": [1, 0]}
-    rows = [{"question": f"Is ice cold? {i}", "mc1_targets": targets, "mc2_targets": targets} for i in numbers]
-    put(root, "truthfulqa/truthful_qa", "validation", rows, ["multiple_choice"], ["validation"])
-
-
 def weights(folder):
     """The tensors of an adapter's folder: name -> tensor."""
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+def change_weights(model, change):
+    """Change the tensors of a model's folder by a function of the dict name -> tensor."""
+    from safetensors.torch import load_file, save_file
+
+    file = model / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def save_adapter(base, folder, kind="LoraConfig", **options):
+    """Save an adapter with random weights on a base; return its folder."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = getattr(peft, kind)(**{"task_type": "CAUSAL_LM", **options})
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    return folder
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

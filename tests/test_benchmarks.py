@@ -5,7 +5,7 @@ import sys
 from unittest.mock import Mock
 
 import pytest
-from support import BUNDLED, PROJECT, call_here, tiny
+from support import PROJECT, call_here, stages, tiny
 from transformers import AutoModelForCausalLM
 
 from grath.generation.shared_prefix import generate_shared_prefix
@@ -16,13 +16,6 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
 
 
-def count_passes(model):
-    """Return a list that gets the number of tokens of each forward pass."""
-    passes = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(args[0].numel()))
-    return passes
-
-
 def test_forward_passes_of_pairs(llama_tokenizer):
     """One for the few-shot examples, one for each 16 prompts, and then one for each token of the longest completion."""
     from gpu_stages import drawn_lengths
@@ -30,7 +23,8 @@ def test_forward_passes_of_pairs(llama_tokenizer):
 
     questions = load_data(40)[0]
     model = tiny("llama", vocab_size=len(llama_tokenizer), max_position_embeddings=8192)
-    prompts, passes = pair_prompts(llama_tokenizer, questions), count_passes(model)
+    prompts, passes = pair_prompts(llama_tokenizer, questions), []  # the number of tokens of each forward pass
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: passes.append(args[0].numel()))
     with drawn_lengths(model):
         done = list(generate_shared_prefix(model, prompts, 100, 64, [model.config.vocab_size - 1]))
     lengths = [len(ids) for _, ids in done]
@@ -45,15 +39,11 @@ def test_forward_passes_of_pairs(llama_tokenizer):
 def test_a_stage_loads_its_model_once(monkeypatch, tiny_llama, pair_file, tmp_path):
     load = Mock(wraps=AutoModelForCausalLM.from_pretrained)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    model = ("--model_name_or_path", tiny_llama, "--precision", "fp32")
-    ask = ("--save_prefix", "x", "--save_dir", tmp_path, "--data_path", BUNDLED, "--num_query", 2)
-    train = ("--dataset_path", pair_file, "--output_dir", tmp_path / "out", "--max_steps", 1, "--warmup_steps", 0)
-    score = (tmp_path / "out", tmp_path / "scores", "--tasks", "grath_mc1", "--limit", 2)
-    for number, (script, *arguments) in enumerate(
-        (("create_pair_responses.py", *model, *ask), ("dpo.py", *model, *train), ("grath.evaluation", *score)), 1
-    ):
-        call_here(script, *arguments)
-        assert load.call_count == number, script
+    commands = stages(tiny_llama, pair_file, tmp_path)
+    commands["s"] = ("grath.evaluation", tmp_path / "d", *commands["s"][2:])  # of an adapter
+    for number, command in enumerate(commands.values(), start=1):
+        call_here(*command)
+        assert load.call_count == number, command
 
 
 @pytest.mark.slow

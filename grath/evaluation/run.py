@@ -221,9 +221,8 @@ def _evaluate(args, precision, lm, tasks, manager):
     results = simple_evaluate(lm, tasks=tasks, num_fewshot=get_task(tasks[0]).shots, **options, **chat)
     truncated = sum(gather_object([lm.truncated]))
     if truncated:
-        print_once(
-            f"Warning: {' '.join(tasks)}: {truncated} contexts exceed the model's window, and are cut on the left"
-        )
+        cut = f"{truncated} contexts exceed the model's window, and are cut on the left"
+        print_once(f"Warning: {' '.join(tasks)}: {cut}")
     if results:
         results["truncated"] = truncated
         model_args = {"pretrained": args.model, "precision": precision}

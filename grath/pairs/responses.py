@@ -16,7 +16,8 @@ LINE = re.compile(rf"[\W\d_]*{_LABEL}[\s\d*_]{{0,6}}:(.*)", re.IGNORECASE)
 LABEL = re.compile(r"(?:in)?correct answer[*_ ]{0,4}:", re.IGNORECASE)
 INCORRECT_LABEL = re.compile(r"incorrect answer[*_ ]{0,4}:", re.IGNORECASE)
 # What a reasoning model puts around its reasoning: <think>, [THINK], <|begin_of_thought|>, <|channel|>analysis.
-_KIND = r"(?:[a-z]+[_:]){0,3}(?:think|thought|reason|rationale|reflect|analysis|scratch|cot\b)\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
+_WORD = r"(?:think|thought|reason|rationale|reflect|analysis|scratch|cot\b)"
+_KIND = rf"(?:[a-z]+[_:]){{0,3}}{_WORD}\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
 _CHANNEL = r"<\|?channel\|?>\s*"
 OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
 CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)

@@ -11,7 +11,7 @@ Settings come from the environment: see docs/configuration.md.
 from pathlib import Path
 
 from grath.common.arguments import Parser
-from grath.common.errors import UserError, run_main
+from grath.common.errors import PACKAGE, UserError, run_main
 from grath.common.layout import PROJECT
 
 
@@ -29,9 +29,7 @@ def main():
         from grath.run.settings import check_start, read_settings, shell_lines
 
         if PROJECT not in [Path(folder).resolve() for folder in args.arguments]:
-            raise UserError(
-                f"python has the project in {PROJECT}: run `pip install -e . -c constraints.txt` here first"
-            )
+            raise UserError(f"python has the project in {PROJECT}: run `{PACKAGE}` here first")
         values = read_settings()
         print(shell_lines(values if values["DRY_RUN"] == "1" else check_start(values)), end="")
     elif args.command == "unscored":

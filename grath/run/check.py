@@ -38,6 +38,7 @@ from grath.run.settings import read_settings
 from grath.serving.served import describe_servers
 
 SECONDS_TO_ANSWER = 5
+FOR_TRITON = "which Triton needs for TRL's loss on a GPU"
 # Bytes of a pair, of the result files of a task, and of a tokenizer.
 PAIR, SCORES, TOKENIZER = 500, 100_000, 4_000_000
 
@@ -71,12 +72,10 @@ def check_packages():
             differing.append(f"{requirement.name} is {found}, tested with {str(requirement.specifier).lstrip('=')}")
     if torch.cuda.is_available():
         if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            raise UserError(
-                "there is no C compiler, which Triton needs for TRL's loss on a GPU: install gcc, or set CC"
-            )
+            raise UserError(f"there is no C compiler, {FOR_TRITON}: install gcc, or set CC")
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
         if not header.is_file():
-            raise UserError(f"there is no {header}, which Triton needs for TRL's loss on a GPU: install python3-dev")
+            raise UserError(f"there is no {header}, {FOR_TRITON}: install python3-dev")
     return "; ".join(differing) or "as pinned in requirements.txt"
 
 

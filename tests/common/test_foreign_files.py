@@ -7,7 +7,7 @@ from itertools import cycle
 
 import pytest
 from made_runs import put_pairs, put_run
-from support import BUNDLED, asking, call_here, pair, rows, write_rows
+from support import BUNDLED, asking, call_here, pair, rows, stages, write_rows
 
 from grath.common.files import fits
 
@@ -97,13 +97,11 @@ def test_questions_and_few_shot_examples_of_other_types(tmp_path):
 @pytest.mark.parametrize("name", ["~nobody-here/model", "a" * 300, "a/" * 2500 + "a"])
 def test_names_that_no_file_system_takes(name, pair_file, tmp_path):
     for command in [
-        asking(name, tmp_path / "p"),
+        *stages(name, pair_file, tmp_path).values(),
         asking(tmp_path, tmp_path / "p", "--tokenizer_name", name),
         asking(tmp_path, tmp_path / "p", "--data_path", "", "--data_name", name),
-        ("dpo.py", "--model_name_or_path", name, "--dataset_path", pair_file, "--output_dir", tmp_path / "d"),
         ("dpo.py", "--model_name_or_path", "none", "--dataset_path", name, "--output_dir", tmp_path / "d"),
         ("dpo.py", "--model_name_or_path", "none", "--dataset_path", pair_file, "--output_dir", name),
-        ("grath.evaluation", name, tmp_path / "s", "--tasks", "grath_mc1"),
         ("grath.export", name, tmp_path / "x"),
         ("grath.report", name),
     ]:
@@ -113,33 +111,31 @@ def test_names_that_no_file_system_takes(name, pair_file, tmp_path):
 
 
 def test_answers_in_a_report_are_text(tmp_path):
-    run = put_run(tmp_path / "run", {0: [0.0, 1.0], 1: [0.0, 1.0]}, dataset_name="<i>x")
+    run = put_run(tmp_path / "<b>x<", {0: [0.0, 1.0], 1: [0.0, 1.0]}, dataset_name="<i>x ![y](http://z)")
     answer = "<script>x</script> [a](http://b) ![c](//d) | `e` <!-- \\ &lt; **f**\n# g"
     (run / "results" / "iter_0" / "settings.json").unlink()
     write_rows(run / "results" / "iter_0" / "samples.jsonl", [{"question": "<b>q", "answer": answer}])
     call_here("grath.report", run)
-    (line,) = (line for line in (run / "report.md").read_text().splitlines() if line.startswith("- M_0: "))
+    page = (run / "report.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("- M_0: "))
     assert line == (
         r"- M_0: &lt;script&gt;x&lt;/script&gt; \[a\](http&#58;//b) !\[c\](//d) \| \`e\` &lt;!-- \\ &amp;lt; "
         r"\*\*f\*\* # g"
     )
-    assert "**&lt;b&gt;q**" in (run / "report.md").read_text()
-    assert "| &lt;i&gt;x " in (run / "report.md").read_text()  # a setting, escaped once
+    assert "# &lt;b&gt;x&lt;\n" in page and "**&lt;b&gt;q**" in page
+    assert r"| &lt;i&gt;x ![y]\(http&#58;//z) " in page  # a setting, escaped once
 
 
 FOREIGN = "<img src=x> ![](http://evil) \x1b[2J"
 
 
-@pytest.mark.parametrize("name", ["a$^$", "<b>x</b>"])
-def test_names_and_versions_in_a_report_are_text(name, tmp_path):
-    run = put_run(tmp_path / name, {0: [0.0, 1.0], 1: [0.0, 1.0]}, dataset_name="![x](http://evil)")
+def test_names_and_versions_in_result_files_are_no_markup(tmp_path):
+    run = put_run(tmp_path / "a$^$", {0: [0.0, 1.0], 1: [0.0, 1.0]})
     call_here("grath.report", run)
-    assert (run / "iterations.png").is_file()
-    page = (run / "report.md").read_text()
-    assert "<b>" not in page and "](http" not in page and "http://" not in page
+    assert (run / "iterations.png").is_file()  # its legend has the name
     (file,) = (run / "results" / "iter_1").glob("t*.json")
     good = json.loads(file.read_text())
-    (run / "results" / "iter_1" / "settings.json").unlink(missing_ok=True)
+    file.with_name("settings.json").unlink()
     (task,) = good["results"]
     for bad in (
         {"results": {FOREIGN: good["results"][task]}},
@@ -156,23 +152,14 @@ def test_names_and_versions_in_a_report_are_text(name, tmp_path):
 def test_a_folder_in_the_place_of_an_output_is_one_line(pair_file, tmp_path):
     (tmp_path / "new_combined.json").mkdir()
     shutil.copy(pair_file, tmp_path / "new.json")
-    command = (
-        "combine_new_correct_ori_wrong.py",
-        "--new_data_path",
-        tmp_path / "new.json",
-        "--ori_data_path",
-        pair_file,
-    )
+    files = ("--new_data_path", tmp_path / "new.json", "--ori_data_path", pair_file)
+    command = ("combine_new_correct_ori_wrong.py", *files)
     assert "a file and a folder have the same name" in call_here(*command, status=2).stderr
 
 
 def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):
-    train = ("--dataset_path", pair_file, "--output_dir", tmp_path / "d", "--max_steps", 1, "--precision", "fp32")
-    for record, command in {
-        "p_num_2_useGT_False_useFS_False.json.record.json": asking(tiny_llama, tmp_path),
-        "d/grath.json": ("dpo.py", "--model_name_or_path", tiny_llama, *train),
-        "s/settings.json": ("grath.evaluation", tiny_llama, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1),
-    }.items():
+    records = ("p_num_2_useGT_False_useFS_False.json.record.json", "d/grath.json", "s/settings.json")
+    for record, command in zip(records, stages(tiny_llama, pair_file, tmp_path).values(), strict=True):
         path = tmp_path / record
         path.parent.mkdir(exist_ok=True)
         with path.with_name(f".{path.name}.lock").open("w") as lock:

@@ -6,7 +6,8 @@ import re
 import shutil
 
 import pytest
-from support import PROJECT, call, call_here, put_arc, put_truthful
+from made_data import put_arc, put_truthful
+from support import PROJECT, call, call_here
 
 from grath.common.local_data import content_hash
 

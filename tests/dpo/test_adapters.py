@@ -4,18 +4,18 @@ import json
 import shutil
 
 import pytest
-from support import BUNDLED, asking, call_here, check_here, weights
+from support import BUNDLED, call_here, change_json, check_here, save_adapter, stages, weights
 from trainings import margin, train
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 TAKEN = {
-    "rank and scale": {"r": 3, "lora_alpha": 7, "target_modules": ATTENTION},
-    "patterns": {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"k_proj": 2}},
+    "rank and scale": {"r": 3, "lora_alpha": 7},
+    "patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"k_proj": 2}},
     "rank-stabilized": {"use_rslora": True, "target_modules": ["o_proj"]},
     "a pattern of names": {"target_modules": r".*\.(q|k|v)_proj"},
     "all linear layers": {"target_modules": "all-linear", "lora_dropout": 0.1},
-    "one layer": {"target_modules": ATTENTION, "layers_to_transform": [1]},
-    "gaussian": {"target_modules": ATTENTION, "init_lora_weights": "gaussian"},
+    "one layer": {"layers_to_transform": [1]},
+    "gaussian": {"init_lora_weights": "gaussian"},
 }
 REFUSED = {
     "DoRA": {"use_dora": True},
@@ -29,30 +29,9 @@ REFUSED = {
 }
 
 
-def save_adapter(base, folder, config):
-    """Save an adapter with random weights on a base."""
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data += 0.1 * torch.randn_like(weight)
-    model.save_pretrained(folder)
-    return folder
-
-
-def lora(**options):
-    from peft import LoraConfig
-
-    return LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ATTENTION, **options})
-
-
 @pytest.mark.parametrize("kind", TAKEN)
 def test_a_rolling_iteration_starts_from_every_adapter_that_is_taken(kind, tiny_llama, pair_file, tmp_path):
-    adapter = save_adapter(tiny_llama, tmp_path / "a", lora(**TAKEN[kind]))
+    adapter = save_adapter(tiny_llama, tmp_path / "a", **{"target_modules": ATTENTION, **TAKEN[kind]})
     flags = ("--dataset_path", pair_file, "--max_steps", "1", "--learning_rate", "1e-9")
     _, record = train(adapter, tmp_path / "d", source=flags)
     scale = abs(record["log"][0]["logps/chosen"]) + abs(record["log"][0]["logps/rejected"])
@@ -71,48 +50,36 @@ def test_a_rolling_iteration_starts_from_every_adapter_that_is_taken(kind, tiny_
 
 def commands(adapter, pair_file, folder):
     """What each command that loads an adapter writes: file -> its arguments."""
-    return {
-        "p_num_2_useGT_False_useFS_False.json": asking(adapter, folder),
-        "d": ("dpo.py", "--model_name_or_path", adapter, "--dataset_path", pair_file, "--output_dir", folder / "d"),
-        "s": ("grath.evaluation", adapter, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
+    return stages(adapter, pair_file, folder) | {
         "x": ("grath.export", adapter, folder / "x"),
         "pairs.distance.json": ("grath.distance", folder / "pairs.json", "--model_name_or_path", adapter),
     }
 
 
-def assert_all_refuse(adapter, pair_file, folder, reason):
-    shutil.copy(pair_file, folder / "pairs.json")
-    for made, command in commands(adapter, pair_file, folder).items():
+@pytest.mark.parametrize("kind", REFUSED)
+def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
+    adapter = save_adapter(tiny_llama, tmp_path / "a", **{"target_modules": ATTENTION, **REFUSED[kind]})
+    shutil.copy(pair_file, tmp_path / "pairs.json")
+    reason, every = "merge it into its base with PEFT", commands(adapter, pair_file, tmp_path)
+    for made, command in every.items() if kind in ("DoRA", "the head", "PiSSA") else [("x", every["x"])]:
         done = call_here(*command, status=2)
         assert reason in done.stderr and len(done.stderr.splitlines()) == 1, (command, done.stderr)
-        assert not (folder / made).exists()
+        assert not (tmp_path / made).exists()
     done = check_here({"MODEL_NAME_OR_PATH": str(adapter), "DATA_PATH": str(BUNDLED), "TASKS": ""}, status=2)
     assert f"FAIL  model: the adapter {adapter}" in done.stdout and reason in done.stdout
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
-    adapter = save_adapter(tiny_llama, tmp_path / "a", lora(**REFUSED[kind]))
-    if kind in ("DoRA", "the head", "PiSSA"):
-        assert_all_refuse(adapter, pair_file, tmp_path, "merge it into its base with PEFT")
-    else:
-        done = call_here("grath.export", adapter, tmp_path / "x", status=2)
-        assert "merge it into its base with PEFT" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
 OTHERS = {
     "LoHaConfig": {"target_modules": ATTENTION},
-    "VeraConfig": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]},
-    "PrefixTuningConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3},
+    "VeraConfig": {"target_modules": ["q_proj"]},
+    "PrefixTuningConfig": {"num_virtual_tokens": 3},
     "LoraConfig": {"task_type": "FEATURE_EXTRACTION", "target_modules": ATTENTION},
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
-    import peft
-
-    adapter = save_adapter(tiny_llama, tmp_path / "a", getattr(peft, kind)(**OTHERS[kind]))
+    adapter = save_adapter(tiny_llama, tmp_path / "a", kind, **OTHERS[kind])
     done = call_here(*commands(adapter, pair_file, tmp_path)["d"], status=2)
     assert "not LoRA for a causal language model: merge it" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -120,31 +87,29 @@ def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny_llama, pair_file, tmp_path):
     from safetensors.torch import save_file
 
-    adapter = save_adapter(tiny_llama, tmp_path / "a", lora())
+    adapter = save_adapter(tiny_llama, tmp_path / "a", target_modules=ATTENTION)
     # A layer that the file lacks would keep its initial weights.
     kept = {name: weight for name, weight in weights(adapter).items() if ".layers.1.self_attn.k_proj" not in name}
     save_file(kept, adapter / "adapter_model.safetensors")
     assert "layers.1" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    for base, reason in {"/nowhere/llama": "put it back there", str(adapter): "is an adapter itself"}.items():
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    good = (adapter / "adapter_config.json").read_text()
+    damaged, others = "is damaged", "does not fit its base"
+    for name, value, reason in [
+        ("base_model_name_or_path", "/nowhere/llama", "put it back there"),
+        ("base_model_name_or_path", str(adapter), "is an adapter itself"),
+        *(("r", "8", damaged), ("target_modules", 5, damaged), ("exclude_modules", 7, damaged)),
+        *(("rank_pattern", "abc", damaged), ("alpha_pattern", {"q_proj": "x"}, damaged)),
+        *(("layers_to_transform", "x", damaged), ("lora_dropout", [0.5], damaged)),
+        *(("target_modules", "(q_proj", others), ("rank_pattern", {"(": 4}, others)),
+    ]:
+        (adapter / "adapter_config.json").write_text(good)
+        change_json(adapter / "adapter_config.json", **{name: value})
         assert reason in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
-    for name, value in {
-        "r": "8", "target_modules": 5, "exclude_modules": 7, "rank_pattern": "abc", "alpha_pattern": {"q_proj": "x"},
-        "layers_to_transform": "x", "lora_dropout": [0.5],
-    }.items():  # fmt: skip
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, name: value}))
-        assert "is damaged" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
-    for name, value in {"target_modules": "(q_proj", "rank_pattern": {"(": 4}}.items():
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, name: value}))
-        assert "does not fit its base" in call_here("grath.export", adapter, tmp_path / "x", status=2).stderr
 
 
-def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(tiny_llama, pair_file, tmp_path):
-    shutil.copytree(tiny_llama, tmp_path / "base")
-    train(tmp_path / "base", tmp_path / "m", source=("--dataset_path", pair_file, "--max_steps", "1"))
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(model, pair_file, tmp_path):
+    train(model, tmp_path / "m", source=("--dataset_path", pair_file, "--max_steps", "1"))
+    change_json(model / "config.json", rms_norm_eps=1e-4)
     for made, command in commands(tmp_path / "m", pair_file, tmp_path).items():
         if made != "pairs.distance.json":
             done = call_here(*command, status=2)

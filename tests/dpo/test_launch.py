@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
 from support import PROJECT, call
 from trainings import command, difference, interrupt, read_training
 
@@ -73,13 +72,6 @@ def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch)
 
 def test_accelerate_configurations_load():
     configs = {path.stem: load_config_from_file(str(path)) for path in (PROJECT / "accelerate_configs").glob("*.yaml")}
-    assert configs["fsdp"].fsdp_config["fsdp_version"] == 2
-    assert configs["deepspeed_zero2"].deepspeed_config["zero_stage"] == 2
-    assert configs["deepspeed_zero2"].deepspeed_config["gradient_accumulation_steps"] == "auto"
     assert all(config.main_process_port == 0 for name, config in configs.items() if name != "one_gpu")
-    assert {name: config.distributed_type for name, config in configs.items()} == {
-        "one_gpu": DistributedType.NO,
-        "data_parallel": DistributedType.MULTI_GPU,
-        "fsdp": DistributedType.FSDP,
-        "deepspeed_zero2": DistributedType.DEEPSPEED,
-    }
+    kinds = {"one_gpu": "NO", "data_parallel": "MULTI_GPU", "fsdp": "FSDP", "deepspeed_zero2": "DEEPSPEED"}
+    assert {name: config.distributed_type.name for name, config in configs.items()} == kinds

@@ -1,11 +1,10 @@
 """The reference model, rolling or fixed, as the margin of the first step shows it."""
 
 import json
-import shutil
 
 import pytest
 from peft import get_peft_model_state_dict
-from support import weights
+from support import change_json, weights
 from trainings import difference, make_trainer, margin, train
 
 
@@ -28,19 +27,15 @@ def test_first_iteration_starts_with_zero_margin(first_iteration, tiny_llama):
     assert not [path for path in output.rglob("ref") if path.is_dir()]
 
 
-def test_dropout_that_is_no_module_is_disabled_too(tiny_llama, pair_file, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+def test_dropout_that_is_no_module_is_disabled_too(tiny_llama, model, pair_file, tmp_path):
+    change_json(model / "config.json", attention_dropout=0.3)
     _, record = train(model, tmp_path / "m", source=("--dataset_path", pair_file))
     _, plain = train(tiny_llama, tmp_path / "plain", source=("--dataset_path", pair_file))
     assert [margin(record, step) for step in (0, 2)] == [margin(plain, step) for step in (0, 2)]
 
 
-def test_pairs_longer_than_the_models_window_are_dropped(tiny_llama, pair_file, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 5}))
+def test_pairs_longer_than_the_models_window_are_dropped(model, pair_file, tmp_path):
+    change_json(model / "config.json", max_position_embeddings=5)
     done, _ = train(model, tmp_path / "m", source=("--dataset_path", pair_file), status=2)
     assert "over 5 tokens dropped" in done.stdout and "no pair is left to train on" in done.stderr
 

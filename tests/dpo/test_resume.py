@@ -5,10 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
-from support import PROJECT, asking, call_here, pair, write_rows
+from support import PROJECT, asking, call_here, change_json, pair, wait_for, write_rows
 from trainings import command, difference, interrupt, train
 
 from grath.common.errors import UserError
@@ -89,7 +88,7 @@ def test_an_edited_adapter_is_refused(first_iteration, tiny_llama, source, tmp_p
 
 
 def test_starts_that_are_refused(first_iteration, tiny_llama, source, tmp_path):
-    finished = first_iteration[0]
+    finished, checkpoint = first_iteration[0], first_iteration[0] / "checkpoint-1"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     shutil.copytree(tiny_llama, tmp_path / "whole")
@@ -98,14 +97,9 @@ def test_starts_that_are_refused(first_iteration, tiny_llama, source, tmp_path):
         (tiny_llama, tmp_path / "mine", (), "is not empty and contains no training of dpo.py"),
         (tiny_llama, tiny_llama, (overwrite,), "is the model that the training starts from"),
         (tiny_llama, tmp_path / "whole", (overwrite,), "contains a full model"),
-        (tiny_llama, finished, (overwrite, resume, finished / "checkpoint-1"), "removes the checkpoints"),
+        (tiny_llama, finished, (overwrite, resume, checkpoint), "removes the checkpoints"),
         (tiny_llama, tmp_path / "new", (resume, tmp_path), f"{tmp_path} is not a complete checkpoint"),
-        (
-            tiny_llama,
-            tmp_path / "new",
-            (resume, finished / "checkpoint-1", "--beta", "0.3"),
-            "checkpoint-1 was made with beta 0.1, not 0.3: choose a checkpoint of the same training",
-        ),
+        (tiny_llama, tmp_path / "new", (resume, checkpoint, "--beta", "0.3"), f"{checkpoint} was made with beta 0.1"),
     ]:
         done, _ = train(model, output, *flags, source=source, status=2)
         assert message in done.stderr
@@ -120,9 +114,7 @@ def test_a_killed_training_resumes_with_other_pairs_per_forward_pass(seventeen, 
     start = [sys.executable, PROJECT / "dpo.py", *command(tiny_llama, killed, *flags)]
     with subprocess.Popen(start, stderr=subprocess.DEVNULL) as process:
         # The next checkpoint begins after this one is complete.
-        while not (killed / "checkpoint-6").exists():
-            assert process.poll() is None
-            time.sleep(0.005)
+        wait_for((killed / "checkpoint-6").exists, process)
         process.kill()
     assert not (killed / "adapter_model.safetensors").exists()
     # A later checkpoint with a truncated file is skipped.
@@ -162,12 +154,10 @@ def test_a_truncated_checkpoint_is_skipped(first_iteration, tmp_path, file):
     assert (last_checkpoint(tmp_path / "m") is None) == (file not in ("optimizer.pt", "rng_state.pth"))
 
 
-def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, tmp_path):
+def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, model, tmp_path):
     """The model was replaced after it wrote the pairs."""
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
     call_here(*asking(model, tmp_path, "--useFS"))
-    config = (model / "config.json").read_text()
-    (model / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    change_json(model / "config.json", rms_norm_eps=1e-5)
     source = ("--dataset_path", next(tmp_path.glob("p_*_useFS_True.json")))
     done, _ = train(model, tmp_path / "d", source=source, status=2)
     assert "was made with base config.json " in done.stderr and "write the pairs again" in done.stderr

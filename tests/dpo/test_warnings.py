@@ -1,7 +1,5 @@
 """The warnings about a training."""
 
-import shutil
-
 import pytest
 from trainings import train
 
@@ -61,9 +59,8 @@ def test_a_warm_up_longer_than_the_training(tmp_path):
     assert "warm-up" not in training_warnings(log, constant, 20)
 
 
-def test_the_end_of_a_prompt_that_training_leaves_out(tiny_llama, pair_file, tmp_path):
+def test_the_end_of_a_prompt_that_training_leaves_out(model, pair_file, tmp_path):
     """As in templates of models that begin to reason."""
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
     template = (model / "chat_template.jinja").read_text() + "{% if add_generation_prompt %}<think>{% endif %}"
     (model / "chat_template.jinja").write_text(template)
     done, record = train(model, tmp_path / "m", "--max_steps", "1", source=("--dataset_path", pair_file))

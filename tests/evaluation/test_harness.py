@@ -1,6 +1,5 @@
 """`hf-shared` gives what `hf` gives, and computes less."""
 
-import json
 import sys
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from support import BUNDLED, FAMILIES, PROJECT, VLLM_ENV, call, tiny
+from support import BUNDLED, FAMILIES, PROJECT, VLLM_ENV, call, save_adapter, tiny
 
 from grath.evaluation import harness
 from grath.evaluation.harness import SharedContextLM
-from grath.evaluation.loglikelihood import group_by_prefix, truncate_window, window_loglikelihoods
+from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 from grath.modeling.loading import load_model
 from grath.pairs.questions import load_questions
 
@@ -27,13 +25,15 @@ def both_ways(model, tokenizer, asked, window=None):
 
 
 def requests(window):
-    """(context, answer) requests: shared blocks, lone contexts, one token, duplicates, longer than the window."""
+    """(context, answer) requests: shared blocks and beginnings, lone contexts, one token, duplicates, too long ones."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(1, 60, (n,), generator=generator).tolist()  # noqa: E731
     block, other = draw(40), draw(50)
     found = [(block + draw(n), draw(m)) for n in (1, 5, 9) for m in (1, 1, 4)]
     questions = [block + draw(6) for _ in range(4)] + [other + draw(7) for _ in range(3)]
     found += [(question, draw(m)) for question in questions for m in (1, 2, 5)]
+    # Equal beginnings of answers in three depths, and an answer that begins another one.
+    found += [(q, answer) for q in questions[:2] for answer in ([7, 8, 9, 1], [7], [7, 3], [7, 8, 9, 2, 4], [7, 8])]
     lengths = [(1, 3), (1, 1), (20, 2), (window - 3, 8), (window + 9, 5), (window, 1), (3, window)]
     return [*found, *((draw(n), draw(m)) for n, m in lengths), *found[3:6], *found[:1]]
 
@@ -80,22 +80,12 @@ def score_all(*arguments):
 def test_every_token_is_computed_once():
     model, seen = counted()
     block = torch.arange(500).remainder(50).tolist()
-    score_all(model, [(tuple(block + [55, i]), (i, 3, j)) for i in range(10) for j in range(4)], 300)
+    windows = [(tuple(block + [55, i]), (i, 3, j)) for i in range(10) for j in range(4)]
+    # Sharing 40 tokens with the block, these two would shorten its group's prefix: it costs more than it saves.
+    windows += [(tuple(block[:40] + [56, i]), (3,)) for i in range(2)]
+    score_all(model, windows, 300)
     # The block once; of every context the last token; of every answer all but the last, and equal beginnings once.
-    assert sum(seen) == 501 + 10 * (1 + 2)
-
-
-def test_contexts_are_grouped_where_that_saves():
-    block, long = tuple(range(100)), tuple(range(200, 600))
-    contexts = [(*block, 7, i) for i in range(5)] + [(*block, 8, 1)] + [(*long, 1)] + [(1, 2), (3,)]
-    # These share 40 tokens with the block, but shortening its group's prefix to 40 would cost more than it saves.
-    contexts += [(*block[:40], 150, i) for i in range(2)]
-    # A prefix of 50 that saves 50 of 260 tokens is not worth a forward pass; of 240 tokens it is.
-    contexts += [(*range(700, 750), 9, *range(79)), (*range(700, 750), 8, *range(79))]
-    contexts += [(*range(800, 850), 9, *range(69)), (*range(800, 850), 8, *range(69))]
-    groups = {length: sorted(members) for length, members in group_by_prefix({c: len(c) for c in contexts})}
-    alone = sorted([contexts[6], *contexts[7:9], *contexts[11:13]])
-    assert groups == {100: contexts[:6], 41: contexts[9:11], 50: sorted(contexts[13:]), 0: alone}
+    assert sum(seen) == 501 + 10 * (1 + 2) + 41 + 2
 
 
 def test_batches_have_at_most_so_many_tokens():
@@ -173,8 +163,6 @@ def test_the_evaluation_benchmark(tiny_llama, tmp_path):
     assert [line[1] for line in table] == list(ways)
     assert all(0 <= float(line[7]) < 2e-4 for line in table)
     assert done.stdout.count("scores equal") == len(table)
-    config = {"base_model_name_or_path": str(tiny_llama), "peft_type": "LORA"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file({}, tmp_path / "adapter_model.safetensors")
-    done = call(*script, *ways, "--model", tmp_path, env=VLLM_ENV, status=2)
+    adapter = save_adapter(tiny_llama, tmp_path / "a", target_modules=["q_proj"])
+    done = call(*script, *ways, "--model", adapter, env=VLLM_ENV, status=2)
     assert done.stderr.endswith("the way vllm needs a model, not an adapter\n") and done.stderr.count("\n") == 1

@@ -5,8 +5,8 @@ import math
 import shutil
 
 import pytest
-from safetensors.torch import load_file, save_file
-from support import BUNDLED, asking, call_here, check_here
+from safetensors.torch import load_file
+from support import BUNDLED, asking, call_here, change_json, change_weights, check_here, stages
 from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
@@ -16,29 +16,13 @@ from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import resolve_base_and_adapter
 
 
-@pytest.fixture
-def model(tiny_llama, tmp_path):
-    """A copy of the tiny model, to be changed."""
-    return shutil.copytree(tiny_llama, tmp_path / "model")
-
-
-def configure(model, **options):
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **options}))
-
-
-def change_weights(model, change):
-    weights = load_file(model / "model.safetensors")
-    save_file(change(weights), model / "model.safetensors", metadata={"format": "pt"})
-
-
 def score(model, folder, *flags, status=0):
     return call_here("grath.evaluation", model, folder, "--limit", 2, *flags, status=status)
 
 
 @pytest.mark.parametrize("backend", ["hf", "hf-shared"])
 def test_contexts_that_are_cut_are_counted(model, hub, tmp_path, backend):
-    configure(model, max_position_embeddings=300)
+    change_json(model / "config.json", max_position_embeddings=300)
     folder = tmp_path / "s"
     flags = ("--tasks", "arc_challenge", "grath_mc1", "--backend", backend)
     done = call_here("grath.evaluation", model, folder, "--limit", 2, *flags, cwd=hub)
@@ -75,39 +59,33 @@ def test_a_tokenizer_that_adds_a_token_after_every_text_is_refused(model, tmp_pa
 
 
 def commands(model, pair_file, folder):
-    ask = ("--save_prefix", "p", "--save_dir", folder / "p", "--data_path", BUNDLED, "--num_query", 1)
-    return [
-        ("create_pair_responses.py", "--model_name_or_path", model, *ask, "--precision", "fp32"),
-        ("dpo.py", "--model_name_or_path", model, "--dataset_path", pair_file, "--output_dir", folder / "d"),
-        ("grath.evaluation", model, folder / "s", "--tasks", "grath_mc1", "--limit", 1),
-        ("grath.evaluation", model, folder / "h", "--tasks", "grath_mc1", "--limit", 1, "--backend", "hf"),
-    ]
+    found = stages(model, pair_file, folder)
+    return [*found.values(), (*found["s"], "--backend", "hf")]
 
 
 def test_tokens_without_an_embedding_and_missing_weights_are_refused(model, pair_file, tmp_path):
     whole = load_file(model / "model.safetensors")
     heads = ("model.embed_tokens.weight", "lm_head.weight")
-    configure(model, vocab_size=100)
+    change_json(model / "config.json", vocab_size=100)
     change_weights(model, lambda weights: weights | {name: weights[name][:100].clone() for name in heads})
     env = {"MODEL_NAME_OR_PATH": str(model), "DATA_PATH": str(BUNDLED), "TASKS": "", "NUM_QUERY": "2"}
     assert "FAIL  chat template: " in check_here(env, status=2).stdout
     for command in commands(model, pair_file, tmp_path):
         assert "has 100 embeddings and none for the token" in call_here(*command, status=2).stderr
-    configure(model, vocab_size=len(whole["lm_head.weight"]))
+    change_json(model / "config.json", vocab_size=len(whole["lm_head.weight"]))
     change_weights(model, lambda _: {name: weight for name, weight in whole.items() if "layers.1.mlp" not in name})
     for command in commands(model, pair_file, tmp_path):
         done = call_here(*command, status=2)
         assert "lacks 3 weights, starting with model.layers.1.mlp.down_proj.weight" in done.stderr
-    assert not (tmp_path / "p").exists() and not (tmp_path / "d").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_weights_that_are_not_used_are_a_warning_in_the_record(model, pair_file, tmp_path):
     change_weights(model, lambda weights: {**weights, "model.old.weight": weights["lm_head.weight"][:2].clone()})
     warning = f"{model} has 1 unused weights, starting with model.old.weight"
-    for command in commands(model, pair_file, tmp_path)[:3]:
-        flags = ("--max_steps", 1) if command[0] == "dpo.py" else ()
-        assert f"Warning: {warning}" in call_here(*command, *flags).stdout
-    for record in ("p/p_num_1_useGT_False_useFS_False.json.record.json", "d/grath.json", "s/settings.json"):
+    for command in stages(model, pair_file, tmp_path).values():
+        assert f"Warning: {warning}" in call_here(*command).stdout
+    for record in ("p_num_2_useGT_False_useFS_False.json.record.json", "d/grath.json", "s/settings.json"):
         assert warning in json.loads((tmp_path / record).read_text())["warnings"]
 
 
@@ -118,9 +96,9 @@ def test_a_token_that_only_the_chat_template_has(model, pair_file, tmp_path):
     tokenizer.chat_template = "<|ask|>{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(model)
     shutil.copy(pair_file, tmp_path / "pairs.json")
-    scores = ("grath.evaluation", model, tmp_path / "s", "--tasks", "grath_mc1", "--limit", 1)
+    scores = stages(model, None, tmp_path)["s"]
     for command in [
-        (*scores[:2], tmp_path / "t", *scores[3:], "--chat_template"),
+        (*scores, "--chat_template"),
         ("grath.distance", tmp_path / "pairs.json", "--model_name_or_path", model),
     ]:
         assert "none for the token '<|ask|>'" in call_here(*command, status=2).stderr
@@ -129,34 +107,35 @@ def test_a_token_that_only_the_chat_template_has(model, pair_file, tmp_path):
 
 
 def test_files_of_a_model_with_other_types(model, tmp_path):
-    def refused(name, file, **content):
-        (model / file).write_text(json.dumps(content))
-        return call_here(*commands(model, None, tmp_path / name)[0], status=2).stderr
-
-    assert "eos_token_id is ['x']" in refused("text", "generation_config.json", eos_token_id="x")
-    assert "eos_token_id is [[1]]" in refused("list", "generation_config.json", eos_token_id=[[1]])
+    for content, said in {
+        '{"eos_token_id": "x"}': "eos_token_id is ['x']",
+        '{"eos_token_id": [[1]]}': "eos_token_id is [[1]]",
+        '{"eos_token_id": ': "generation_config.json is damaged",
+    }.items():
+        (model / "generation_config.json").write_text(content)
+        assert said in call_here(*asking(model, tmp_path / "p"), status=2).stderr
     (model / "chat_template.jinja").unlink()
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    assert "no chat template" in refused("chat", "tokenizer_config.json", **{**settings, "chat_template": 5})
+    change_json(model / "tokenizer_config.json", chat_template=5)
+    assert "no chat template" in call_here(*asking(model, tmp_path / "p"), status=2).stderr
 
 
 def test_what_belongs_to_a_model(model, tmp_path):
     """Results in its folder do not; a broken link is named; a separate tokenizer needs no model."""
-    ask = commands(model, None, tmp_path)[0]
-    flags = ("--useFS", "--tokenizer_name", shutil.copytree(model, tmp_path / "tokenizer"))
+    tokenizer = shutil.copytree(model, tmp_path / "tokenizer")
     for file in ("config.json", "generation_config.json", "model.safetensors"):
-        (tmp_path / "tokenizer" / file).unlink()
-    call_here(*ask, *flags)
+        (tokenizer / file).unlink()
+    ask = asking(model, tmp_path, "--useFS", "--tokenizer_name", tokenizer)
+    call_here(*ask)
     (model / "grath_mc1.json").write_text("{}")
     (model / "logs.json").mkdir()
-    assert "finished" in call_here(*ask, *flags).stdout
+    assert "finished" in call_here(*ask).stdout
     (model / "merges.txt").symlink_to("nowhere")
-    assert "merges.txt is a link to a file that does not exist" in call_here(*ask, *flags, status=2).stderr
+    assert "merges.txt is a link to a file that does not exist" in call_here(*ask, status=2).stderr
 
 
 def test_weights_that_are_quantized_already_are_refused(model, pair_file, tmp_path):
     """They would be computed in other precisions than the record says."""
-    configure(model, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    change_json(model / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     for command in commands(model, pair_file, tmp_path):
         done = call_here(*command, status=2)
         assert "is quantized already" in done.stderr, command
@@ -187,14 +166,8 @@ def test_what_else_belongs_to_a_model(model, tmp_path):
 def test_a_model_that_computes_nan_writes_no_pairs(model, tmp_path):
     change_weights(model, lambda weights: {**weights, "model.norm.weight": weights["model.norm.weight"] * math.nan})
     for engine in ("shared_prefix", "generate"):
-        done = call_here(*asking(model, tmp_path / "p", "--engine", engine, count=2), status=2)
+        done = call_here(*asking(model, tmp_path / "p", "--engine", engine), status=2)
         assert "the model computes NaN" in done.stderr and not list((tmp_path / "p").glob("*_False.json"))
-
-
-def test_a_generation_configuration_that_is_cut_is_refused(model, tmp_path):
-    (model / "generation_config.json").write_text('{"eos_token_id": ')
-    done = call_here(*asking(model, tmp_path / "p", count=2), status=2)
-    assert "generation_config.json is damaged" in done.stderr
 
 
 def test_subnormal_probabilities_are_no_score():
@@ -214,17 +187,11 @@ def test_samples_may_follow_with_another_template(model, tmp_path):
     assert (tmp_path / "s" / "samples.jsonl").is_file()
 
 
-def test_a_template_without_system_turns_scores_a_task_with_one():
-    class Tokenizer:
-        chat_template = "x"
-
-        def apply_chat_template(self, messages, **_):
-            if messages[0]["role"] == "system":
-                raise ValueError("System role not supported")
-            return messages[0]["content"]
-
+def test_a_template_without_system_turns_scores_a_task_with_one(tiny_llama):
+    template = "{{ raise_exception('no') if messages[0].role == 'system' else messages[0].content }}"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, chat_template=template)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is ice?"}]
-    assert _apply_chat_template(Tokenizer(), turns) == "What is ice?"
+    assert _apply_chat_template(tokenizer, turns) == "What is ice?"
 
 
 def test_scores_depend_on_the_bundled_questions_and_samples_on_the_template(model, tmp_path, monkeypatch):
@@ -240,9 +207,8 @@ def test_scores_depend_on_the_bundled_questions_and_samples_on_the_template(mode
 
 
 def test_a_tokenizer_without_bos_and_eos_is_refused_for_scores(model, tmp_path):
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    settings = {name: value for name, value in settings.items() if name not in ("bos_token", "eos_token")}
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    changes = {"bos_token": None, "eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
+    change_json(model / "tokenizer_config.json", **changes)
     assert "neither BOS nor EOS" in score(model, tmp_path / "s", "--tasks", "grath_mc1", status=2).stderr
 
 

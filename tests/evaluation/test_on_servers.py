@@ -5,26 +5,14 @@ import shutil
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import RESPONSE, call_here
-
-from grath.evaluation.results import read_scores
+from support import call_here, change_json, score_values
 
 MC = ("--tasks", "grath_mc1", "grath_mc2")
-
-
-@pytest.fixture
-def server(tiny_llama):
-    with InferenceServer(tiny_llama, answer=lambda ids: RESPONSE) as server:
-        yield server
 
 
 def score(server, model, folder, *flags, status=0):
     servers = ("--server_url", server.url, "--server_timeout", 300)
     return call_here("grath.evaluation", model, folder, *MC, *servers, "--limit", 3, *flags, status=status)
-
-
-def values(folder):
-    return {task: score["score"] for task, score in read_scores(folder).items()}
 
 
 def check_bos(server):
@@ -38,7 +26,7 @@ def test_scores_are_those_of_hf_shared(server, tiny_llama, scored_once, tmp_path
     server.faults = lambda number: ("drop", 500, 429, "cut")[number % 4] if number % 7 == 0 else None
     done = score(server, tiny_llama, tmp_path, "--samples", "--log_samples")
     assert "on the servers has the local weights" in done.stdout
-    assert values(tmp_path) == pytest.approx(values(scored_once), abs=1e-2)
+    assert score_values(tmp_path) == pytest.approx(score_values(scored_once), abs=1e-2)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in scored_once.iterdir()}
     inputs = json.loads((tmp_path / "settings.json").read_text())["inputs"]
     assert inputs["backend"] == inputs["precision"] == "server"
@@ -57,24 +45,29 @@ def test_an_adapter_is_scored_by_its_own_name(llama_run, tmp_path):
     with InferenceServer(of_run["MODEL_NAME_OR_PATH"]) as server:
         score(server, adapter, tmp_path)
         assert {body["model"][:6] for body in server.seen} == {"grath-"} and server.adapters == {}
-    assert values(tmp_path) == pytest.approx(values(run / "results" / "iter_2"), abs=1e-2)
-
-
-def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
-    """Such as llama.cpp's: the harness would silently score chance."""
-    for prompt_logprobs, said in (
-        (False, "Only no echo is supported; scores need the log-probabilities of a prompt"),
-        ("constant", "returns no log-probabilities for the tokens of a prompt"),
-    ):
-        with InferenceServer(tiny_llama, prompt_logprobs=prompt_logprobs) as server:
-            done = score(server, tiny_llama, tmp_path, status=2)
-        assert server.url in done.stderr and said in done.stderr
-        assert "Traceback" not in done.stderr and not values(tmp_path)
+    assert score_values(tmp_path) == pytest.approx(score_values(run / "results" / "iter_2"), abs=1e-2)
 
 
 def of_logprobs(change):
     """A fault that changes the log-probabilities of a response."""
     return lambda response: change(response["choices"][0]["logprobs"])
+
+
+def constant(value):
+    """A fault that gives every token this log-probability."""
+    return of_logprobs(lambda found: found.update(token_logprobs=[None, *(value for _ in found["tokens"][1:])]))
+
+
+def test_a_server_without_log_probabilities_of_prompts_is_refused(tiny_llama, tmp_path):
+    """Such as llama.cpp's: the harness would silently score chance."""
+    for options, said in (
+        ({"prompt_logprobs": False}, "Only no echo is supported; scores need the log-probabilities of a prompt"),
+        ({"faults": lambda number: constant(0.0)}, "returns no log-probabilities for the tokens of a prompt"),
+    ):
+        with InferenceServer(tiny_llama, **options) as server:
+            done = score(server, tiny_llama, tmp_path, status=2)
+        assert server.url in done.stderr and said in done.stderr
+        assert "Traceback" not in done.stderr and not score_values(tmp_path)
 
 
 def cut(logprobs):
@@ -87,17 +80,14 @@ def replace(name, value):
 
 
 WRONG = {
-    "cut": (of_logprobs(cut), "log-probabilities for as many tokens"),
+    "cut": (of_logprobs(cut), "for as many tokens"),
     "none": (lambda response: response["choices"][0].update(logprobs=None), "for as many tokens"),
     "null": (replace("token_logprobs", None), "missing, or no number"),
     "text": (replace("token_logprobs", "-1.5"), "missing, or no number"),
     "nan": (replace("token_logprobs", float("nan")), "missing, or no number"),
     "positive": (replace("token_logprobs", 0.5), "missing, or no number"),
     "huge": (replace("token_logprobs", -(10**400)), "missing, or no number"),
-    "constant": (
-        of_logprobs(lambda found: found.update(token_logprobs=[None, *(-9999.0 for _ in found["tokens"][1:])])),
-        "as the log-probability of every token",
-    ),
+    "constant": (constant(-9999.0), "as the log-probability of every token"),
     "no best": (replace("top_logprobs", {}), "missing, or no number"),
     "best is a list": (replace("top_logprobs", [-1.0]), "missing, or no number"),
     "token": (replace("tokens", "another"), "tokens other than those"),
@@ -110,18 +100,16 @@ def test_a_wrong_response_after_the_probe_is_no_score(server, tiny_llama, tmp_pa
     fault, said = WRONG[kind]
     server.faults = lambda number: fault if number > 2 else None
     done = score(server, tiny_llama, tmp_path, status=2)
-    assert said in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr and not values(tmp_path)
+    assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr and not score_values(tmp_path)
 
 
 @pytest.mark.parametrize(("said", "own"), [(20, 4096), (4096, 20), (None, 20)])
-def test_a_context_that_would_be_cut_is_refused(tiny_llama, tmp_path, said, own):
-    short = shutil.copytree(tiny_llama, tmp_path / "short")
-    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": own}
-    (short / "config.json").write_text(json.dumps(config))
-    with InferenceServer(tiny_llama, name=str(short)) as server:
+def test_a_context_that_would_be_cut_is_refused(tiny_llama, model, tmp_path, said, own):
+    change_json(model / "config.json", max_position_embeddings=own)
+    with InferenceServer(tiny_llama, name=str(model)) as server:
         server.window = said
-        done = score(server, short, tmp_path / "s", status=2)
-    assert "tokens, and the server takes 19: score this task with" in done.stderr and not values(tmp_path / "s")
+        done = score(server, model, tmp_path / "s", status=2)
+    assert "tokens, and the server takes 19: score this task with" in done.stderr and not score_values(tmp_path / "s")
 
 
 def test_a_model_whose_weights_only_the_server_has(tiny_llama, scored_once, tmp_path):
@@ -132,4 +120,4 @@ def test_a_model_whose_weights_only_the_server_has(tiny_llama, scored_once, tmp_
         server.faults = lambda number: setattr(server, "hold", 4 if number > 1 else 0)
         score(server, bare, tmp_path / "s", "--batch_size", 3)
         assert server.most_at_once == 3
-    assert values(tmp_path / "s") == pytest.approx(values(scored_once), abs=1e-2)
+    assert score_values(tmp_path / "s") == pytest.approx(score_values(scored_once), abs=1e-2)

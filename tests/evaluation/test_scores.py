@@ -8,13 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import HUB, PROJECT, call, call_here, imports_counted, rows
+from support import HUB, PROJECT, call, call_here, change_weights, put_program, rows, score_values, script_env, wait_for
 
 from grath.common.errors import UserError
 from grath.evaluation.results import check_numbers, read_scores
@@ -36,17 +34,12 @@ def record_of(folder):
     return json.loads((folder / "settings.json").read_text())
 
 
-def values(folder):
-    return {task: score["score"] for task, score in read_scores(folder).items()}
-
-
 @pytest.fixture
 def scored(scored_once, tmp_path):
     """A copy of that folder."""
     return shutil.copytree(scored_once, tmp_path / "scores")
 
 
-@imports_counted
 def test_a_finished_command_answers_in_one_line_without_torch(scored, tiny_llama):
     before = content(scored)
     command = (sys.executable, "-X", "importtime", "-m", "grath.evaluation", tiny_llama, scored, *MC, "--samples")
@@ -99,10 +92,10 @@ def test_an_edited_result_is_refused_and_one_that_is_missing_or_not_recorded_is_
     assert content(scored) == before
     del record["files"]["grath_mc1.json"]  # as after a kill between the two files
     (scored / "settings.json").write_text(json.dumps(record))
-    assert values(scored).keys() == {"grath_mc2"}
+    assert score_values(scored).keys() == {"grath_mc2"}
     done = score(tiny_llama, scored, *MC)
     assert f"{scored / 'grath_mc2'}.json is up to date" in done.stdout and "grath_mc1, 0-shot, fp32" in done.stdout
-    assert values(scored) == values(scored_once) and record_of(scored)["starts"] == 2
+    assert score_values(scored) == score_values(scored_once) and record_of(scored)["starts"] == 2
     result.unlink()
     for name in ("samples.jsonl", "samples_grath_mc2.jsonl"):
         (scored / name).unlink()
@@ -114,7 +107,7 @@ def test_an_edited_result_is_refused_and_one_that_is_missing_or_not_recorded_is_
     assert done.stdout.endswith(f"Wrote the results to {scored}; next: python -m grath.report {scored}\n")
     (scored / "settings.json").unlink()
     before = content(scored)
-    assert values(scored) == values(scored_once)
+    assert score_values(scored) == score_values(scored_once)
     assert "grath_mc1.json has no settings.json next to it" in score(tiny_llama, scored, *MC, status=2).stderr
     assert content(scored) == before
 
@@ -134,7 +127,7 @@ def test_two_processes_share_the_questions(hub, tiny_llama, tmp_path, monkeypatc
     two, one = (rows(tmp_path / name / "samples_arc_challenge.jsonl") for name in ("two", "one"))
     assert [row["arguments"] for row in two] == [row["arguments"] for row in one]
     assert len({row["arguments"][0][0].rpartition("Question:")[0] for row in one}) == 3
-    assert values(tmp_path / "two") == pytest.approx(values(tmp_path / "one"), abs=1e-3)
+    assert score_values(tmp_path / "two") == pytest.approx(score_values(tmp_path / "one"), abs=1e-3)
 
 
 def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
@@ -143,14 +136,11 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
     root.mkdir()
     for name in ("Rowan", "cais", "allenai", "truthfulqa"):
         (root / name).symlink_to((HUB if (HUB / name).is_dir() else hub) / name)
-    env = {"LIMIT": "1", "DATASETS_ROOT": str(root), "VIRTUAL_ENV": sys.prefix}
-    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"LIMIT": "1", "DATASETS_ROOT": str(root)}
     command = [PROJECT / "evaluation.sh", tiny_llama, folder, "--log_samples"]
-    options = {"cwd": tmp_path, "env": os.environ | env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, start_new_session=True, **options) as process:
-        while not ((folder / "settings.json").exists() and record_of(folder)["files"]):
-            assert process.poll() is None
-            time.sleep(0.02)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, cwd=tmp_path, env=script_env(env), **quiet) as process:
+        wait_for(lambda: (folder / "settings.json").exists() and record_of(folder)["files"], process)
         os.killpg(process.pid, signal.SIGKILL)
     assert content(folder).keys() & {"mmlu.json", "samples.jsonl"} == set()
     done = call(*command, env=env, cwd=tmp_path)
@@ -169,14 +159,11 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
     }  # fmt: skip
 
 
-def test_log_likelihoods_that_are_no_numbers_are_no_score(tiny_llama, tmp_path):
+def test_log_likelihoods_that_are_no_numbers_are_no_score(model, tmp_path):
     """The harness would count the first choice of every question, the right one: MC1 100."""
-    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][3] = torch.nan
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    done = score(broken, tmp_path / "s", *MC, status=2)
-    assert "computes NaN instead of log-likelihoods" in done.stderr and not values(tmp_path / "s")
+    change_weights(model, lambda weights: weights | {"model.norm.weight": weights["model.norm.weight"] * torch.nan})
+    done = score(model, tmp_path / "s", *MC, status=2)
+    assert "computes NaN instead of log-likelihoods" in done.stderr and not score_values(tmp_path / "s")
 
 
 def test_other_metrics_may_be_no_numbers():
@@ -201,8 +188,7 @@ def test_the_chat_template_is_that_of_the_model_type(tiny_llama, tmp_path):
 
 def test_processes_share_the_processors(tiny_llama, tmp_path):
     """What evaluation.sh launches, after its check in one process of a `python` that does nothing."""
-    (tmp_path / "python").write_text("#!/bin/sh\n")
-    (tmp_path / "python").chmod(0o755)
+    put_program(tmp_path / "python", "#!/bin/sh\n")
     env = {"NUM_PROCESSES": "2", "DRY_RUN": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     launch = ["accelerate", "launch", "--quiet", "--config_file", f"{PROJECT}/accelerate_configs/data_parallel.yaml"]
     for threads, share in (("6", "3"), ("1", "1")):
@@ -227,8 +213,7 @@ def test_the_scripts_use_their_own_project(tiny_llama, tmp_path):
 
 def test_prefetch_names_what_it_fetches(tmp_path):
     log = tmp_path / "log"
-    (tmp_path / "hf").write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
-    (tmp_path / "hf").chmod(0o755)
+    put_program(tmp_path / "hf", f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     folder = tmp_path / "the hub"
     assert "DRY_RUN must be 0 or 1" in call("prefetch.sh", folder, env=env | {"DRY_RUN": "true"}, status=2).stderr

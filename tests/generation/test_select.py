@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from greedy import make_prompts, plain, same
-from support import HUB, PROJECT, VLLM_ENV, asking, call, call_here, needs_hub, tiny
+from support import HUB, PROJECT, VLLM_ENV, call, needs_hub, tiny
 
 from grath.generation import select
-from grath.generation.cache import SharedPrefixCache
 from grath.generation.select import GPU_ROWS, ROWS, LocalGenerator
 
 TOKENIZER = SimpleNamespace(eos_token_id=5, decode=list, added_tokens_decoder={})
@@ -28,22 +27,19 @@ def full_at(*passes):
     return hook
 
 
-@pytest.mark.parametrize("engine", ["shared_prefix", "generate"])
+@pytest.mark.parametrize(("engine", "name"), [("shared_prefix", "generate_shared_prefix"), ("generate", "generate_hf")])
 @pytest.mark.parametrize(
     ("passes", "rows"),
     [((), 8), ((0,), 4), ((1,), 4), ((5,), 4), ((0, 1, 2), 1), ((9, 20), 2)],
     ids=["never", "prefix", "prefill", "step", "to one row", "twice"],
 )
-def test_when_the_memory_is_full_half_of_the_rows_remain(engine, passes, rows, monkeypatch, capsys):
+def test_when_the_memory_is_full_half_of_the_rows_remain(engine, name, passes, rows, monkeypatch, capsys):
     """All completions come once, are those of a small batch, and are not computed again."""
     model, prompts, asked, found = tiny("llama"), make_prompts(24, 12), [], {}
     model.generation_config.eos_token_id = [5, *range(0, 60, 7)]
     expected = plain(model, prompts, 12, set(model.generation_config.eos_token_id))
-    for name in ("generate_shared_prefix", "generate_hf"):
-        generate_fn = getattr(select, name)
-        monkeypatch.setattr(
-            select, name, lambda model, new, *rest, fn=generate_fn: asked.append(new) or fn(model, new, *rest)
-        )
+    generate_fn = getattr(select, name)
+    monkeypatch.setattr(select, name, lambda model, new, *rest: asked.append(new) or generate_fn(model, new, *rest))
     model.model.register_forward_pre_hook(full_at(*passes))
     generator = LocalGenerator(model, TOKENIZER, 12, 8, engine)
     for index, ids in generator.generate(prompts):
@@ -71,24 +67,12 @@ def test_the_device_decides_the_first_rows(monkeypatch):
 
     for name in ("generate_shared_prefix", "generate_hf"):
         monkeypatch.setattr(select, name, all_at_once)
-    base = tiny("llama")
+    config = {"config": tiny("llama").config, "generation_config": tiny("llama").generation_config}
     kinds = ("cuda", "shared_prefix", GPU_ROWS), ("cuda", "generate", ROWS), ("cpu", "shared_prefix", ROWS)
     for device, engine, rows in kinds:
-        of_base = {"config": base.config, "generation_config": base.generation_config}
-        generator = LocalGenerator(
-            SimpleNamespace(device=torch.device(device), **of_base), TOKENIZER, 12, engine=engine
-        )
+        model = SimpleNamespace(device=torch.device(device), **config)
+        generator = LocalGenerator(model, TOKENIZER, 12, engine=engine)
         assert len(list(generator.generate(make_prompts(3, 4)))) == 3 and generator.rows == rows
-
-
-def test_pairs_are_the_same_when_the_memory_was_full(tiny_llama, tmp_path, monkeypatch):
-    call_here(*asking(tiny_llama, tmp_path / "small", "--batch_size", 3, count=12))
-    forward, full = SharedPrefixCache.forward, full_at(1, 9)
-    monkeypatch.setattr(SharedPrefixCache, "forward", lambda *args: full() or forward(*args))
-    done = call_here(*asking(tiny_llama, tmp_path / "large", "--batch_size", 12, count=12))
-    assert "The memory is full with 12 questions in a batch: going on with 6" in done.stdout
-    small, large = (next((tmp_path / name).glob("*_False.json")) for name in ("small", "large"))
-    assert small.read_bytes() == large.read_bytes()
 
 
 @needs_hub
@@ -102,9 +86,3 @@ def test_the_generation_benchmark(tiny_llama):
     table = [line.split() for line in done.stdout.splitlines() if re.search(r"\d of 5$", line)]
     assert [(line[0], line[-3]) for line in table] == [(way, "5") for way in ways]
     assert "engine over" in done.stdout
-
-
-def test_the_generation_benchmark_needs_the_python_of_vllm():
-    script = [sys.executable, PROJECT / "benchmarks" / "generation.py", "--ways", "vllm"]
-    done = call(*script, env={"VLLM_PYTHON": ""}, status=2)
-    assert "needs VLLM_PYTHON" in done.stderr and done.stderr.count("\n") == 1

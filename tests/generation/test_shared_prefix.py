@@ -8,8 +8,7 @@ from greedy import make_prompts, plain, same, shared
 from peft import LoraConfig, get_peft_model
 from support import FAMILIES, tiny
 
-from grath.evaluation.loglikelihood import loglikelihoods
-from grath.generation.attention import engine_attention, unsupported_reason
+from grath.generation.attention import unsupported_reason
 from grath.generation.cache import common_prefix_length
 from grath.generation.hf import generate_hf
 from grath.generation.prompt_lookup import NgramIndex
@@ -78,18 +77,6 @@ def test_an_adapter_and_prepared_weights(way, batch_size, monkeypatch):
     same(model, prompts[:40], shared(model, prompts, 8, {5}, batch_size)[:40], expected)
 
 
-def test_prompt_lookup_continues_the_longest_n_gram_that_occurred():
-    index = NgramIndex([1, 2, 3, 7, 5, 2, 3, 8, 1, 2, 3])
-    assert index.draft(2) == [7, 5]
-    assert index.draft(99) == [7, 5, 2, 3, 8, 1, 2, 3]
-    index.append(8)
-    assert index.draft(3) == [1, 2, 3]
-    index.append(6)
-    assert index.draft(3) == []
-    assert NgramIndex([]).draft(3) == NgramIndex([4, 4]).draft(3) == []
-    assert NgramIndex([4, 4, 4]).draft(3) == [4]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("batch_size", "prefix"), [(1, 12), (8, 0), (32, 12)])
 def test_drafts_change_no_token_and_save_passes(family, batch_size, prefix, monkeypatch):
@@ -130,29 +117,6 @@ def test_a_completion_that_repeats_itself_needs_fewer_passes():
     model.model.register_forward_pre_hook(lambda *_: passes.append(1))
     same(model, prompts, shared(model, prompts, 80, set(), 3), expected)
     assert len(passes) < 60
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("batch_size", "prefix"), [(1, 25), (3, 0), (17, 25)])
-def test_log_likelihoods_of_answers(family, batch_size, prefix):
-    model = tiny(family)
-    common = make_prompts(1, 25)[0][:prefix]
-    answers = [prompt[1:] for prompt in make_prompts(6, 3, seed=1)]
-    # Equal beginnings in three depths, an answer that begins another one, and the same answer twice.
-    answers += [[7, 8, 9, 1], [7], [7, 3, 1], [7, 8, 9, 2, 4], [7, 8], [7, 8, 9, 1]]
-    trees = [(context, answers[i:]) for i, context in enumerate(make_prompts(5, 0, seed=2))]
-    with engine_attention(model):
-        batches = loglikelihoods(model, common, trees, 40 * batch_size, batch_size)
-        results = {tree: found for read in batches for tree, found in read()}
-    assert sorted(results) == list(range(5))
-    for i, (context, answers) in enumerate(trees):
-        for answer, (log_prob, greedy) in zip(answers, results[i], strict=True):
-            logits = model(torch.tensor([common + context + answer])).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
-            expected = logits.gather(1, torch.tensor(answer)[:, None]).sum().item()
-            assert log_prob == pytest.approx(expected, rel=1e-5, abs=1e-4)
-            best = logits.topk(2).values
-            ties = (best[:, 0] - best[:, 1]).min() <= 1e-5 * logits.abs().max()
-            assert ties or greedy == (logits.argmax(-1).tolist() == answer)
 
 
 @pytest.mark.parametrize(

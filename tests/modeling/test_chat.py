@@ -40,13 +40,9 @@ def test_a_prompt_is_these_tokens_with_one_bos_where_the_template_has_one(chat):
         assert tokenizer.decode(ids) == text
 
 
-def test_a_template_without_bos_gets_the_tokenizers_bos(llama_tokenizer):
-    template = TEMPLATES["zephyr"].replace("{{ bos_token }}", "")
-    assert prompt_ids(llama_tokenizer, TURN, template) == prompt_ids(llama_tokenizer, TURN, TEMPLATES["zephyr"])
-
-
-def test_a_template_with_two_bos_gives_one(llama_tokenizer):
-    template = "{{ bos_token }}" + TEMPLATES["zephyr"]
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}{{ bos_token }}"])
+def test_a_template_without_bos_or_with_two_gives_one(llama_tokenizer, start):
+    template = TEMPLATES["zephyr"].replace("{{ bos_token }}", start)
     assert prompt_ids(llama_tokenizer, TURN, template) == prompt_ids(llama_tokenizer, TURN, TEMPLATES["zephyr"])
 
 
@@ -58,11 +54,6 @@ def test_answer_ends_with_one_eos(chat):
     assert answer.count(tokenizer.eos_token_id) == 1
     assert answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(answer[:-1]).strip() == "Frozen water."
-
-
-def test_auto_uses_the_tokenizers_template(smollm_tokenizer):
-    smollm_tokenizer.chat_template = TEMPLATES["smollm2"]
-    assert template_for(smollm_tokenizer, "auto") == TEMPLATES["smollm2"]
 
 
 def test_the_smollm2_template_matches_the_models_own(smollm2):

@@ -12,7 +12,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from support import BUNDLED, PROJECT, asking, call, call_here, imports_counted
+from support import BUNDLED, PROJECT, call, call_here, patch_gpus, stages
 
 from grath.common.errors import UserError
 from grath.modeling import loading
@@ -33,33 +33,21 @@ def no_device_is_set(monkeypatch):
 def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_file, tmp_path):
     """Slurm or the user names a GPU, and torch sees none: the run must not start on the CPU."""
     out = tmp_path / "out"
-    ask = asking(tiny_llama, out)
-    train = ("dpo.py", "--model_name_or_path", tiny_llama, "--dataset_path", pair_file, "--output_dir", out)
-    score = ("grath.evaluation", tiny_llama, out, "--tasks", "grath_mc1")
+    commands = list(stages(tiny_llama, pair_file, out).values())
     loop = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(out), "DATA_PATH": str(BUNDLED)}
     for done in (
-        *(call_here(*command, env=SEEN, status=2) for command in (ask, train, score)),
+        *(call_here(*command, env=SEEN, status=2) for command in commands),
         call("run_llama2.sh", env={**SEEN, **loop}, status=2),
     ):
         assert "this machine has a GPU (CUDA_VISIBLE_DEVICES=0), but torch cannot use it: " in done.stderr
         assert done.stderr.endswith("(set DEVICE=cpu to use the CPU)\n") and done.stderr.count("\n") == 1
     assert not out.exists()
-    call(*ask, env={**SEEN, "DEVICE": "cpu"})  # read before torch is imported
+    call(*commands[0], env={**SEEN, "DEVICE": "cpu"})  # read before torch is imported
     assert list(out.glob("p_*False.json"))
 
 
-def patch_torch(monkeypatch, reason=None, count=0):
-    """Let torch see `count` GPUs, or fail to use CUDA with a `reason`."""
-    for backend in (torch.cuda, torch.accelerator):
-        monkeypatch.setattr(backend, "is_available", lambda: count > 0)
-        monkeypatch.setattr(backend, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    if reason:
-        monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=RuntimeError(reason)))
-
-
 def test_hidden_gpus_are_no_error(monkeypatch):
-    patch_torch(monkeypatch, "no")
+    patch_gpus(monkeypatch, 0)
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         check_devices(4)
@@ -67,7 +55,9 @@ def test_hidden_gpus_are_no_error(monkeypatch):
 
 
 def test_the_evidence_of_a_gpu_and_torchs_reason(monkeypatch):
-    patch_torch(monkeypatch, "The NVIDIA driver is too old (found version 11040).\nPlease update it.")
+    patch_gpus(monkeypatch, 0)
+    old = RuntimeError("The NVIDIA driver is too old (found version 11040).\nPlease update it.")
+    monkeypatch.setattr(torch.cuda, "init", Mock(side_effect=old))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(UserError, match=r"\(CUDA_VISIBLE_DEVICES=0,1\).* too old \(found version 11040\) \(set DEVICE"):
         check_devices()
@@ -78,7 +68,7 @@ def test_the_evidence_of_a_gpu_and_torchs_reason(monkeypatch):
 
 
 def test_more_processes_than_gpus_and_other_devices_are_refused(monkeypatch):
-    patch_torch(monkeypatch, count=2)
+    patch_gpus(monkeypatch, 2)
     check_devices(2)
     with pytest.raises(UserError, match=r"NUM_PROCESSES=3, but torch sees 2 GPU\(s\)"):
         check_devices(3)
@@ -112,7 +102,6 @@ def test_weights_and_adapter_are_loaded_on_the_gpu_of_the_process(precision, mon
     [(module, {}) for module in ("dpo", "create_pair_responses", "grath.evaluation.run", "grath.run.settings")]
     + [("dpo", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}), ("dpo", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})],
 )
-@imports_counted
 def test_every_stage_sets_the_allocator_before_torch_is_imported(module, given):
     hook = "event == 'import' and args[0] == 'torch' and os.write(1, str(dict(os.environ)).encode()) and os._exit(0)"
     code = f"import os, sys; sys.addaudithook(lambda event, args: {hook}); import {module}, torch"

@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import time
 
 import pytest
-from support import BUNDLED, PROJECT, asking, call, call_here, pair, rows, write_rows
+from support import BUNDLED, PROJECT, asking, call, call_here, change_json, pair, rows, wait_for, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
 from grath.pairs.responses import load_responses, opens_reasoning, parse_response, remove_responses, save_responses
@@ -33,14 +31,11 @@ def test_the_responses_to_a_file_with_brackets_in_its_name(tmp_path):
 
 def test_any_labels_and_numbers_of_choices(tmp_path):
     numbered = {"text": ["ice", "steam", "rain"], "label": ["1", "2", "3"]}
-    five = {"text": list("vwxyz"), "label": ["A", "B", "C", "D", "E"]}
-    data = [
-        {"id": "a", "question": "What is frozen?", "choices": numbered, "answerKey": "1"},
-        {"id": "b", "question": "What comes last?", "choices": five, "answerKey": "E"},
-    ]
-    first, second = load_questions(data_path=write_rows(tmp_path / "q.jsonl", data))
-    assert draw_candidates(first, 0)[0] == "ice"
-    assert draw_candidates(second, 0)[0] == "z"
+    five = {"text": list("vwxyz"), "label": list("ABCDE")}
+    kinds = ((numbered, "1"), (five, "E"))
+    data = [{"id": "a", "question": "Which?", "choices": choices, "answerKey": key} for choices, key in kinds]
+    questions = load_questions(data_path=write_rows(tmp_path / "q.jsonl", data))
+    assert [draw_candidates(question, 0)[0] for question in questions] == ["ice", "z"]
 
 
 @pytest.mark.slow
@@ -69,9 +64,7 @@ def test_a_kill_loses_no_finished_question_and_other_settings_are_refused_then(t
         return (files[0], files[0].read_text().count("\n")) if files else (None, 0)
 
     with subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 600
-        while saved()[1] < 5 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: saved()[1] >= 5, process)
         process.kill()
     kept, finished = saved()
     assert 5 <= finished < 60
@@ -97,7 +90,7 @@ def test_a_kill_loses_no_finished_question_and_other_settings_are_refused_then(t
     assert record["starts"] == 2 and record["counts"] == {"asked": 60, "written": 60, "identical": 0}
 
 
-def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama, tmp_path):
+def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama, model, tmp_path):
     questions = write_rows(tmp_path / "q.jsonl", rows(BUNDLED)[:3])
     command = asking(tiny_llama, tmp_path / "out", "--data_path", questions, "--useFS", count=3)
     call_here(*command)
@@ -107,10 +100,9 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     done = call(sys.executable, "-X", "importtime", PROJECT / command[0], *command[1:], env={"PYTHONPATH": ""})
     assert f"{path} contains these pairs, finished" in done.stdout
     assert not re.search(r"^import time:.*\| +torch$", done.stderr, re.MULTILINE)
-    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
-    assert "finished" in call_here(*command, "--model_name_or_path", moved).stdout  # a copy is the same model
-    template = (moved / "chat_template.jinja").read_text()
-    (moved / "chat_template.jinja").write_text(template + " ")
+    assert "finished" in call_here(*command, "--model_name_or_path", model).stdout  # a copy is the same model
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template + " ")
     other_questions = write_rows(tmp_path / "other.jsonl", rows(BUNDLED)[3:6])
     for flags, said in (
         (("--max_new_tokens", "50"), "max_new_tokens 100, not 50"),
@@ -118,7 +110,7 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
         (("--model_type", "llama2"), "model_type auto, not llama2"),
         (("--demos", "halueval"), "demos truthfulqa, not halueval"),
         (("--data_path", other_questions), "questions "),
-        (("--model_name_or_path", moved), "model base chat_template.jinja "),
+        (("--model_name_or_path", model), "model base chat_template.jinja "),
     ):
         done = call_here(*command, *flags, status=2)
         assert f"{path} was made with {said}" in done.stderr and "pass --overwrite to replace it" in done.stderr
@@ -134,13 +126,10 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     assert path.read_bytes() == written
 
 
-def test_an_unsupported_model_falls_back_to_generate(tiny_llama, tmp_path):
-    narrow = tmp_path / "narrow"
-    shutil.copytree(tiny_llama, narrow)
-    config = json.loads((narrow / "config.json").read_text())
-    config = {**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
-    (narrow / "config.json").write_text(json.dumps(config))
-    done = call_here(*asking(narrow, tmp_path / "out", "--max_new_tokens", "60"), status=None)
+def test_an_unsupported_model_falls_back_to_generate(tiny_llama, model, tmp_path):
+    narrow = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    change_json(model / "config.json", **narrow)
+    done = call_here(*asking(model, tmp_path / "out", "--max_new_tokens", "60"), status=None)
     line = next(line for line in done.stdout.splitlines() if "plain batched generation" in line)
     assert "its sliding window of 64 tokens is shorter than a sequence of" in line
     plain = ask(tiny_llama, tmp_path / "a", "--engine", "generate")
@@ -167,93 +156,88 @@ def test_candidates_depend_only_on_seed_and_question():
         assert incorrect != correct
 
 
+FOUND = [
+    "Question: q\nCorrect answer: yes \nIncorrect answer: no\nmore",
+    "Correct answer: yes\r\n\r\nIncorrect answer: no",
+    "Correct answer: yes\nIncorrect answer: no\nCorrect answer: other",
+    # A draft and the final pair; the end of reasoning; a preamble; words of reasoning.
+    f"Question: q\n{DRAFT}\nBetter:\nQuestion: q\n{FINAL}",
+    f"{DRAFT}\n[/THINK]\n{FINAL}",
+    f"</think>\nThe Correct answer: line, the Incorrect answer: line.\n{FINAL}",
+    f"{FINAL}\n\nThe [thought] of <reason>",
+    f"{FINAL}\nI was sure without <think>.",
+    # Labels as models write them; emphasis is not part of an answer.
+    "- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*",
+    "1. Correct answer : yes\n2. Incorrect answer : no",
+    "### Correct answer:\nyes\n\n### Incorrect answer:\nno",
+    "__Correct answer:__ yes\n__Incorrect answer:__ _no_",
+    "Correct answer:\n- yes\nIncorrect answer:: no",
+    "Correct answer: yes\nIncorrect answer: " + "*" * 10**5 + "no",
+    # A mark at only one of the answers would be what DPO learns.
+    f'"{FINAL}"',
+    f"<answer>\n{FINAL}</answer>",
+    f"```\n{FINAL}```",
+    f"{FINAL} [/INST]",
+    f"{FINAL}<|im_end|>",
+    "Correct answer: yes; Incorrect answer: no",
+    "Correct answer: yes (Incorrect answer: no)",
+    "Correct answer: yes ✅\nIncorrect answer: no ❌",
+    # The next question.
+    f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}",
+    f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}",
+    f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}",
+    f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}",
+]
+
+
+@pytest.mark.parametrize("response", FOUND)
+def test_the_pair_in_a_response(response):
+    assert parse_response(response) == (("yes", "no"), None)
+
+
+LACKING = [
+    ("Correct answer:\nIncorrect answer: no", "empty answer"),
+    ("Correct answer: yes\nIncorrect answer: \nno", "empty answer"),
+    ("Correct answer: one\ntwo\nIncorrect answer: no", "no incorrect answer after the correct one"),
+    ("Write a Correct answer: and an Incorrect answer:", "no incorrect answer after the correct one"),
+    ("Correct answer:" + " " * 10**5 + "\n" * 10**5, "no incorrect answer after the correct one"),
+    ("Correct answer: Correct answer: yes\nIncorrect answer: no", "a label in an answer"),
+    ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, "no correct answer"),
+    ("<" + "a_" * 10**5 + "think" + "\\" * 10**5 + "a:" * 10**5, "no correct answer"),
+]
+
+
+@pytest.mark.parametrize(("response", "reason"), LACKING)
+def test_a_response_without_a_pair(response, reason):
+    assert parse_response(response) == (None, reason)
+
+
 @pytest.mark.parametrize(
-    ("response", "expected"),
+    ("opening", "closing"),
     [
-        ("Question: q\nCorrect answer: yes \nIncorrect answer: no\nmore", (("yes", "no"), None)),
-        ("Correct answer: yes\r\n\r\nIncorrect answer: no", (("yes", "no"), None)),
-        ("Correct answer: yes\nIncorrect answer: no\nCorrect answer: other", (("yes", "no"), None)),
-        ("Incorrect answer: no", (None, "no correct answer")),
-        ("Correct answer: yes Incorrect answer: no", (("yes", "no"), None)),
-        ("Correct answer:\nIncorrect answer: no", (None, "empty answer")),
-        ("Correct answer: yes\nIncorrect answer: \nno", (None, "empty answer")),
-        ("Correct answer: one\ntwo\nIncorrect answer: no", (None, "no incorrect answer after the correct one")),
-        # A draft and the final pair; reasoning; a preamble; the next question.
-        (f"Question: q\n{DRAFT}\nBetter:\nQuestion: q\n{FINAL}", (("yes", "no"), None)),
-        (f"{DRAFT}\n[/THINK]\n{FINAL}", (("yes", "no"), None)),
-        (f"<reasoning>{DRAFT}</reasoning>\n<Thought>\n{DRAFT}\n</Thought>{FINAL}", (("yes", "no"), None)),
-        (f"<think>\n{FINAL}\nor rather", (None, "reasoning without an end")),
-        (f"</think>\nThe Correct answer: line, the Incorrect answer: line.\n{FINAL}", (("yes", "no"), None)),
-        ("Write a Correct answer: and an Incorrect answer:", (None, "no incorrect answer after the correct one")),
-        (f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
-        (f"{FINAL}\nQuestion: other\n{DRAFT}", (("yes", "no"), None)),
-        ("Correct answer: Correct answer: yes\nIncorrect answer: no", (None, "a label in an answer")),
-        ("Correct answer: yes\nIncorrect answer: no\n\nThe [thought] of <reason>", (("yes", "no"), None)),
-        (f"<|begin_of_thought|>\n{DRAFT}\n<|end_of_thought|>\n{FINAL}", (("yes", "no"), None)),
-        ("Correct answer:" + " " * 10**5 + "x", (None, "no incorrect answer after the correct one")),
-        ("Correct answer:" + "\n" * 10**5 + "x", (None, "no incorrect answer after the correct one")),
-        ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, (None, "no correct answer")),
-        ("**Correct answer:** yes\n**Incorrect answer:** no", (("yes", "no"), None)),
-        # Labels as models write them; emphasis is not part of an answer.
-        ("- **Correct Answer**: **yes**\n- **Incorrect Answer**: *no*", (("yes", "no"), None)),
-        ("1. Correct answer : yes\n2. Incorrect answer : no", (("yes", "no"), None)),
-        # A mark at only one of the answers would be what DPO learns.
-        *(
-            (response, (("yes", "no"), None))
-            for response in (
-                f'"{FINAL}"',
-                f"<answer>\n{FINAL}</answer>",
-                f"```\n{FINAL}```",
-                f"{FINAL} [/INST]",
-                f"{FINAL}<|im_end|>",
-                "Correct answer: yes; Incorrect answer: no",
-                "Correct answer: yes (Incorrect answer: no)",
-                "__Correct answer:__ yes\n__Incorrect answer:__ _no_",
-                "Correct answer:\n- yes\nIncorrect answer:: no",
-                "Correct answer: yes ✅\nIncorrect answer: no ❌",
-            )
-        ),
-        ("Correct answer: `yes`.\nIncorrect answer: `no`", (("yes.", "no"), None)),
-        # What belongs to an answer stays.
-        *(
-            (f"Correct answer: {one}\nIncorrect answer: {other}", ((one, other), None))
-            for one, other in (
-                ('"yes"', "-5"),
-                ("- 5", "> 100 °C"),
-                ("10<sup>3</sup>", '12"'),
-                ("__init__", "snake_case_"),
-                ("<yes>", "[no]"),
-            )
-        ),
-        ("Correct answer: yes\nIncorrect answer: " + "*" * 10**5 + "x", (("yes", "x"), None)),
-        ("### Correct answer:\nyes\n\n### Incorrect answer:\nno", (("yes", "no"), None)),
-        # Other names of the next question, and of reasoning.
-        (f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}", (("yes", "no"), None)),
-        (f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}", (("yes", "no"), None)),
-        (f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}", (("yes", "no"), None)),
-        (f"{FINAL}\nI was sure without <think>.", (("yes", "no"), None)),
-        ("Correct answer: a <think> tag\nIncorrect answer: [thought] so", (("a <think> tag", "[thought] so"), None)),
-        ("Correct answer: [cotton] grows\nIncorrect answer: no", (("[cotton] grows", "no"), None)),
-        *(
-            (f"Well. {opening}{DRAFT}{closing}{FINAL if closing else ''}", expected)
-            for opening, closing in [
-                ("<|START_THINKING|>", "<|END_THINKING|>"),
-                ("◁think▷", "◁/think▷"),
-                ("<seed:think>", "</seed:think>"),
-                ("<chain_of_thought>", "</chain_of_thought>"),
-                ('<think effort="low">', "</think>"),
-                ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
-            ]
-            for closing, expected in [
-                (closing, (("yes", "no"), None)),
-                ("", (None, "reasoning without an end")),
-            ]
-        ),
-        ("<" + "a_" * 10**5 + "think" + "\\" * 10**5 + "a:" * 10**5, (None, "no correct answer")),
+        ("<think>\n", "</think>\n"),
+        ("<reasoning>", "</reasoning>\n<Thought>\nso\n</Thought>"),
+        ("<|begin_of_thought|>\n", "\n<|end_of_thought|>\n"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("◁think▷", "◁/think▷"),
+        ("<seed:think>", "</seed:think>"),
+        ("<chain_of_thought>", "</chain_of_thought>"),
+        ('<think effort="low">', "</think>"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     ],
 )
-def test_parsing(response, expected):
-    assert parse_response(response) == expected
+def test_reasoning_is_no_answer(opening, closing):
+    assert parse_response(f"Well. {opening}{DRAFT}{closing}{FINAL}") == (("yes", "no"), None)
+    assert parse_response(f"Well. {opening}{DRAFT}") == (None, "reasoning without an end")
+
+
+def test_what_belongs_to_an_answer_stays():
+    for one, other in (
+        *(('"yes"', "-5"), ("- 5", "> 100 °C"), ("10<sup>3</sup>", '12"'), ("__init__", "snake_case_")),
+        *(("<yes>", "[no]"), ("a <think> tag", "[thought] so"), ("[cotton] grows", "no")),
+    ):
+        assert parse_response(f"Correct answer: {one}\nIncorrect answer: {other}") == ((one, other), None)
+    assert parse_response("Correct answer: `yes`.\nIncorrect answer: `no`") == (("yes.", "no"), None)
 
 
 @pytest.mark.parametrize(

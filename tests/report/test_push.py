@@ -1,6 +1,7 @@
 """`grath.push`: what is uploaded, and what the model card says, against a stand-in for the hub's client."""
 
 import json
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -18,26 +19,19 @@ NAME = "someone/truthful"
 @pytest.fixture
 def uploads(monkeypatch):
     """What was uploaded: (repository, name, content) of a file, and (repository, private, names) of a folder."""
-    found = []
+    found, api = [], Mock()
 
-    class Api:
-        def __init__(self, **options):
-            self.private = None
+    def upload_file(path_or_fileobj, path_in_repo, repo_id):
+        found.append((repo_id, path_in_repo, json.loads(path_or_fileobj)))
 
-        def create_repo(self, name, private, exist_ok):
-            assert exist_ok
-            self.private = private
-            return RepoUrl(f"https://huggingface.co/{name}")
+    def upload_folder(repo_id, folder_path, allow_patterns, ignore_patterns):
+        names = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
+        kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        found.append((repo_id, api.create_repo.call_args.kwargs["private"], sorted(kept)))
 
-        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
-            found.append((repo_id, path_in_repo, json.loads(path_or_fileobj)))
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, ignore_patterns):
-            names = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file())
-            kept = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-            found.append((repo_id, self.private, sorted(kept)))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    api.create_repo.side_effect = lambda name, private, exist_ok: RepoUrl(f"https://huggingface.co/{name}")
+    api.upload_file, api.upload_folder = upload_file, upload_folder
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **options: api)
     return found
 
 

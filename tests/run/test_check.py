@@ -8,7 +8,7 @@ import sysconfig
 import huggingface_hub
 import pytest
 import torch
-from support import BUNDLED, call, check_here
+from support import BUNDLED, call, check_here, patch_gpus
 
 from grath.common.errors import UserError
 from grath.modeling.loading import check_weights, has_local_weights
@@ -24,10 +24,7 @@ def test_check_passes_and_prints_the_plan(tiny_llama, tmp_path):
     checked = [line.split(":")[0].split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("ok ")]
     assert checked == ["packages", "device", "model", "chat template", "data", "disk"]
     plan = done.stdout.split("The plan: 8 stages")[1].splitlines()[1:-1]
-    assert [line.strip() for line in plan][1:3] == [
-        "iteration 1: M_0 writes pairs",
-        "iteration 1: DPO trains M_1",
-    ]
+    assert [line.strip() for line in plan][1:3] == ["iteration 1: M_0 writes pairs", "iteration 1: DPO trains M_1"]
     assert re.search(r"^ok    disk: .* free, about \d+ MB to write$", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1] == "Ready: run the same command without CHECK=1"
     assert not (tmp_path / "runs").exists()
@@ -48,8 +45,7 @@ def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
     assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
 
 
-def test_check_and_stages_require_the_same_weights(tiny_llama, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
+def test_check_and_stages_require_the_same_weights(model):
     assert read_model(str(model))[1].hidden_size == 64 and has_local_weights(str(model))
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
@@ -83,8 +79,7 @@ def test_check_does_not_count_half_a_model_of_the_hub(tiny_llama, tmp_path, monk
         read_model("a/b")
 
 
-def test_check_refuses_a_model_without_the_layers_that_lora_trains(tiny_llama, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
+def test_check_refuses_a_model_without_the_layers_that_lora_trains(model):
     config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 600}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="^gpt2 has none of the layers that LoRA trains: q_proj, k_proj, v_proj$"):
@@ -115,25 +110,19 @@ def test_check_compares_packages_with_the_pins(tmp_path, monkeypatch):
         check.check_packages()
 
 
-@pytest.mark.parametrize(("capability", "fits"), [((9, 0), True), ((8, 9), True), ((6, 1), False)])
-def test_driver_cuda_and_capability_are_shown_side_by_side(capability, fits, monkeypatch):
+def test_driver_cuda_and_capability_are_shown_side_by_side(monkeypatch):
     monkeypatch.setenv("DEVICE", "")
-    for module in (torch.cuda, torch.accelerator):
-        monkeypatch.setattr(module, "is_available", lambda: True)
-        monkeypatch.setattr(module, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    patch_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120"])
     monkeypatch.setattr(check, "driver_cuda_version", lambda: 12080)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    if not fits:
-        with pytest.raises(UserError, match="compute capability 6.1; .* this torch has no code for the GPU"):
-            check.check_device(1)
-        return
     text = check.check_device(1)
-    name = "{}.{}".format(*capability)
-    assert text.startswith(f"1 GPU(s), a GPU, compute capability {name}; driver for CUDA 12.8; torch ")
+    assert text.startswith("1 GPU(s), a GPU, compute capability 8.9; driver for CUDA 12.8; torch ")
     assert text.endswith(" for CUDA 13.0 (sm_75, sm_80, sm_90a, sm_120)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with pytest.raises(UserError, match="compute capability 6.1; .* this torch has no code for the GPU"):
+        check.check_device(1)
 
 
 def test_the_disk_must_have_room_for_every_iteration(tiny_llama, tmp_path, monkeypatch):

@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
-from fault_injection import ASK, WITHOUT_SCORES, copy_without, point, start
-from support import PROJECT, call
+from fault_injection import ASK, copy_without, point, start
+from support import PROJECT, call, put_program, script_env, wait_for
 
 # It only makes this process wait for ten minutes.
 HELD = point(ASK, "open", r"\.responses\.", signal="SIGCONT")
@@ -24,17 +23,15 @@ def held_start(settings, folder):
     found = []
     thread = threading.Thread(target=lambda: found.append(start(settings, folder, HELD)))
     thread.start()
-    lock, deadline = folder / ".llama2_seed_0.lock", time.monotonic() + 600
-    while not list(folder.glob("*/data/*.record.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: list(folder.glob("*/data/*.record.json")))
+    lock = folder / ".llama2_seed_0.lock"
     yield psutil.Process(int(re.match(r"process (\d+) on ", lock.read_text())[1])), lock, found
     thread.join()
 
 
 def test_two_starts_at_once_and_then_a_signal_to_every_process(llama_run, tmp_path):
     """As `scancel` sends it: to the loop and to the stage at once."""
-    settings = {**llama_run[1], **WITHOUT_SCORES}
+    settings = {**llama_run[1], "TASKS": ""}
     with held_start(settings, tmp_path) as (loop, lock, found):
         status, output = start(settings, tmp_path)
         assert status == 2
@@ -50,12 +47,11 @@ def test_two_starts_at_once_and_then_a_signal_to_every_process(llama_run, tmp_pa
 
 
 def test_a_killed_loop_leaves_one_stage_that_holds_the_lock(llama_run, tmp_path):
-    settings = {**llama_run[1], **WITHOUT_SCORES}
+    settings = {**llama_run[1], "TASKS": ""}
     with held_start(settings, tmp_path) as (loop, _, found):
         (stage,) = [one for one in loop.children(recursive=True) if ASK in " ".join(one.cmdline())]
         loop.kill()
-        while loop.is_running():
-            time.sleep(0.05)
+        wait_for(lambda: not loop.is_running())
         assert stage.is_running()
         status, output = start(settings, tmp_path)
         assert status == 2 and "or by the stage that it started: wait for it" in output
@@ -75,29 +71,17 @@ def test_the_scores_of_a_run_take_over_a_lock_without_an_owner(llama_run, tmp_pa
 def waiting_loop(folder, ask, **env):
     """Arguments of `Popen` for a loop whose first stage runs the lines of bash `ask` and waits for the file `go`."""
     python = folder / "bin" / "python"  # the loop asks it for the settings, and then starts it for the pairs
-    python.parent.mkdir()
     asked = f'if [[ $* == *settings* ]]; then exec {sys.executable} "$@"; fi'
     wait = f"touch '{folder}/started'; until [[ -e '{folder}/go' ]]; do sleep 0.1; done"
-    python.write_text(f"#!/bin/bash\n{asked}\n{ask}\n{wait}\n")
-    scontrol = python.parent / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >>"{folder}/requeued"\n')
-    for file in (python, scontrol):
-        file.chmod(0o755)
+    put_program(python, f"#!/bin/bash\n{asked}\n{ask}\n{wait}\n")
+    put_program(python.with_name("scontrol"), f'#!/bin/sh\necho "$@" >>"{folder}/requeued"\n')
     (python.parent / "accelerate").symlink_to(python)
-    env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix, "TASKS": "", **env}
+    env |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "TASKS": ""}
     env |= {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "RUNS_DIR": str(folder), "ITERATIONS": "1"}
     return {
-        "env": {**os.environ, **env}, "cwd": PROJECT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE,
+        "env": script_env(env), "cwd": PROJECT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE,
         "text": True, "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     }  # fmt: skip
-
-
-def send_when_started(process, folder, number):
-    deadline = time.monotonic() + 600
-    while not (folder / "started").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
 
 
 @pytest.mark.parametrize(("number", "ignored"), [("HUP", True), ("INT", True), ("HUP", False)])
@@ -106,7 +90,8 @@ def test_a_signal_that_the_shell_ignores_ends_nothing(number, ignored, tmp_path)
     trap = f"trap '' {number}; " if ignored else f"trap - {number}; "
     start = ["bash", "-c", f'{trap}exec "$0"', "./run_grath.sh"]
     with subprocess.Popen(start, **waiting_loop(tmp_path, "")) as process:
-        send_when_started(process, tmp_path, signal.Signals[f"SIG{number}"])
+        wait_for((tmp_path / "started").exists, process)
+        process.send_signal(signal.Signals[f"SIG{number}"])
         if ignored:
             (tmp_path / "go").touch()
         assert process.wait(timeout=600) == (0 if ignored else 128 + signal.Signals[f"SIG{number}"])
@@ -130,7 +115,8 @@ def test_a_job_is_requeued_only_if_its_start_has_saved_something(file, requeued,
     save = f"mkdir -p '{(run / file).parent}'; echo '[1, 2]' >'{run / file}'"
     slurm = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
     with subprocess.Popen(["./run_grath.sh"], **waiting_loop(tmp_path, save, **slurm)) as process:
-        send_when_started(process, tmp_path, signal.SIGUSR1)
+        wait_for((tmp_path / "started").exists, process)
+        process.send_signal(signal.SIGUSR1)
         said = process.communicate(timeout=600)[1]
     assert process.returncode == 128 + signal.SIGUSR1
     assert (tmp_path / "requeued").exists() == requeued

@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from fault_injection import records
-from support import BUNDLED, CORRECT, PROJECT, call, check_here, imports_counted, rows
+from support import BUNDLED, CORRECT, PROJECT, call, put_program, rows, score_values
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -90,11 +90,8 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
         config = json.loads((run / "models" / f"iter_{i}_{tail}" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(tiny_llama)
     for i in (0, 1, 2):
-        for task in ("grath_mc1", "grath_mc2"):
-            assert set(json.loads((run / "results" / f"iter_{i}" / f"{task}.json").read_text())["results"]) == {task}
+        assert score_values(run / "results" / f"iter_{i}").keys() == {"grath_mc1", "grath_mc2"}
         assert len(rows(run / "results" / f"iter_{i}" / "samples.jsonl")) == 5
-    second = json.loads((run / "models" / f"iter_2_{tail}" / "grath.json").read_text())
-    assert f"models/iter_1_{tail}" in second["policy_starts_from"]
     lines = done.stdout.splitlines()
     model = f"{run}/models/iter_2_{tail}"
     assert lines[-1] == f"Done: see {run}/report.md; M_2 is the LoRA adapter in {model}"
@@ -111,7 +108,6 @@ def copied(llama_run, tmp_path):
     return tmp_path / run.name, {**settings, "RUNS_DIR": str(tmp_path)}
 
 
-@imports_counted
 def test_a_run_shows_one_bar_for_each_long_task_and_a_table(llama_run):
     done = llama_run[2]
     assert "were not passed to `accelerate launch`" not in done.stderr
@@ -145,8 +141,7 @@ def test_the_same_command_does_nothing_twice(copied, tmp_path):
     """It starts Python at most 14 times for two iterations, as every start does."""
     run, settings = copied
     counter = tmp_path / "hook" / "sitecustomize.py"
-    counter.parent.mkdir()
-    counter.write_text(f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")
+    put_program(counter, f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
     done = call("run_llama2.sh", env={**settings, "PYTHONPATH": str(counter.parent)})
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
@@ -207,12 +202,10 @@ def test_a_users_own_accelerate_configuration_changes_nothing(processes, monkeyp
 
 def test_presets_can_be_given_to_slurm(tmp_path):
     """Slurm runs a copy of the script from a folder of its own."""
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/bash\ncp "$1" "{tmp_path}/slurm_script"\ncd "{tmp_path}"\nexec ./slurm_script\n')
-    sbatch.chmod(0o755)
+    copied = f'#!/bin/bash\ncp "$1" "{tmp_path}/slurm_script"\ncd "{tmp_path}"\nexec ./slurm_script\n'
+    put_program(tmp_path / "bin" / "sbatch", copied)
     env = {"SLURM_SUBMIT_DIR": str(PROJECT), "DRY_RUN": "1", "SLURM_JOB_ID": "1"}
-    env["PATH"] = f"{sbatch.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env["PATH"] = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     for preset in PRESETS:
         header = (PROJECT / preset).read_text().split("\nset -euo")[0]
         for option in ("requeue", "open-mode=append", "signal=B:USR1@"):
@@ -238,19 +231,6 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     assert done.stdout.count("is up to date (") == 1 and done.stdout.count("Wrote the results to ") == 2
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("M_")] == ["M_0", "M_1", "M_2"]
     assert (run / "results" / "iter_1" / "grath_mc1.json").stat().st_mtime_ns == kept
-
-
-def test_a_model_without_a_chat_template_is_not_ready(tiny_llama, tmp_path):
-    """By hand, `evaluation.sh` scores such a model without answers."""
-    model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
-    env = {"MODEL_NAME_OR_PATH": str(model), "RUNS_DIR": str(tmp_path), "RUN_NAME": "r", "MODEL_TYPE": "auto"}
-    env |= {"NUM_QUERY": "2", "DATA_PATH": str(BUNDLED), "TASKS": "grath_mc1", "SAMPLES": "0"}
-    checked = check_here(env, status=2)
-    line = "the tokenizer has no chat template: set --model_type (MODEL_TYPE) to llama2, zephyr, smollm2"
-    assert f"FAIL  chat template: {line}" in checked.stdout
-    done = call("evaluation.sh", model, tmp_path / "scores", env={"TASKS": "grath_mc1", "LIMIT": "2"})
-    assert f"no sample answers: {line}" in done.stdout + done.stderr
-    assert (tmp_path / "scores" / "grath_mc1.json").is_file() and not (tmp_path / "scores" / "samples.jsonl").exists()
 
 
 def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_path):

@@ -6,7 +6,6 @@ It runs in a thread of the test. A completion is `answer(ids)`; log-probabilitie
 import asyncio
 import json
 import threading
-from collections import Counter
 
 import torch
 from aiohttp import web
@@ -33,7 +32,7 @@ class InferenceServer:
         self.folder, self.name = str(model), name or str(model)
         self.answer, self.faults, self.prompt_logprobs = answer, faults or (lambda number: None), prompt_logprobs
         self.loras, self.port, self.load_status = loras, port, 200
-        self.seen, self.keys, self.adapters, self.served = [], set(), {}, Counter()
+        self.seen, self.keys, self.adapters, self.served = [], set(), {}, 0
         self.window, self.hold = 4096, 0
         self.headers, self.status, self.listed = {}, 200, None
         self.most_at_once = self.at_once = 0
@@ -47,22 +46,22 @@ class InferenceServer:
         assert started.wait(60)
         return self
 
-    def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
+    def stop(self, *_):
         """Close every connection and stop; also called in the middle of requests."""
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.ending.set)
             self.thread.join(60)
 
+    __exit__ = stop
+
     async def _run(self, started):
         self.loop, self.ending = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(client_max_size=2**28)
-        app.add_routes([web.get("/v1/models", self._list), web.post("/v1/completions", self._complete)])
+        app.router.add_get("/v1/models", self._list)
+        app.router.add_post("/v1/completions", self._complete)
         if self.loras:
-            app.add_routes([web.post("/v1/load_lora_adapter", self._load)])
-            app.add_routes([web.post("/v1/unload_lora_adapter", self._unload)])
+            app.router.add_post("/v1/load_lora_adapter", self._load)
+            app.router.add_post("/v1/unload_lora_adapter", self._unload)
         runner = web.AppRunner(app, shutdown_timeout=0.05)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self.port, backlog=1024)
@@ -81,12 +80,10 @@ class InferenceServer:
 
     async def _load(self, request):
         body = await request.json()
-        if not body:
-            return web.json_response({"error": {"message": "no adapter is named"}}, status=400)
+        if not body or body["lora_name"] in self.adapters:  # as vLLM
+            return web.json_response({"error": {"message": "not named, or loaded already"}}, status=400)
         if self.load_status != 200:
             return web.json_response({"error": {"message": "LoRA is not enabled"}}, status=self.load_status)
-        if body["lora_name"] in self.adapters:  # as vLLM
-            return web.json_response({"error": {"message": "it has already been loaded"}}, status=400)
         self.adapters[body["lora_name"]] = body["lora_path"]
         return web.Response(text="loaded")
 
@@ -133,7 +130,7 @@ class InferenceServer:
             text = json.dumps(found)
             if fault == "cut":
                 return web.Response(text=text[: len(text) // 2], content_type="application/json")
-            self.served[json.dumps(body["prompt"])] += 1
+            self.served += 1
             return web.Response(text=text, content_type="application/json")
         finally:
             self.at_once -= 1
@@ -154,9 +151,7 @@ class InferenceServer:
             "token_logprobs": [None, *own.tolist(), best[-1].item()],
             "top_logprobs": [None, *({"": value} for value in best.tolist())],
         }
-        if self.prompt_logprobs == "constant":
-            logprobs["token_logprobs"] = [None, *(0.0 for _ in ids)]
-        elif not self.prompt_logprobs:  # as llama.cpp
+        if not self.prompt_logprobs:  # as llama.cpp
             last = {"token": logprobs["tokens"][-1], "logprob": logprobs["token_logprobs"][-1]}
             logprobs = {"content": [last]}
         return {"text": "", "logprobs": logprobs}

@@ -1,13 +1,11 @@
 """A stand-in for what benchmarks/vllm_child.py needs of vLLM, which has an environment of its own."""
 
-import types
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM
 
-
-class SamplingParams(types.SimpleNamespace):
-    pass
+SamplingParams = SimpleNamespace
 
 
 class LLM:
@@ -18,24 +16,14 @@ class LLM:
         pass
 
     def generate(self, prompts, sampling, use_tqdm):
-        assert sampling.temperature == 0
         for prompt in prompts:
             ids = torch.tensor([prompt["prompt_token_ids"]])
-            if getattr(sampling, "prompt_logprobs", None) == 0:
-                with torch.inference_mode():
-                    found = self.model(ids).logits[0].log_softmax(-1)
-                found = [
-                    {token: types.SimpleNamespace(logprob=found[i, token].item())}
-                    for i, token in enumerate(ids[0, 1:].tolist())
-                ]
-                yield types.SimpleNamespace(prompt_logprobs=[None, *found])
-                continue
-            output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                pad_token_id=0,
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=sampling.stop_token_ids,
-            )[0, ids.shape[1] :].tolist()
-            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=output)])
+            options = {"max_new_tokens": sampling.max_tokens, "eos_token_id": getattr(sampling, "stop_token_ids", None)}
+            tokens = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)[0]
+            with torch.inference_mode():
+                found = self.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+            log_probs = zip(ids[0, 1:].tolist(), found, strict=True)
+            yield SimpleNamespace(
+                prompt_logprobs=[None, *({token: SimpleNamespace(logprob=value)} for token, value in log_probs)],
+                outputs=[SimpleNamespace(token_ids=tokens[ids.shape[1] :].tolist())],
+            )
