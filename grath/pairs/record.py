@@ -26,6 +26,7 @@ def describe_pairs(args, questions, messages, earlier):
         inputs["tokenizer"] = tokenizer_identity(args.tokenizer_name)
     inputs |= {"precision": _precision(args, earlier or {}), "model_type": args.model_type}
     inputs |= {"max_new_tokens": args.max_new_tokens}
+    inputs |= {"demos": Path(args.demos).stem} if args.useFS else {}  # messages have their content
     inputs |= {"seed": args.seed} if args.useGT else {}
     return inputs | {"questions": hash_rows(questions), "messages": hash_rows(messages)}
 

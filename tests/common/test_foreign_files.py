@@ -112,7 +112,7 @@ def test_names_that_no_file_system_takes(name, pair_file, tmp_path):
 
 def test_answers_in_a_report_are_text(tmp_path):
     run = put_run(tmp_path / "<b>x<", {0: [0.0, 1.0], 1: [0.0, 1.0]}, dataset_name="<i>x ![y](http://z)")
-    answer = "<script>x</script> [a](http://b) ![c](//d) | `e` <!-- \\ &lt; **f**\n# g"
+    answer = "<script>x</script> [a](http://b) ![c](//d) | `e` <!-- \\ &lt; **f**\n# g me@h"
     (run / "results" / "iter_0" / "settings.json").unlink()
     write_rows(run / "results" / "iter_0" / "samples.jsonl", [{"question": "<b>q", "answer": answer}])
     call_here("grath.report", run)
@@ -120,7 +120,7 @@ def test_answers_in_a_report_are_text(tmp_path):
     (line,) = (line for line in page.splitlines() if line.startswith("- M_0: "))
     assert line == (
         r"- M_0: &lt;script&gt;x&lt;/script&gt; \[a\](http&#58;//b) !\[c\](//d) \| \`e\` &lt;!-- \\ &amp;lt; "
-        r"\*\*f\*\* # g"
+        r"\*\*f\*\* # g me&#64;h"
     )
     assert "# &lt;b&gt;x&lt;\n" in page and "**&lt;b&gt;q**" in page
     assert r"| &lt;i&gt;x ![y]\(http&#58;//z) " in page  # a setting, escaped once

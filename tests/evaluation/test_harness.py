@@ -9,8 +9,9 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from support import BUNDLED, FAMILIES, PROJECT, VLLM_ENV, call, save_adapter, tiny
 
+from grath.common.errors import UserError
 from grath.evaluation import harness
-from grath.evaluation.harness import SharedContextLM
+from grath.evaluation.harness import SharedContextLM, SplitLM
 from grath.evaluation.loglikelihood import truncate_window, window_loglikelihoods
 from grath.modeling.loading import load_model
 from grath.pairs.questions import load_questions
@@ -153,6 +154,14 @@ def test_what_cannot_be_shared_is_scored_like_hf(llama_tokenizer, family, contex
     assert "hf-shared uses the method of hf: " in capsys.readouterr().err
     plain = HFLM(pretrained=model, tokenizer=llama_tokenizer)
     same(ours, plain.loglikelihood(asked, disable_tqdm=True))
+
+
+def test_an_answer_longer_than_the_window_is_refused(llama_tokenizer):
+    model = tiny("llama", vocab_size=len(llama_tokenizer), max_position_embeddings=20)
+    for kind in (SharedContextLM, SplitLM):
+        lm = kind(pretrained=model, tokenizer=llama_tokenizer) if kind is SplitLM else kind(model, llama_tokenizer)
+        with pytest.raises(UserError, match="an answer has [0-9]+ tokens, and the model's context window 20"):
+            lm.loglikelihood([Instance("loglikelihood", {}, ("Ice is", " cold" * 30), 0)])
 
 
 def test_the_evaluation_benchmark(tiny_llama, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
-from support import BUNDLED, asking, call_here, change_json, change_weights, check_here, stages
+from support import BUNDLED, asking, call_here, change_json, change_weights, check_here, stages, write_rows
 from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
@@ -56,6 +56,12 @@ def test_a_tokenizer_that_adds_a_token_after_every_text_is_refused(model, tmp_pa
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     done = score(model, tmp_path / "s", "--tasks", "grath_mc1", status=2)
     assert "the tokenizer adds '</s>' after every text" in done.stderr and not (tmp_path / "s").exists()
+    # TRL would put a second EOS after the answers of such a set.
+    (tmp_path / "prefs").mkdir()
+    write_rows(tmp_path / "prefs" / "train.jsonl", [{"prompt": "Ice is", "chosen": " cold.", "rejected": " hot."}])
+    flags = ("--dataset_name", "prefs", "--model_name_or_path", model, "--output_dir", tmp_path / "d")
+    done = call_here("dpo.py", *flags, "--precision", "fp32", status=2, cwd=tmp_path)
+    assert "the tokenizer adds '</s>' after every text" in done.stderr and not (tmp_path / "d").exists()
 
 
 def commands(model, pair_file, folder):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -100,7 +101,9 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     done = call(sys.executable, "-X", "importtime", PROJECT / command[0], *command[1:], env={"PYTHONPATH": ""})
     assert f"{path} contains these pairs, finished" in done.stdout
     assert not re.search(r"^import time:.*\| +torch$", done.stderr, re.MULTILINE)
-    assert "finished" in call_here(*command, "--model_name_or_path", model).stdout  # a copy is the same model
+    # Copies of the model and of the few-shot examples are the same.
+    demos = shutil.copy(PROJECT / "demos" / "truthfulqa.json", tmp_path)
+    assert "finished" in call_here(*command, "--model_name_or_path", model, "--demos", demos).stdout
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").write_text(template + " ")
     other_questions = write_rows(tmp_path / "other.jsonl", rows(BUNDLED)[3:6])
@@ -187,6 +190,7 @@ FOUND = [
     f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}",
     f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}",
     f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}",
+    f"Question: q\n{FINAL}\n\n{FINAL}",
 ]
 
 
@@ -197,6 +201,8 @@ def test_the_pair_in_a_response(response):
 
 LACKING = [
     ("Correct answer:\nIncorrect answer: no", "empty answer"),
+    (f"Question: q\n{FINAL}\nExplanation:\n{DRAFT}", "different pairs of answers"),
+    (f"{DRAFT}\nor rather\n{FINAL}", "different pairs of answers"),
     ("Correct answer: yes\nIncorrect answer: \nno", "empty answer"),
     ("Correct answer: one\ntwo\nIncorrect answer: no", "no incorrect answer after the correct one"),
     ("Write a Correct answer: and an Incorrect answer:", "no incorrect answer after the correct one"),
@@ -221,6 +227,7 @@ def test_a_response_without_a_pair(response, reason):
         ("<|START_THINKING|>", "<|END_THINKING|>"),
         ("◁think▷", "◁/think▷"),
         ("<seed:think>", "</seed:think>"),
+        ("<rationale>", "</rationale>"),
         ("<chain_of_thought>", "</chain_of_thought>"),
         ('<think effort="low">', "</think>"),
         ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),

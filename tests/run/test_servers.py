@@ -41,6 +41,11 @@ def test_a_server_that_is_not_there(tiny_llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_scores_on_this_machine_and_pairs_on_a_server(tiny_llama, tmp_path):
+    env = {"SERVER_URL": "http://127.0.0.1:9", "BACKEND": "hf-shared", "TASKS": "grath_mc1", "DRY_RUN": "1"}
+    assert "grath_mc1, 0-shot, fp32, hf-shared" in call("evaluation.sh", tiny_llama, tmp_path / "s", env=env).stdout
+
+
 def test_a_server_that_cannot_load_adapters_fails_the_check(tiny_llama, tmp_path):
     with InferenceServer(tiny_llama, loras=False) as server:
         env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": server.url}

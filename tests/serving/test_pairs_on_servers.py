@@ -91,6 +91,7 @@ def test_the_file_is_that_of_the_engine(server, tiny_llama, tmp_path):
     assert probe["echo"] and len(asked) == 4
     for body in asked:
         assert body["temperature"] == 0 and body["max_tokens"] == 100 and body["stop_token_ids"]
+        assert body["skip_special_tokens"] is False  # those around reasoning are needed
         assert server.tokenizer.decode(body["prompt"]).startswith("<s>[INST] Answer the question below twice")
 
 
