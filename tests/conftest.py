@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,9 @@ import pytest
 from filelock import FileLock
 from made_data import put, put_arc, put_truthful
 from support import BUNDLED, PROJECT, RESPONSE, call, call_here, make_llama, make_tokenizer, pair, rows, write_rows
+
+# A job in the background of a script ignores Ctrl-C, and so would every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
