@@ -30,7 +30,7 @@ from grath.common.errors import UserError, run_main
 from grath.common.files import check_writable, sha256
 from grath.common.layout import pair_file_name, record_path
 from grath.common.progress import progress_bar
-from grath.common.record import read_record, recording
+from grath.common.record import add_warnings, read_record, recording
 from grath.modeling.chat import MODEL_TYPES, TODAY, prompt_ids, template_for
 from grath.modeling.devices import check_shared, init_distributed
 from grath.modeling.loading import check_vocabulary, load_for_inference, load_tokenizer
@@ -151,6 +151,7 @@ def main():
         seen, clear = None if args.overwrite else recorded or {}, None if earlier else start_over
         lock = recording(record_path(path), inputs, earlier, seen, state.is_main_process, clear=clear)
         record = stack.enter_context(lock)
+        add_warnings(record, getattr(getattr(generator, "model", None), "load_warnings", []))
         state.wait_for_everyone()  # until the main process has the lock
         start, saved = time.monotonic(), f"{record['starts']}.{state.process_index}"
         with state.split_between_processes(left) as mine:
@@ -164,7 +165,6 @@ def main():
             record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
             if generator:
                 record["rows"] = generator.rows
-                record["warnings"] = getattr(getattr(generator, "model", None), "load_warnings", [])
             record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
         if rows:
             write_pairs(path, rows)

@@ -25,7 +25,7 @@ from grath.common.defaults import LORA_ALPHA, LORA_DROPOUT, LORA_R, PAIRS_PER_ST
 from grath.common.errors import UserError, explain_system_error, run_main
 from grath.common.files import check_writable, hash_of, sha256
 from grath.common.layout import TRAINING_PLOT, TRAINING_RECORD, record_path, written_path
-from grath.common.record import check_inputs, read_record, recording
+from grath.common.record import add_warnings, check_inputs, read_record, recording
 from grath.dpo import option
 from grath.modeling.adapters import PEFT_SIZES, check_adapter
 from grath.modeling.chat import MODEL_TYPES, TODAY, lost_prompt, template_for
@@ -137,7 +137,9 @@ def main():
     reference = describe_reference(args.model_name_or_path, args.reference)
     print_once(f"policy starts from {reference['policy_starts_from']}")
     print_once(f"reference ({args.reference}): {reference['reference_model']}")
-    model = prepare_for_training(load_model(args.model_name_or_path, config.precision, trainable=True))
+    model = load_model(args.model_name_or_path, config.precision, trainable=True)
+    if not (config.bf16 or config.fp16):  # autocast would turn float32 back into 16 bits
+        model = prepare_for_training(model)
     # Again, because loading may have downloaded another commit.
     inputs |= identities(args)
     resume_state(inputs, settings)
@@ -167,12 +169,13 @@ def main():
     path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
     clear = partial(clear_output_dir, output) if state == "nothing" else None
     with recording(path, inputs, earlier, seen, write, start, clear, **content) as record:
+        add_warnings(record, [*warnings, *getattr(model, "load_warnings", [])])
         if checkpoint:
             print_once(f"Resuming from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
         if write:
             plot_training(trainer.state.log_history, output / TRAINING_PLOT)
-        record["warnings"] = [*warnings, *getattr(model, "load_warnings", []), *log.warnings.values()]
+        add_warnings(record, log.warnings.values())
         record["files"] = save_adapter(trainer)
     print_once(f"Saved the adapter in {config.output_dir}; next: ./evaluation.sh {config.output_dir}")
 

@@ -9,7 +9,6 @@ before OUT appears.
 
 import gc
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -48,13 +47,20 @@ def main():
     check_writable(args.out)
 
     import torch
+    from filelock import FileLock, Timeout
 
     tokenizer = load_tokenizer(args.adapter)
     model = load_model(args.adapter, args.precision).eval()
     unmerged = logits(model, tokenizer)
     with model.disable_adapter():
         effect = (unmerged - logits(model, tokenizer)).abs().mean().item()
-    partial = args.out.with_name(f".{args.out.name}.{os.getpid()}.partial")
+    partial, lock = (args.out.with_name(f".{args.out.name}.{end}") for end in ("partial", "lock"))
+    held = FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another process is writing {args.out}: wait for it, or choose another folder") from None
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         model.merge_and_unload().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -74,6 +80,7 @@ def main():
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        lock.unlink(missing_ok=True)
     print(f"Merged {adapter} into {base} in {args.precision}")
     print(f"  mean change of the logits: {effect:.2g} by the adapter, {difference:.2g} more by the merge")
     print(f"Wrote {args.out}; next: ./evaluation.sh {args.out}")

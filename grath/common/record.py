@@ -95,6 +95,7 @@ def recording(path, inputs, earlier, seen, write=True, began=None, clear=None, *
     earlier, began = earlier or {}, began or time.monotonic()
     record = {"inputs": inputs, "starts": earlier.get("starts", 0) + 1, "seconds": earlier.get("seconds", 0)}
     record |= {"versions": versions(), "commit": commit(), **content}
+    record["warnings"] = earlier.get("warnings", [])
     if not write:
         yield record
         return
@@ -122,6 +123,11 @@ def recording(path, inputs, earlier, seen, write=True, began=None, clear=None, *
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def add_warnings(record, warnings):
+    """Add warnings (list of str) to a record, each once."""
+    record["warnings"] = [*dict.fromkeys([*record["warnings"], *warnings])]
 
 
 def _flat(content, prefix=""):

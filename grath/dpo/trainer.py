@@ -88,6 +88,7 @@ class GrathDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, name):
         if "prompt_ids" not in dataset.column_names:
+            texts = isinstance(dataset[0]["chosen"], str)
             for row in dataset:
                 for side in ("chosen", "rejected"):
                     if isinstance(row[side], list):
@@ -95,7 +96,8 @@ class GrathDPOTrainer(DPOTrainer):
             dataset = super()._prepare_dataset(dataset, processing_class, args, name)
             sequences = [row[f"{part}_ids"] for row in dataset for part in ("prompt", "chosen", "rejected")]
             check_tokens(processing_class, sequences, self.embeddings)
-            check_tokenizer(processing_class)
+            if texts:
+                check_tokenizer(processing_class)
         limits = [limit for limit in (args.max_length, self.window) if limit]
         dataset, self.counts = filter_pairs(dataset, min(limits, default=None))
         return dataset

@@ -64,11 +64,17 @@ class SplitLM(HFLM):
             self.truncated += len(self.tok_encode(context)) > most
         return super().generate_until(requests, disable_tqdm)
 
+    def check_answers(self, pairs):
+        """Raise `UserError` if an answer of `pairs`, as in `inspect`, is longer than the model's window."""
+        if (longest := max((len(answer) for _, answer in pairs), default=0)) > self.max_length:
+            raise UserError(
+                f"an answer has {longest} tokens, and the model's context window {self.max_length}: leave this task out"
+            )
+
     def inspect(self, pairs):
         """Count the contexts that will be cut, and check the tokens of `pairs`: (context, answer), lists of ids."""
+        self.check_answers(pairs)
         most = self.max_length + 1
-        if (longest := max((len(answer) for _, answer in pairs), default=0)) > self.max_length:
-            raise UserError(f"an answer has {longest} tokens, and the model's context window {self.max_length}")
         self.truncated += len({tuple(context) for context, answer in pairs if len(context) + len(answer) > most})
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         check_tokens(self.tokenizer, [ids for pair in pairs for ids in pair], embeddings)
@@ -94,6 +100,7 @@ class SharedContextLM(SplitLM):
         reason = "a context is empty"
         if all(context for context, _ in pairs):
             tokenized = self.tokenize(pairs)
+            self.check_answers(tokenized)
             windows = [truncate_window(*ids, self.max_length) for ids in tokenized]
             reason = unsupported_reason(self.model, max(len(context) + len(answer) for context, answer in windows))
             if not all(context and answer for context, answer in windows):

@@ -12,7 +12,7 @@ from grath.common.errors import UserError
 from grath.common.files import check_writable, file_hash, hash_of, sha256
 from grath.common.layout import SAMPLES, SCORES_RECORD, resolve_local
 from grath.common.local_data import OPENED, content_hash
-from grath.common.record import check_files, check_inputs, read_record, recording, write_record
+from grath.common.record import add_warnings, check_files, check_inputs, read_record, recording, write_record
 from grath.evaluation.results import EDITED, read_scores, samples_file, write_results
 from grath.evaluation.samples import BUNDLED, MAX_NEW_TOKENS, ask_samples, write_samples
 from grath.evaluation.tasks import KNOWN_TASKS, get_task, own_files, task_manager
@@ -93,6 +93,7 @@ def score_model(args):
         _loaded(args, precision, tokenizer) as (lm, generator),
         recording(path, inputs, record if files else None, record or {}, main_process, start, **content) as record,
     ):
+        add_warnings(record, getattr(lm.model, "load_warnings", []))
         if args.chat_template:
             lm.tokenizer.chat_template = template
             lm.apply_chat_template = partial(_apply_chat_template, lm.tokenizer)
@@ -110,7 +111,6 @@ def score_model(args):
             write_samples(generator, *asked, args.output / SAMPLES)
             finish([SAMPLES])
         record["batch_tokens"] = getattr(lm, "batch_tokens", None)
-        record["warnings"] = getattr(lm.model, "load_warnings", [])
     if main_process:
         for task, score in read_scores(args.output).items():
             if task in tasks:

@@ -26,7 +26,7 @@ def choose_way(model):
     """Choose one of the `WAYS` to multiply by the linear layers of a model: `plain` on a GPU.
 
     On a CPU the first process times the products of the largest layer, apart from the LM head, and chooses for all;
-    `GRATH_DEBUG=1` prints them. `float32` needs memory for the weights in both layouts.
+    `GRATH_DEBUG=1` prints them. A line says if `float32` would be clearly faster, but does not fit in the memory.
     """
     layers, head = _linear_layers(model), model.get_output_embeddings()
     weights = [layer.weight.detach() for layer in layers if layer is not head]
@@ -36,10 +36,14 @@ def choose_way(model):
     if state.is_main_process:
         weight = max(weights, key=lambda weight: weight.numel())
         milliseconds = time_products(weight)
-        need = 2 * 4 * sum(layer.weight.numel() for layer in layers) * state.num_processes
-        ways = [way for way in milliseconds if way != "float32" or need < psutil.virtual_memory().available]
         share = {"float32": 1 / CLEARLY_FASTER}
-        chosen = [min(ways, key=lambda way: sum(milliseconds[way]) * share.get(way, 1))]
+        ways = sorted(milliseconds, key=lambda way: sum(milliseconds[way]) * share.get(way, 1))
+        need = 4 * sum(weight.numel() for weight in model.parameters()) * state.num_processes
+        if ways[0] == "float32" and need > psutil.virtual_memory().available:
+            size = f"{need / 1e9:.1f} GB"
+            print(f"Computing in 16 bits: float32 would be faster on this CPU, but {size} of memory are not free")
+            del ways[0]
+        chosen = ways[:1]
         if os.environ.get("GRATH_DEBUG") == "1":
             times = ", ".join(f"{way} {batch:.2f} and {row:.2f} ms" for way, (batch, row) in milliseconds.items())
             print(f"Matrix products of {str(weight.dtype)[6:]} weights: {chosen[0]}; 128 rows and 1 row take {times}")
@@ -117,7 +121,7 @@ def prepare_for_training(model):
 
 def _in_float32(model):
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    note = "the model in 16 bits was computed in float32, which is faster on this CPU"
+    note = "the 16-bit model computes in float32, which is faster on this CPU"
     base.load_warnings = [*getattr(base, "load_warnings", []), note]
     return model.float()
 

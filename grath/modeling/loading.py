@@ -75,7 +75,7 @@ def check_tokenizer(tokenizer):
     if whole[-1:] != bare[-1:]:
         token = tokenizer.convert_ids_to_tokens(whole[-1])
         raise UserError(
-            f"the tokenizer adds {token!r} after every text, so answers cannot be scored: set add_eos_token to "
+            f"the tokenizer adds {token!r} after every text, so after contexts and answers too: set add_eos_token to "
             "false in its tokenizer_config.json, or take it out of the post_processor in tokenizer.json"
         )
 

@@ -39,7 +39,7 @@ def opens_reasoning(prompt):
 def parse_response(response, question=""):
     """Extract the two answers from a response: its last pair of lines about the question, after any reasoning.
 
-    Different pairs without a question between them, such as a pair and its explanation, count as none.
+    Different pairs below one statement of the question, such as a pair and its explanation, count as none.
 
     A pair is about the question that the response states before it. That may have other words than `question`; but if
     some pair states `question` itself, only such pairs count.
@@ -67,8 +67,9 @@ def parse_response(response, question=""):
     asked = {number: _letters(text) for number, (label, text) in enumerate(lines) if label == QUESTION}
     of = [next((asked[at] for at in reversed(asked) if at < number), None) for number, *_ in pairs]
     own = _letters(question) if _letters(question) in of else of[0]
-    *others, (at, correct, incorrect) = [pair for pair, stated in zip(pairs, of, strict=True) if stated == own]
-    if others and others[-1][1:] != (correct, incorrect) and not any(others[-1][0] < line < at for line in asked):
+    number, correct, incorrect = [pair for pair, stated in zip(pairs, of, strict=True) if stated == own][-1]
+    since = max((line for line in asked if line < number), default=-1)
+    if {tuple(answers) for at, *answers in pairs if since < at < number and any(answers)} - {(correct, incorrect)}:
         return None, "different pairs of answers"
     if not correct or not incorrect:
         return None, "empty answer"

@@ -27,6 +27,7 @@ print(chat([{{"role": "user", "content": "Why is the sky blue?"}}]))
 ```"""
 OWN = "The model wrote a correct and an incorrect answer to each of {asked} questions, and learned to prefer the first."
 GIVEN = "It was trained on pairs of {data}, not on pairs of its own."
+OF_A_FILE = "It was trained on the pairs of a given file."
 
 
 def model_card(adapter, record, name, merged):
@@ -53,7 +54,8 @@ def model_card(adapter, record, name, merged):
         tags=["grath", "dpo", "trl", "lora"],
     )
     settings, records, rows, asked, source = settings_of("dpo", record), [record], [], record["pairs"]["read"], ""
-    given = settings.get("dpo dataset_name") or ("" if record.get("own_pairs", True) else "another source")
+    given = settings.get("dpo dataset_name", "")
+    own = OWN if run or record.get("own_pairs", True) else OF_A_FILE
     if run:
         models, settings = run["models"], run["settings"]
         records = models[number]["records"].values()
@@ -67,7 +69,7 @@ def model_card(adapter, record, name, merged):
         name=name,
         kind="A fine-tuned model" if merged else "A LoRA adapter",
         base=f"[{base}](https://huggingface.co/{base})" if base else shown,
-        data=GIVEN.format(data=given) if given else OWN.format(asked=asked),
+        data=GIVEN.format(data=given) if given else own.format(asked=asked),
         source=source,
     )
     scores = ["## Scores", score_tables(rows, [rows[0][1]] * 2)[0], score_footer(rows)] if rows else []

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from support import call_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,6 +34,16 @@ def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
     assert "exists already" in done.stderr
     done = call_here("grath.export", out, tmp_path / "n", status=2)
     assert "is not a LoRA adapter folder" in done.stderr
+
+
+def test_an_export_has_one_writer_and_leaves_nothing_of_a_killed_one(first_iteration, tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "weights").touch()
+    with FileLock(tmp_path / ".out.lock"):
+        done = call_here("grath.export", first_iteration[0], tmp_path / "out", status=2)
+    assert f"another process is writing {tmp_path / 'out'}" in done.stderr
+    call_here("grath.export", first_iteration[0], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "weights").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,5 +1,6 @@
 """Matrix products on a CPU: every way gives the product, and the fastest one is taken."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -80,14 +81,17 @@ def test_a_prepared_model_gives_the_same_logits(dtype, adapted, tied, monkeypatc
             assert base.lm_head.weight.dtype == computed  # some models' code reads it
             ours = model(ids).logits
             assert ours.dtype == computed
+            if way == "float32":  # an adapter that was merged into 16 bits would be rounded
+                torch.testing.assert_close(ours, build().float()(ids).logits, atol=1e-4, rtol=1e-4)
             error = (ours.double() - exact).abs().max()
             assert error <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_float32_is_not_chosen_if_the_memory_is_too_small(monkeypatch):
+def test_float32_is_not_chosen_if_the_memory_is_too_small(monkeypatch, capsys):
     prefer(monkeypatch, "float32")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert prepare_for_inference(tiny("llama").bfloat16()).dtype == torch.bfloat16
+    assert "Computing in 16 bits: float32 would be faster" in capsys.readouterr().out
 
 
 def test_a_model_without_such_layers_is_left_alone(monkeypatch):
@@ -104,6 +108,16 @@ def test_every_start_measures_and_prints_its_choice(tiny_llama, tmp_path, monkey
         done = call_here(*asking(tiny_llama, tmp_path / way, "--precision", "bf16"))
         assert f"Matrix products of bfloat16 weights: {way}; 128 rows and 1 row take plain " in done.stdout
         assert f"{way} 0.50 and 1.50 ms" in done.stdout
+
+
+def test_a_training_in_float32_is_recorded(tiny_llama, pair_file, tmp_path, monkeypatch):
+    """Of pairs in a file without a record, the model card cannot say that the model wrote them."""
+    prefer(monkeypatch, "float32")
+    flags = ("--dataset_path", pair_file, "--output_dir", tmp_path / "m", "--max_steps", 1, "--precision", "bf16")
+    call_here("dpo.py", "--model_name_or_path", tiny_llama, *flags)
+    record = json.loads((tmp_path / "m" / "grath.json").read_text())
+    assert record["warnings"][0] == "the 16-bit model computes in float32, which is faster on this CPU"
+    assert record["own_pairs"] is False
 
 
 def test_a_near_tie_never_changes_the_precision(monkeypatch):

@@ -191,6 +191,7 @@ FOUND = [
     f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}",
     f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}",
     f"Question: q\n{FINAL}\n\n{FINAL}",
+    f"Correct answer:\nIncorrect answer:\n{FINAL}",
 ]
 
 
@@ -203,6 +204,7 @@ LACKING = [
     ("Correct answer:\nIncorrect answer: no", "empty answer"),
     (f"Question: q\n{FINAL}\nExplanation:\n{DRAFT}", "different pairs of answers"),
     (f"{DRAFT}\nor rather\n{FINAL}", "different pairs of answers"),
+    (f"Question: q\n{FINAL}\nExplanation:\n{DRAFT}\nExplanation:\n{DRAFT}", "different pairs of answers"),
     ("Correct answer: yes\nIncorrect answer: \nno", "empty answer"),
     ("Correct answer: one\ntwo\nIncorrect answer: no", "no incorrect answer after the correct one"),
     ("Write a Correct answer: and an Incorrect answer:", "no incorrect answer after the correct one"),

@@ -87,7 +87,7 @@ def test_an_adapter_without_a_run_has_a_card_without_scores(tmp_path, uploads):
     assert "| dpo max_steps | 7 " in page and "The training continued an earlier adapter." in page
     other = made_adapter(tmp_path / "run_seed_1", own_pairs=False).rename(tmp_path / "other")
     call_here("grath.push", other, NAME)
-    assert "It was trained on pairs of another source, not on pairs of its own." in card_of(other)[1]
+    assert "It was trained on the pairs of a given file." in card_of(other)[1]
 
 
 def test_a_card_of_a_model_trained_on_truthfulqa_shows_no_scores(tmp_path, uploads):

@@ -12,7 +12,20 @@ from threading import Thread
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import BUNDLED, PROJECT, asking, call_here, change_weights, pair, rows, save_adapter, wait_for
+from support import (
+    BUNDLED,
+    CORRECT,
+    INCORRECT,
+    PROJECT,
+    RESPONSE,
+    asking,
+    call_here,
+    change_weights,
+    pair,
+    rows,
+    save_adapter,
+    wait_for,
+)
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
@@ -93,6 +106,12 @@ def test_the_file_is_that_of_the_engine(server, tiny_llama, tmp_path):
         assert body["temperature"] == 0 and body["max_tokens"] == 100 and body["stop_token_ids"]
         assert body["skip_special_tokens"] is False  # those around reasoning are needed
         assert server.tokenizer.decode(body["prompt"]).startswith("<s>[INST] Answer the question below twice")
+
+
+def test_special_tokens_of_a_server_are_no_text(serve, tiny_llama, tmp_path):
+    server = serve(answer=lambda ids: f"<s>{RESPONSE}<s></s>")
+    ask(tiny_llama, tmp_path, server.url, questions=1)
+    assert pairs_in(tmp_path) == [pair(rows(BUNDLED)[0]["question"], CORRECT, INCORRECT)]
 
 
 @pytest.mark.parametrize("flags", [[], ["--useFS"], ["--useGT"], ["--useGT", "--useFS"]], ids=" ".join)
