@@ -1,10 +1,12 @@
 """Fixtures: tiny models, made data sets, and one whole run; the order of the tests."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from filelock import FileLock
@@ -27,6 +29,13 @@ def pytest_collection_modifyitems(items):
         return item not in readers[:1], fast, item in readers, "tiny_llama" in item.fixturenames
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """A test keeps what it sets in the environment, as a training does its precision, from the tests after it."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
