@@ -85,12 +85,13 @@ def load_rows(args, seed):
 def own_pairs(args):
     """Return the record of the pairs if the model itself has written them, else None."""
     record = args.dataset_path and read_record(record_path(written_path(Path(args.dataset_path))))
-    try:
-        names = [record["model"], args.model_name_or_path]
-        own, model = map(resolve_base_and_adapter, names)
-    except (KeyError, TypeError, UserError):  # no record, or one of a model that is gone
+    if not record or not record.get("model"):
         return None
-    return record if own == model else None
+    try:
+        own = resolve_base_and_adapter(record["model"]) == resolve_base_and_adapter(args.model_name_or_path)
+    except UserError:  # the model that wrote them is gone
+        return None
+    return record if own else None
 
 
 def identities(args):

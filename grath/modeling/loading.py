@@ -88,8 +88,8 @@ def check_vocabulary(name, tokenizer, sequences):
     config = _load(AutoConfig, base, "model").get_text_config()
     if not fits(getattr(config, "vocab_size", None), int):
         raise UserError(f"{base} is not a language model: its configuration has no vocab_size")
-    for key in ("sliding_window", "max_position_embeddings"):
-        if (size := getattr(config, key, None)) is not None and not (fits(size, int) and size >= 0):
+    for key, least in (("sliding_window", 0), ("max_position_embeddings", 1)):
+        if (size := getattr(config, key, None)) is not None and not (fits(size, int) and size >= least):
             raise UserError(f"the configuration of {base} is damaged: {key} is {size!r}"[:300])
     check_tokens(tokenizer, sequences, config.vocab_size)
 
