@@ -36,10 +36,7 @@ def resolve_base_and_adapter(name):
         raise UserError(f"{base}, the base of the adapter {folder}, is an adapter itself: merge that one first")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(f"the base of the adapter {folder} is not in {base}: put it back there, or link it")
-    if not Path(base).is_dir():
-        _check_hub_model(base)
-        return base, str(folder.resolve())
-    return str(Path(base).resolve()), str(folder.resolve())
+    return resolve_base_and_adapter(base)[0], str(folder.resolve())
 
 
 @cache
