@@ -10,8 +10,6 @@ from grath.modeling.adapters import check_adapter, check_layers
 from grath.modeling.devices import print_once, this_device
 from grath.modeling.precision import DTYPES, compute_dtype
 
-GENERATION_CONFIG = "generation_config.json"
-
 
 def resolve_base_and_adapter(name):
     """Resolve the name of a model or the folder of a LoRA adapter.
@@ -200,8 +198,8 @@ def check_weights(base):
     if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
         lacks = f"{base} lacks {len(missing)} of {len(shards)} weight files"
         raise UserError(f"{lacks}, starting with {missing[0]}: download them again")
-    if (folder / GENERATION_CONFIG).is_file():  # transformers would ignore a damaged one
-        read_json(folder / GENERATION_CONFIG, "generation configuration")
+    if (generation := folder / "generation_config.json").is_file():  # transformers would ignore a damaged one
+        read_json(generation, "generation configuration")
 
 
 def indexed_shards(folder):
