@@ -31,7 +31,7 @@ TEMPLATES = {
 MODEL_TYPES = ("auto", *TEMPLATES)
 # What a template that asks for the date gets, so that the same command uses the same prompts every day.
 TODAY = date(2024, 1, 22)
-PROBE = "What is ice?"
+PROBE = [{"role": "user", "content": "What is ice?"}]
 ASKS_DATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 OTHER_TEMPLATE = f"set --model_type (MODEL_TYPE) to {', '.join(TEMPLATES)}, or choose another --tokenizer_name"
 
@@ -61,11 +61,10 @@ def template_for(tokenizer, model_type):
     code = re.sub(r"{#.*?#}", "", template, flags=re.DOTALL)
     if re.search(r"strftime_now\b(?!\s+is\s)|\|\s*random\b|\blipsum\b", code):
         raise UserError(f"the chat template gives different prompts on different days, or at random: {OTHER_TEMPLATE}")
-    probe = [{"role": "user", "content": PROBE}]
-    if " at 0x" in render(tokenizer, probe, template):
+    if " at 0x" in render(tokenizer, PROBE, template):
         raise UserError(f"the chat template shows an address in memory: {OTHER_TEMPLATE}")
-    prompt, completion = answer_ids(tokenizer, probe, "Water.", template)
-    if "".join(PROBE.split()) not in "".join(tokenizer.decode(prompt).split()):
+    prompt, completion = answer_ids(tokenizer, PROBE, "Water.", template)
+    if "Whatisice?" not in "".join(tokenizer.decode(prompt).split()):
         raise UserError(f"the chat template begins differently if an answer follows: {OTHER_TEMPLATE}")
     if "Water" not in tokenizer.decode(completion):
         raise UserError(f"the chat template has an EOS before the answer: {OTHER_TEMPLATE}")
@@ -74,9 +73,8 @@ def template_for(tokenizer, model_type):
 
 def lost_prompt(tokenizer, template):
     """Return the end of the prompt that the template leaves out if an answer follows, such as `<think>`: str."""
-    probe = [{"role": "user", "content": PROBE}]
-    asked = render(tokenizer, probe, template, add_generation_prompt=True)
-    whole = render(tokenizer, [*probe, {"role": "assistant", "content": "Water."}], template)
+    asked = render(tokenizer, PROBE, template, add_generation_prompt=True)
+    whole = render(tokenizer, [*PROBE, {"role": "assistant", "content": "Water."}], template)
     return asked[len(commonprefix([asked, whole])) :]
 
 
