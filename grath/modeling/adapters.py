@@ -24,11 +24,9 @@ CONFIG = {
 }
 # Options of PEFT's LoraConfig that change nothing but the shape and the scale of LoRA, or nothing at all. Every other
 # option changes the base's weights, or trains what TRL's copy of the reference would not have.
-TAKEN = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying", "eva_config", "loftq_config", "runtime_config",
+TAKEN = {name.rstrip("?") for name in CONFIG} | {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core",
+    "qalora_group_size", "ensure_weight_tying", "eva_config", "loftq_config", "runtime_config",
 }  # fmt: skip
 # Values of other options with which LoRA is plain.
 PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
