@@ -46,9 +46,8 @@ def read_scores(folder):
     if record := read_record(folder / SCORES_RECORD):
         check_files(record, folder, EDITED)
     for file in sorted(set(folder.glob("*.json")) - {folder / SCORES_RECORD}):
-        if record and file.name not in record.get("files", {}):  # its stage was killed, and will score the task again
-            continue
-        if not file.is_file():
+        # A file that the record does not name: its stage was killed, and will score the task again.
+        if not file.is_file() or (record and file.name not in record.get("files", {})):
             continue
         content = read_json(file, RESULT_FILE, RESULT)
         subtasks = {task for members in content.get("group_subtasks", {}).values() for task in members}
