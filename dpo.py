@@ -61,7 +61,7 @@ def parse_args():
     from grath.dpo.arguments import YamlParser
     from grath.dpo.config import GrathDPOConfig, check_signs
 
-    args, config = YamlParser((ScriptArguments, GrathDPOConfig), __doc__).parse()
+    args, config = YamlParser(__doc__, dataclass_types=(ScriptArguments, GrathDPOConfig)).parse()
     if bool(args.dataset_path) == bool(args.dataset_name):
         raise UserError("give either --dataset_path (a pair file) or --dataset_name")
     if adapter := resolve_base_and_adapter(args.model_name_or_path)[1]:

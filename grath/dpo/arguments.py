@@ -7,19 +7,16 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from grath.common.arguments import HelpFormatter, OneLineErrors, Parser
+from grath.common.arguments import Parser
 from grath.common.errors import UserError
 from grath.common.files import check_regular
 
 
-class YamlParser(OneLineErrors, HfArgumentParser):
-    """A parser for dataclasses, with exact flag names and one-line errors.
+class YamlParser(Parser, HfArgumentParser):
+    """A parser for the fields of dataclasses.
 
     The options in `--config FILE.yaml` are parsed as flags before those of the command line, which override them.
     """
-
-    def __init__(self, dataclass_types, description):
-        super().__init__(dataclass_types, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def parse(self):
         """Parse the command line and the file that `--config` names: list of instances of the dataclasses.
