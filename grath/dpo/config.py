@@ -13,7 +13,6 @@ from grath.common.errors import UserError
 from grath.dpo import option
 from grath.modeling.precision import DTYPES, PRECISIONS, compute_dtype, resolve_precision
 
-EPOCHS = DPOConfig.num_train_epochs
 POSITIVE = (
     "num_sample", "lora_r", "lora_alpha", "learning_rate", "beta", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "precompute_ref_batch_size", "max_length", "save_steps", "logging_steps",
@@ -76,7 +75,7 @@ class GrathDPOConfig(DPOConfig):
         defaults.check_trackers(self.report_to)
         if self.max_steps == 0:
             raise UserError("--max_steps must be greater than 0, or -1 to train for --num_train_epochs")
-        if self.max_steps > 0 and self.num_train_epochs != EPOCHS:
+        if self.max_steps > 0 and self.num_train_epochs != DPOConfig.num_train_epochs:
             raise UserError("--num_train_epochs has no effect unless --max_steps is -1")
         self.precision = resolve_precision(self.precision, "dpo")
         sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
