@@ -219,13 +219,11 @@ def _evaluate(args, precision, lm, tasks, manager):
     options = {"batch_size": args.batch_size, "limit": args.limit, "task_manager": manager}
     chat = {"apply_chat_template": args.chat_template, "fewshot_as_multiturn": args.chat_template}
     results = simple_evaluate(lm, tasks=tasks, num_fewshot=get_task(tasks[0]).shots, **options, **chat)
-    truncated = sum(gather_object([lm.truncated]))
-    if truncated:
+    if truncated := sum(gather_object([lm.truncated])):
         cut = f"{truncated} contexts exceed the model's window, and are cut on the left"
         print_once(f"Warning: {' '.join(tasks)}: {cut}")
     if results:
         results["truncated"] = truncated
-        model_args = {"pretrained": args.model, "precision": precision}
-        results["config"] |= {"model": args.backend, "model_args": model_args}
+        results["config"] |= {"model": args.backend, "model_args": {"pretrained": args.model, "precision": precision}}
         results["chat_template"] = lm.chat_template(True) if args.chat_template else None
     return results
