@@ -89,9 +89,10 @@ class GrathDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, name):
         if "prompt_ids" not in dataset.column_names:
             texts = isinstance(dataset[0]["chosen"], str)
-            for row in () if texts else dataset:
+            for row in dataset:
                 for side in ("chosen", "rejected"):
-                    render(processing_class, (row.get("prompt") or []) + row[side], processing_class.chat_template)
+                    if isinstance(row[side], list):
+                        render(processing_class, (row.get("prompt") or []) + row[side], processing_class.chat_template)
             dataset = super()._prepare_dataset(dataset, processing_class, args, name)
             sequences = [row[f"{part}_ids"] for row in dataset for part in ("prompt", "chosen", "rejected")]
             check_tokens(processing_class, sequences, self.embeddings)
