@@ -105,10 +105,9 @@ def main():
             if window and (longest := max(map(len, whole))) > window:
                 raise UserError(f"{path}: a pair has {longest} tokens, and the model's context window {window}")
             sides.append(embed(model, sequences, args.batch_size))
-        found = {"pairs": len(rows), "distance": distance(*sides), "probe": probe(*sides)}
-        found["pairs_sha256"] = sha256(path)
-        if not math.isfinite(found["distance"]):
+        if not math.isfinite(apart := distance(*sides)):
             raise UserError(f"{args.model_name_or_path} computes NaN: its weights are broken")
+        found = {"pairs": len(rows), "distance": apart, "probe": probe(*sides), "pairs_sha256": sha256(path)}
         found |= {"model": args.model_name_or_path, "precision": precision, "inputs": inputs}
         out = path.with_suffix(".distance.json")
         atomic_write_text(out, json.dumps(found, indent=2) + "\n")
