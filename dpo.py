@@ -17,6 +17,7 @@ options from a YAML file, one per line (`learning_rate: 1e-4`); flags override t
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -85,19 +86,17 @@ def load_rows(args, seed):
 def own_pairs(args):
     """Return the record of the pairs if the model itself has written them, else None."""
     record = args.dataset_path and read_record(record_path(written_path(Path(args.dataset_path))))
-    if not record or not record.get("model"):
-        return None
-    try:
-        own = resolve_base_and_adapter(record["model"]) == resolve_base_and_adapter(args.model_name_or_path)
-    except UserError:  # the model that wrote them is gone
-        return None
-    return record if own else None
+    with suppress(UserError):  # the model that wrote them is gone
+        if record and record.get("model"):
+            own = resolve_base_and_adapter(record["model"]) == resolve_base_and_adapter(args.model_name_or_path)
+            return record if own else None
+    return None
 
 
-def identities(args):
+def identities(args, wrote):
     """Return the hashes of the model and of its own tokenizer: dict. Refuse pairs that another state of it wrote."""
     found = {"model": model_identity(args.model_name_or_path)}
-    if wrote := own_pairs(args):
+    if wrote:
         advice = "since then, the model has been replaced; write the pairs again"
         check_inputs({"inputs": wrote["inputs"].get("model", {})}, found["model"], args.dataset_path, advice)
     return found | ({"tokenizer": tokenizer_identity(args.tokenizer_name)} if args.tokenizer_name else {})
@@ -120,7 +119,8 @@ def main():
 
     settings, processes, warnings = {**vars(args), **config.to_dict()}, config.world_size, []
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    inputs = {**identities(args), "pairs": digest, "effective_batch": batch}
+    wrote = own_pairs(args)
+    inputs = {**identities(args, wrote), "pairs": digest, "effective_batch": batch}
     inputs |= {name: value for name, value in settings.items() if name not in UNCOMPARED}
     state, earlier, checkpoint = resume_state(inputs, settings)
     check_shared((state, checkpoint), config.output_dir)
@@ -142,7 +142,7 @@ def main():
     if not (config.bf16 or config.fp16):  # autocast would turn float32 back into 16 bits
         model = prepare_for_training(model)
     # Again, because loading may have downloaded another commit.
-    inputs |= identities(args)
+    inputs |= identities(args, wrote)
     resume_state(inputs, settings)
     lora = None if reference["incoming_adapter"] else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
     given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
@@ -165,8 +165,7 @@ def main():
         trainer.add_callback(ProgressBar)
     write = trainer.is_world_process_zero()
     content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
-    content["own_pairs"] = bool(own_pairs(args))
-    content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY)}
+    content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY), "own_pairs": bool(wrote)}
     path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
     clear = partial(clear_output_dir, output) if state == "nothing" else None
     with recording(path, inputs, earlier, seen, write, start, clear, **content) as record:
