@@ -51,10 +51,8 @@ def _check_hub_model(name):
 
 def load_tokenizer(name, tokenizer_name=None):
     """Load the tokenizer of a model, or of an adapter's base model, and give it a padding token if it has none."""
-    from transformers import AutoTokenizer
-
     source = resolve_local(tokenizer_name) if tokenizer_name else resolve_base_and_adapter(name)[0]
-    tokenizer = _load(AutoTokenizer, source, "tokenizer")
+    tokenizer = _load("AutoTokenizer", source)
     if not fits(tokenizer.model_max_length, int | float):
         raise UserError(f"the configuration of the tokenizer {source} is damaged: model_max_length is not a number")
     if tokenizer.pad_token is None:
@@ -77,10 +75,8 @@ def check_tokenizer(tokenizer):
 
 def check_vocabulary(name, tokenizer, sequences):
     """Do what `check_tokens` does for the model `name`, before it is loaded; check the sizes in its configuration."""
-    from transformers import AutoConfig
-
     base = resolve_base_and_adapter(name)[0]
-    config = _load(AutoConfig, base, "model").get_text_config()
+    config = _load("AutoConfig", base).get_text_config()
     if not fits(getattr(config, "vocab_size", None), int):
         raise UserError(f"{base} is not a language model: its configuration has no vocab_size")
     for key, least in (("sliding_window", 0), ("max_position_embeddings", 1)):
@@ -122,7 +118,7 @@ def load_model(name, precision, trainable=False):
     """
     import torch
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     base, adapter = resolve_base_and_adapter(name)
     options = {"use_safetensors": True}
@@ -141,7 +137,7 @@ def load_model(name, precision, trainable=False):
         # Load the weights straight to the device, not into main memory once for each process.
         options["device_map"] = {"": device}
     check_model(name)
-    model, info = _load(AutoModelForCausalLM, base, "model", output_loading_info=True, **options)
+    model, info = _load("AutoModelForCausalLM", base, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{base} lacks {len(missing)} weights, starting with {missing[0]}: download it again")
     if unexpected := sorted(info["unexpected_keys"]):
@@ -174,10 +170,8 @@ def load_for_inference(name, precision):
 
 def check_model(name, weights=True):
     """Raise `UserError` if a model, or an adapter's base, cannot be configured or, if `weights`, lacks its weights."""
-    from transformers import AutoConfig
-
     base = resolve_base_and_adapter(name)[0]
-    config = _load(AutoConfig, base, "model")
+    config = _load("AutoConfig", base)
     if weights:
         check_weights(base)
         check_unquantized(base, config)
@@ -236,14 +230,14 @@ def eos_token_ids(model, tokenizer):
     Args:
         model: `PreTrainedModel`, `PeftModel`, or the name of a model or an adapter, which is not loaded then.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     if isinstance(model, str):
         base = resolve_base_and_adapter(model)[0]
         try:
             config = GenerationConfig.from_pretrained(base)
         except OSError:  # an old model has none
-            config = GenerationConfig.from_model_config(_load(AutoConfig, base, "model"))
+            config = GenerationConfig.from_model_config(_load("AutoConfig", base))
     else:
         config = model.generation_config
     configured = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -252,14 +246,17 @@ def eos_token_ids(model, tokenizer):
     return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
-def _load(auto_class, source, what, **options):
+def _load(auto_class, source, **options):
+    """Load by the class of this name; importing `transformers` is slow."""
+    import transformers
+
     folder = Path(source)
-    needed = "tokenizer_config.json" if what == "tokenizer" else "config.json"
+    what, needed = ("tokenizer", "tokenizer_config.json") if auto_class == "AutoTokenizer" else ("model", "config.json")
     if folder.is_dir() and not (folder / needed).is_file():
         raise UserError(f"{source} is a folder without a {what} (no {needed})")
     try:
         # Without an explicit False, transformers asks on the terminal whether it may run the model's own code.
-        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+        return getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the hub client, the file readers and the model classes all raise different errors
         if explain_system_error(error):
             raise
