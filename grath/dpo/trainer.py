@@ -186,8 +186,7 @@ def disable_functional_dropout(model):
 
 def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):
     """Return PEFT's `LoraConfig` with the paper's values: on the q, k and v projections, without biases."""
-    sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    return LoraConfig(**sizes, target_modules=[*LORA_LAYERS], bias="none", task_type="CAUSAL_LM")
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=[*LORA_LAYERS], task_type="CAUSAL_LM")
 
 
 def describe_reference(name, reference):
