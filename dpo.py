@@ -112,7 +112,7 @@ def main():
     from grath.dpo.callbacks import ProgressBar, TrainingLog
     from grath.dpo.checkpoints import clear_output_dir, resume_state, save_adapter
     from grath.dpo.dataset import tokenize_pairs
-    from grath.dpo.trainer import GrathDPOTrainer, describe_reference, lora_config
+    from grath.dpo.trainer import GrathDPOTrainer, lora_config
     from grath.modeling.cpu_matmul import prepare_for_training
     from grath.modeling.devices import check_shared, print_once
     from grath.report.plots import plot_training
@@ -135,16 +135,18 @@ def main():
     if isinstance(rows, list):
         rows = tokenize_pairs(rows, tokenizer, tokenizer.chat_template)
         check_vocabulary(args.model_name_or_path, tokenizer, [ids for row in rows for ids in row.values()])
-    reference = describe_reference(args.model_name_or_path, args.reference)
-    print_once(f"policy starts from {reference['policy_starts_from']}")
-    print_once(f"reference ({args.reference}): {reference['reference_model']}")
+    base, adapter = resolve_base_and_adapter(args.model_name_or_path)
+    policy = f"the adapter {adapter} on {base}" if adapter else base
+    reference = policy if args.reference == "rolling" else base
+    print_once(f"policy starts from {policy}")
+    print_once(f"reference ({args.reference}): {reference}")
     model = load_model(args.model_name_or_path, config.precision, trainable=True)
     if not (config.bf16 or config.fp16):  # autocast would turn float32 back into 16 bits
         model = prepare_for_training(model)
     # Again, because loading may have downloaded another commit.
     inputs |= identities(args, wrote)
     resume_state(inputs, settings)
-    lora = None if reference["incoming_adapter"] else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
+    lora = None if adapter else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout)
     given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": lora}
     try:
         trainer = GrathDPOTrainer(model=model, args=config, reference=args.reference, **given)
@@ -164,7 +166,9 @@ def main():
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
     write = trainer.is_world_process_zero()
-    content = {**reference, "pair_file": args.dataset_path, "pairs": trainer.counts, "processes": processes}
+    content = {"reference": args.reference, "policy_starts_from": policy, "reference_model": reference}
+    content |= {"base_model": base, "incoming_adapter": adapter, "pair_file": args.dataset_path}
+    content |= {"pairs": trainer.counts, "processes": processes}
     content |= {"settings": settings, "resumed_from": checkpoint, "chat_date": str(TODAY), "own_pairs": bool(wrote)}
     path, seen = output / TRAINING_RECORD, None if args.overwrite_output_dir else earlier or {}
     clear = partial(clear_output_dir, output) if state == "nothing" else None

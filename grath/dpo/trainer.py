@@ -22,7 +22,7 @@ from grath.dpo.packing import project_completions_only, share_prompts
 from grath.generation.attention import unsupported_reason
 from grath.modeling.chat import render
 from grath.modeling.devices import halve_if_out_of_memory, print_once, this_device
-from grath.modeling.loading import check_tokenizer, check_tokens, context_window, resolve_base_and_adapter
+from grath.modeling.loading import check_tokenizer, check_tokens, context_window
 
 
 class GrathDPOTrainer(DPOTrainer):
@@ -187,16 +187,3 @@ def disable_functional_dropout(model):
 def lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=LORA_DROPOUT):
     """Return PEFT's `LoraConfig` with the paper's values: on the q, k and v projections, without biases."""
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=[*LORA_LAYERS], task_type="CAUSAL_LM")
-
-
-def describe_reference(name, reference):
-    """Describe the policy's start and the reference of an iteration that starts from the model `name`: dict."""
-    base, adapter = resolve_base_and_adapter(name)
-    start = f"the adapter {adapter} on {base}" if adapter else base
-    return {
-        "reference": reference,
-        "policy_starts_from": start,
-        "reference_model": start if reference == "rolling" else base,
-        "base_model": base,
-        "incoming_adapter": adapter,
-    }
