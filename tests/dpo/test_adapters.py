@@ -26,6 +26,8 @@ REFUSED = {
     "biases": {"lora_bias": True, "bias": "lora_only"},
     "PiSSA": {"init_lora_weights": "pissa"},
     "replicated layers": {"layer_replication": [[0, 2], [1, 2]]},
+    "LoHa": {"kind": "LoHaConfig"},
+    "another task": {"task_type": "FEATURE_EXTRACTION"},
 }
 
 
@@ -57,7 +59,7 @@ def commands(adapter, pair_file, folder):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
+def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
     adapter = save_adapter(tiny_llama, tmp_path / "a", **{"target_modules": ATTENTION, **REFUSED[kind]})
     shutil.copy(pair_file, tmp_path / "pairs.json")
     reason, every = "merge it into its base with PEFT", commands(adapter, pair_file, tmp_path)
@@ -67,21 +69,6 @@ def test_lora_elsewhere_is_refused(kind, tiny_llama, pair_file, tmp_path):
         assert not (tmp_path / made).exists()
     done = check_here({"MODEL_NAME_OR_PATH": str(adapter), "DATA_PATH": str(BUNDLED), "TASKS": ""}, status=2)
     assert f"FAIL  model: the adapter {adapter}" in done.stdout and reason in done.stdout
-
-
-OTHERS = {
-    "LoHaConfig": {"target_modules": ATTENTION},
-    "VeraConfig": {"target_modules": ["q_proj"]},
-    "PrefixTuningConfig": {"num_virtual_tokens": 3},
-    "LoraConfig": {"task_type": "FEATURE_EXTRACTION", "target_modules": ATTENTION},
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_other_adapters_are_refused(kind, tiny_llama, pair_file, tmp_path):
-    adapter = save_adapter(tiny_llama, tmp_path / "a", kind, **OTHERS[kind])
-    done = call_here(*commands(adapter, pair_file, tmp_path)["d"], status=2)
-    assert "not LoRA for a causal language model: merge it" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny_llama, pair_file, tmp_path):
