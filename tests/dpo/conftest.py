@@ -15,7 +15,7 @@ def first_iteration(tiny_llama, pair_file, tmp_path_factory):
     output.mkdir()
     (output / ".grath.json.x.tmp").write_text("{")
     (output / "README.md").write_text("a model card")
-    return output, *train(tiny_llama, output, "--save_steps", "1", source=("--dataset_path", pair_file))
+    return output, *train(tiny_llama, output, "--save_steps", "1", source=pair_file)
 
 
 @pytest.fixture(scope="session")

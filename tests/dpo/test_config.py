@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from support import call_here
-from trainings import train
+from trainings import refusal
 from transformers import integrations
 
 import dpo
@@ -115,7 +115,6 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "reason"), REFUSED)
 def test_options_that_a_training_would_refuse_too_late(flags, reason, tiny_llama, pair_file, tmp_path):
     with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
-        done, _ = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_path", pair_file), status=2)
-    error = done.stderr.splitlines()[-1]
+        error = refusal(tiny_llama, tmp_path / "m", *flags, source=pair_file).splitlines()[-1]
     assert error.startswith("dpo.py: error: ") and reason in error
     assert not list((tmp_path / "m").glob("[!.]*"))

@@ -30,10 +30,8 @@ def test_export_writes_an_ordinary_model(first_iteration, tmp_path):
         base = load_model(first_iteration[2]["base_model"], "fp32").eval()(ids).logits
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
     assert (merged - base).abs().max() > 1e-2
-    done = call_here("grath.export", first_iteration[0], out, status=2)
-    assert "exists already" in done.stderr
-    done = call_here("grath.export", out, tmp_path / "n", status=2)
-    assert "is not a LoRA adapter folder" in done.stderr
+    assert "exists already" in call_here("grath.export", first_iteration[0], out, status=2).stderr
+    assert "is not a LoRA adapter folder" in call_here("grath.export", out, tmp_path / "n", status=2).stderr
 
 
 def test_an_export_has_one_writer_and_leaves_nothing_of_a_killed_one(first_iteration, tmp_path):

@@ -29,13 +29,13 @@ def test_first_iteration_starts_with_zero_margin(first_iteration, tiny_llama):
 
 def test_dropout_that_is_no_module_is_disabled_too(first_iteration, model, pair_file, tmp_path):
     change_json(model / "config.json", attention_dropout=0.3)
-    _, record = train(model, tmp_path / "m", source=("--dataset_path", pair_file))
+    _, record = train(model, tmp_path / "m", source=pair_file)
     assert [margin(record, step) for step in (0, 2)] == [margin(first_iteration[2], step) for step in (0, 2)]
 
 
 def test_pairs_longer_than_the_models_window_are_dropped(model, pair_file, tmp_path):
     change_json(model / "config.json", max_position_embeddings=5)
-    done, _ = train(model, tmp_path / "m", source=("--dataset_path", pair_file), status=2)
+    done, _ = train(model, tmp_path / "m", source=pair_file, status=2)
     assert "over 5 tokens dropped" in done.stdout and "no pair is left to train on" in done.stderr
 
 
@@ -60,7 +60,7 @@ def test_the_second_iteration_continues_the_adapter(second_iteration, first_iter
 
 def test_precomputing_the_reference_does_not_change_training(second_iteration, first_iteration, pair_file, tmp_path):
     flags = ("--reference", second_iteration[0], "--precompute_ref_log_probs", "false", "--max_steps", "2")
-    _, record = train(first_iteration[0], tmp_path / "m", *flags, source=("--dataset_path", pair_file))
+    _, record = train(first_iteration[0], tmp_path / "m", *flags, source=pair_file)
     for ours, theirs in zip(record["log"][:2], second_iteration[2]["log"], strict=False):
         assert ours["rewards/margins"] == pytest.approx(theirs["rewards/margins"], abs=1e-4)
 

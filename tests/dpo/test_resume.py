@@ -8,16 +8,11 @@ import sys
 
 import pytest
 from support import PROJECT, asking, call_here, change_json, pair, wait_for, write_rows
-from trainings import command, difference, interrupt, train
+from trainings import command, difference, interrupt, refusal, train
 
 from grath.common.errors import UserError
 from grath.dpo.checkpoints import last_checkpoint
 from grath.modeling.identity import model_identity
-
-
-@pytest.fixture
-def source(pair_file):
-    return ("--dataset_path", pair_file)
 
 
 def test_files_next_to_the_adapter(first_iteration, tiny_llama):
@@ -39,13 +34,12 @@ def test_files_next_to_the_adapter(first_iteration, tiny_llama):
     assert warning.startswith("every chosen answer is preferred already") and f"Warning: {warning}" in done.stdout
 
 
-def test_finished_output_is_not_changed(first_iteration, tiny_llama, source, tmp_path):
+def test_finished_output_is_not_changed(first_iteration, tiny_llama, pair_file, tmp_path):
     output = first_iteration[0]
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     # Another batch size with the same effective batch is the same training.
     for sizes in ((), ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1")):
-        done, _ = train(tiny_llama, output, *sizes, source=source)
-        assert "contains this training, finished" in done.stdout
+        assert "contains this training, finished" in train(tiny_llama, output, *sizes, source=pair_file)[0].stdout
     others = write_rows(tmp_path / "pairs.json", [pair("q", "a", "b")])
     for flags, named in [
         (("--beta", "0.2"), "beta 0.1, not 0.2: "),
@@ -53,41 +47,38 @@ def test_finished_output_is_not_changed(first_iteration, tiny_llama, source, tmp
         (("--dataset_path", others), "pairs "),
         (("--tokenizer_name", tiny_llama), "tokenizer "),
     ]:
-        done, _ = train(tiny_llama, output, *flags, source=source, status=2)
-        assert f"{output} was made with {named}" in done.stderr and "--overwrite_output_dir" in done.stderr
+        error = refusal(tiny_llama, output, *flags, source=pair_file)
+        assert f"{output} was made with {named}" in error and "--overwrite_output_dir" in error
     # Nor by a trainer that cannot be made.
-    train(tiny_llama, output, "--sync_ref_model", "true", "--overwrite_output_dir", source=source, status=2)
+    refusal(tiny_llama, output, "--sync_ref_model", "true", "--overwrite_output_dir", source=pair_file)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 @pytest.mark.parametrize("state", ["finished", "interrupted"])
-def test_another_base_is_refused(first_iteration, tiny_llama, source, tmp_path, state):
+def test_another_base_is_refused(first_iteration, tiny_llama, pair_file, tmp_path, state):
     output = tmp_path / "m"
     shutil.copytree(first_iteration[0], output) if state == "finished" else interrupt(first_iteration[0], output, 3)
     for file in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copytree(tiny_llama, tmp_path / file)
         content = (tmp_path / file / file).read_bytes()
         (tmp_path / file / file).write_bytes(content + b" ")
-        done, _ = train(tmp_path / file, output, source=source, status=2)
-        assert f"was made with model base {file} " in done.stderr
+        assert f"was made with model base {file} " in refusal(tmp_path / file, output, source=pair_file)
     # In another folder it is the same base.
     (tmp_path / file / file).write_bytes(content)
-    done, _ = train(tmp_path / file, output, source=source)
+    done, _ = train(tmp_path / file, output, source=pair_file)
     assert ("contains this training, finished" if state == "finished" else "Resuming from") in done.stdout
 
 
-def test_an_edited_adapter_is_refused(first_iteration, tiny_llama, source, tmp_path):
+def test_an_edited_adapter_is_refused(first_iteration, tiny_llama, pair_file, tmp_path):
     for file in ("adapter_model.safetensors", "adapter_config.json"):
-        output = tmp_path / file
-        shutil.copytree(first_iteration[0], output)
+        output = shutil.copytree(first_iteration[0], tmp_path / file)
         (output / file).write_bytes((output / file).read_bytes() + b" ")
-        done, _ = train(tiny_llama, output, source=source, status=2)
-        assert f"{output / file} is not the file that was written: choose another --output_dir" in done.stderr
-        done, _ = train(output, tmp_path / "next", source=source, status=2)
-        assert f"{output / file} is not the file that was written: train the adapter again" in done.stderr
+        edited = f"{output / file} is not the file that was written: "
+        assert f"{edited}choose another --output_dir" in refusal(tiny_llama, output, source=pair_file)
+        assert f"{edited}train the adapter again" in refusal(output, tmp_path / "next", source=pair_file)
 
 
-def test_starts_that_are_refused(first_iteration, tiny_llama, source, tmp_path):
+def test_starts_that_are_refused(first_iteration, tiny_llama, pair_file, tmp_path):
     finished, checkpoint = first_iteration[0], first_iteration[0] / "checkpoint-1"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
@@ -101,8 +92,7 @@ def test_starts_that_are_refused(first_iteration, tiny_llama, source, tmp_path):
         (tiny_llama, tmp_path / "new", (resume, tmp_path), f"{tmp_path} is not a complete checkpoint"),
         (tiny_llama, tmp_path / "new", (resume, checkpoint, "--beta", "0.3"), f"{checkpoint} was made with beta 0.1"),
     ]:
-        done, _ = train(model, output, *flags, source=source, status=2)
-        assert message in done.stderr
+        assert message in refusal(model, output, *flags, source=pair_file)
     assert not (tmp_path / "new").exists()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -127,9 +117,9 @@ def test_a_killed_training_resumes_with_other_pairs_per_forward_pass(seventeen, 
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_epochs(tiny_llama, source, tmp_path):
+def test_epochs(tiny_llama, pair_file, tmp_path):
     flags = ("--max_steps", "-1", "--num_train_epochs", "1.5", "--save_strategy", "epoch", "--loss_type", "ipo")
-    done, record = train(tiny_llama, tmp_path / "m", *flags, "--logging_strategy", "epoch", source=source)
+    done, record = train(tiny_llama, tmp_path / "m", *flags, "--logging_strategy", "epoch", source=pair_file)
     assert "5 steps of 4 pairs" in done.stdout
     assert record["log"][0]["loss"] == pytest.approx(25, abs=1e-3)  # (0 - 1 / (2 beta))^2
     assert [(line["step"], round(line["epoch"], 2)) for line in record["log"][:3]] == [(1, 0.33), (3, 1), (5, 1.67)]
@@ -153,17 +143,15 @@ def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, model, tmp_
     """The model was replaced after it wrote the pairs."""
     call_here(*asking(model, tmp_path, "--useFS"))
     change_json(model / "config.json", rms_norm_eps=1e-5)
-    source = ("--dataset_path", next(tmp_path.glob("p_*_useFS_True.json")))
-    done, _ = train(model, tmp_path / "d", source=source, status=2)
-    assert "was made with base config.json " in done.stderr and "write the pairs again" in done.stderr
-    train(tiny_llama, tmp_path / "d", source=source)  # another model may train on them
+    pairs = next(tmp_path.glob("p_*_useFS_True.json"))
+    error = refusal(model, tmp_path / "d", source=pairs)
+    assert "was made with base config.json " in error and "write the pairs again" in error
+    train(tiny_llama, tmp_path / "d", source=pairs)  # another model may train on them
     (tmp_path / "x").mkdir()
     # The same model by another name, and new answers in a combined file.
-    done, _ = train(tmp_path / "x" / ".." / "model", tmp_path / "e", source=source, status=2)
-    assert "write the pairs again" in done.stderr
-    shutil.copy(source[1], combined := source[1].with_name(f"{source[1].stem}_combined.json"))
-    done, _ = train(model, tmp_path / "e", source=("--dataset_path", combined), status=2)
-    assert "write the pairs again" in done.stderr
+    assert "write the pairs again" in refusal(tmp_path / "x" / ".." / "model", tmp_path / "e", source=pairs)
+    shutil.copy(pairs, combined := pairs.with_name(f"{pairs.stem}_combined.json"))
+    assert "write the pairs again" in refusal(model, tmp_path / "e", source=combined)
 
 
 def test_a_checkpoint_belongs_to_the_base_of_its_training(first_iteration, tmp_path):
@@ -178,5 +166,4 @@ def test_a_checkpoint_belongs_to_the_base_of_its_training(first_iteration, tmp_p
 def test_pairs_from_a_pipe_are_refused(tiny_llama, pair_file, tmp_path):
     """They would be recorded by the hash of nothing."""
     os.mkfifo(tmp_path / "pipe")
-    done, _ = train(tiny_llama, tmp_path / "d", source=("--dataset_path", tmp_path / "pipe"), status=2)
-    assert "pipe is not a regular file" in done.stderr
+    assert "pipe is not a regular file" in refusal(tiny_llama, tmp_path / "d", source=tmp_path / "pipe")

@@ -56,7 +56,7 @@ def passes(monkeypatch):
 
 
 def test_the_reference_is_evaluated_on_the_pairs_of_the_steps_only(tiny_llama, pair_file, tmp_path, passes):
-    train(tiny_llama, tmp_path / "m", "--max_steps", "2", source=("--dataset_path", pair_file))
+    train(tiny_llama, tmp_path / "m", "--max_steps", "2", source=pair_file)
     assert passes.sizes == [8, 2, 2, 2, 2]  # of 12 pairs
 
 

@@ -1,7 +1,7 @@
 """The warnings about a training."""
 
 import pytest
-from trainings import train
+from trainings import refusal, train
 
 from grath.dpo.callbacks import training_warnings
 from grath.dpo.config import GrathDPOConfig
@@ -46,8 +46,8 @@ def test_no_margin_depends_on_the_precision(precision, warned, tmp_path):
 def test_a_training_that_diverges_ends_with_one_line(tiny_llama, pair_file, tmp_path):
     """An adapter of NaN would be scored 100 in MC1: the first choice is the right one."""
     flags = ("--learning_rate", "1e30", "--max_steps", "4", "--warmup_steps", "0")
-    done, _ = train(tiny_llama, tmp_path / "out", *flags, source=["--dataset_path", pair_file], status=2)
-    assert "the training diverged: the rewards are NaN at step" in done.stderr
+    error = refusal(tiny_llama, tmp_path / "out", *flags, source=pair_file)
+    assert "the training diverged: the rewards are NaN at step" in error
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
@@ -63,6 +63,6 @@ def test_the_end_of_a_prompt_that_training_leaves_out(model, pair_file, tmp_path
     """As in templates of models that begin to reason."""
     template = (model / "chat_template.jinja").read_text() + "{% if add_generation_prompt %}<think>{% endif %}"
     (model / "chat_template.jinja").write_text(template)
-    done, record = train(model, tmp_path / "m", "--max_steps", "1", source=("--dataset_path", pair_file))
+    done, record = train(model, tmp_path / "m", "--max_steps", "1", source=pair_file)
     assert record["warnings"][0].startswith("the model is asked with '<think>' at the end of the prompt")
     assert f"Warning: {record['warnings'][0]}" in done.stdout

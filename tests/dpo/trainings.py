@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 from support import call_here, rows, weights
 
@@ -22,10 +23,16 @@ def command(model, output, *flags):
 
 
 def train(model, output, *flags, source, status=0, cwd=None):
-    """Run dpo.py for three steps with the flags `source` and `flags`; return (the finished process, the record)."""
+    """Run dpo.py for three steps with `flags` and `source`, a pair file or flags; return (process, record)."""
+    source = ("--dataset_path", source) if isinstance(source, Path) else source
     flags = command(model, output, *source, *flags)
     done = call_here("dpo.py", *flags, status=status, **({"cwd": cwd} if cwd else {}))
     return done, read_training(output) if status == 0 else None
+
+
+def refusal(model, output, *flags, source):
+    """Return what dpo.py prints on standard error when it refuses a training."""
+    return train(model, output, *flags, source=source, status=2)[0].stderr
 
 
 def read_training(output):
