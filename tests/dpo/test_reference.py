@@ -12,15 +12,15 @@ from trainings import difference, make_trainer, margin, train
 def second_iteration(request, first_iteration, pair_file, tmp_path_factory):
     """The second iteration: (reference, folder, the record)."""
     output = tmp_path_factory.mktemp("iteration2") / "model"
-    source = ("--dataset_path", pair_file, "--reference", request.param)
-    return request.param, output, train(first_iteration[0], output, source=source)[1]
+    record = train(first_iteration[0], output, "--reference", request.param, source=pair_file)[1]
+    return request.param, output, record
 
 
 def test_first_iteration_starts_with_zero_margin(first_iteration, tiny_llama):
     output, done, record = first_iteration
     assert abs(margin(record)) < 1e-4
     assert margin(record, 2) > 0.01
-    assert record["reference"] == "rolling"
+    assert record["reference"] == "rolling" and record["incoming_adapter"] is None
     assert record["reference_model"] == record["base_model"] == str(tiny_llama)
     assert f"reference (rolling): {tiny_llama}" in done.stdout
     assert done.stdout.splitlines()[-1].startswith(f"Saved the adapter in {output}")
@@ -68,14 +68,13 @@ def test_precomputing_the_reference_does_not_change_training(second_iteration, f
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
 def test_margins_on_a_quantized_base(tiny_llama, pair_file, tmp_path, precision, caplog):
     flags = ("--precision", precision, "--reference")
-    source = ("--dataset_path", pair_file)
-    done, first = train(tiny_llama, tmp_path / "1", *flags, "rolling", source=source)
+    done, first = train(tiny_llama, tmp_path / "1", *flags, "rolling", source=pair_file)
     assert "MatMul8bitLt" not in done.stderr + caplog.text
     saved = weights(tmp_path / "1")
     assert {str(weight.dtype) for weight in saved.values()} == {"torch.float32"}
     margins = {}
     for reference in ("rolling", "fixed"):
-        _, record = train(tmp_path / "1", tmp_path / reference, *flags, reference, "--max_steps", "1", source=source)
+        _, record = train(tmp_path / "1", tmp_path / reference, *flags, reference, "--max_steps", "1", source=pair_file)
         margins[reference] = margin(record)
     # int8 scales activations by the largest value of their batch, so the margin is 0 only to that rounding.
     logits_eps = {"nf4": 1e-3, "int8": 5e-2}[precision]

@@ -15,7 +15,7 @@ from grath.dpo.checkpoints import last_checkpoint
 from grath.modeling.identity import model_identity
 
 
-def test_files_next_to_the_adapter(first_iteration, tiny_llama):
+def test_files_next_to_the_adapter(first_iteration):
     output, done, record = first_iteration
     assert [line["step"] for line in record["log"]] == [1, 2, 3, 3]
     assert [line["epoch"] for line in record["log"]] == pytest.approx([1 / 3, 2 / 3, 1, 1])
@@ -24,10 +24,8 @@ def test_files_next_to_the_adapter(first_iteration, tiny_llama):
     assert record["files"].keys() == {"adapter_model.safetensors", "adapter_config.json"}
     assert {"model.safetensors", "tokenizer.json"} <= record["inputs"]["model"]["base"].keys()
     assert record["inputs"]["pairs"] and record["inputs"]["effective_batch"] == 4 and record["inputs"]["beta"] == 0.1
-    assert record["base_model"] == str(tiny_llama) and record["incoming_adapter"] is None
     assert record["versions"]["trl"] and record["starts"] == 1 and record["seconds"] > 0
-    assert record["settings"]["train_sampling_strategy"] == "group_by_length"
-    assert record["pairs"]["kept"] == 12
+    assert record["settings"]["train_sampling_strategy"] == "group_by_length" and record["pairs"]["kept"] == 12
     assert "margin=" in done.stderr and "accuracy=" in done.stderr
     # At this learning rate every chosen answer is preferred within three steps.
     (warning,) = record["warnings"]
