@@ -158,8 +158,7 @@ def test_what_cannot_be_shared_is_scored_like_hf(llama_tokenizer, family, contex
 
 def test_an_answer_longer_than_the_window_is_refused(llama_tokenizer):
     model = tiny("llama", vocab_size=len(llama_tokenizer), max_position_embeddings=20)
-    for kind in (SharedContextLM, SplitLM):
-        lm = kind(pretrained=model, tokenizer=llama_tokenizer) if kind is SplitLM else kind(model, llama_tokenizer)
+    for lm in (SharedContextLM(model, llama_tokenizer), SplitLM(pretrained=model, tokenizer=llama_tokenizer)):
         with pytest.raises(UserError, match="an answer has [0-9]+ tokens, and the model's context window 20"):
             lm.loglikelihood([Instance("loglikelihood", {}, ("Ice is", " cold" * 30), 0)])
 

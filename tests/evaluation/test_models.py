@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
-from support import BUNDLED, asking, call_here, change_json, change_weights, check_here, stages, write_rows
+from support import BUNDLED, asking, call_here, change_json, change_weights, check_here, rows, stages, write_rows
 from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
@@ -16,35 +16,30 @@ from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import resolve_base_and_adapter
 
 
-def score(model, folder, *flags, status=0):
-    return call_here("grath.evaluation", model, folder, "--limit", 2, *flags, status=status)
+def score(model, folder, *flags, **options):
+    return call_here("grath.evaluation", model, folder, "--limit", 2, *flags, **options)
 
 
 @pytest.mark.parametrize("backend", ["hf", "hf-shared"])
 def test_contexts_that_are_cut_are_counted(model, hub, tmp_path, backend):
     change_json(model / "config.json", max_position_embeddings=300)
-    folder = tmp_path / "s"
-    flags = ("--tasks", "arc_challenge", "grath_mc1", "--backend", backend)
-    done = call_here("grath.evaluation", model, folder, "--limit", 2, *flags, cwd=hub)
+    done = score(model, tmp_path / "s", "--tasks", "arc_challenge", "grath_mc1", "--backend", backend, cwd=hub)
     # Two questions, each with 25 examples before it.
     assert "Warning: arc_challenge: 2 contexts exceed the model's window, and are cut on the left" in done.stdout
     assert "Warning: grath_mc1" not in done.stdout
-    report = call_here("grath.report", folder).stdout
-    assert report.count("2 contexts cut") == 1
+    assert call_here("grath.report", tmp_path / "s").stdout.count("2 contexts cut") == 1
 
 
 def test_mc2_of_very_unlikely_answers_is_a_number(model, hub, tmp_path):
     change_weights(model, lambda weights: {**weights, "lm_head.weight": 2000 * weights["lm_head.weight"]})
-    flags = ("--tasks", "truthfulqa_mc1", "truthfulqa_mc2", "--log_samples")
-    call_here("grath.evaluation", model, tmp_path / "s", "--limit", 4, *flags, cwd=hub)
-    lines = (tmp_path / "s" / "samples_truthfulqa_mc2.jsonl").read_text().splitlines()
+    score(model, tmp_path / "s", "--tasks", "truthfulqa_mc1", "truthfulqa_mc2", "--log_samples", cwd=hub)
     expected = []
-    for row in map(json.loads, lines):
+    for row in rows(tmp_path / "s" / "samples_truthfulqa_mc2.jsonl"):
         yes, no = (float(answer[0]) for answer in row["filtered_resps"])
         assert max(yes, no) < -800
         expected.append(1 / (1 + math.exp(min(700, no - yes))))
     found = json.loads((tmp_path / "s" / "truthfulqa_mc2.json").read_text())
-    assert found["results"]["truthfulqa_mc2"]["acc,none"] == pytest.approx(sum(expected) / 4)
+    assert found["results"]["truthfulqa_mc2"]["acc,none"] == pytest.approx(sum(expected) / 2)
     assert found["questions"]["scores"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -143,8 +138,7 @@ def test_weights_that_are_quantized_already_are_refused(model, pair_file, tmp_pa
     """They would be computed in other precisions than the record says."""
     change_json(model / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     for command in commands(model, pair_file, tmp_path):
-        done = call_here(*command, status=2)
-        assert "is quantized already" in done.stderr, command
+        assert "is quantized already" in call_here(*command, status=2).stderr, command
     done = check_here({"MODEL_NAME_OR_PATH": str(model), "DATA_PATH": str(BUNDLED), "TASKS": ""}, status=2)
     assert "FAIL  model: " in done.stdout and "is quantized already" in done.stdout
 
@@ -187,8 +181,7 @@ def test_subnormal_probabilities_are_no_score():
 def test_samples_may_follow_with_another_template(model, tmp_path):
     """As the message says, where the tokenizer has none."""
     (model / "chat_template.jinja").unlink()
-    done = score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples")
-    assert "no sample answers: " in done.stdout
+    assert "no sample answers: " in score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples").stdout
     score(model, tmp_path / "s", "--tasks", "grath_mc1", "--samples", "--model_type", "llama2")
     assert (tmp_path / "s" / "samples.jsonl").is_file()
 
@@ -219,6 +212,6 @@ def test_a_tokenizer_without_bos_and_eos_is_refused_for_scores(model, tmp_path):
 
 
 def test_data_that_is_not_there_is_one_line(model, tmp_path):
-    done = call_here("grath.evaluation", model, tmp_path / "s", "--tasks", "arc_challenge", cwd=tmp_path, status=2)
+    done = score(model, tmp_path / "s", "--tasks", "arc_challenge", cwd=tmp_path, status=2)
     last = done.stderr.strip().splitlines()[-1]
     assert "cannot load allenai/ai2_arc ARC-Challenge: " in last and "Traceback" not in done.stderr

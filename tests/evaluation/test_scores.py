@@ -152,7 +152,6 @@ def test_all_tasks_of_the_leaderboard_offline(hub, tiny_llama, tmp_path):
         assert result["n-shot"]["mmlu_anatomy" if task == "mmlu" else task] == number
         assert len(result["results"]) > 57 if task == "mmlu" else list(result["results"]) == [task]
         assert len(result["questions"]["scores"]) == (57 if task == "mmlu" else 1)
-        assert re.search(rf"^{task} +\d+\.\d\d.*\(version \d", done.stdout, re.MULTILINE)
     assert len(rows(folder / "samples_mmlu.jsonl")) == 57 and len(rows(folder / "samples_hellaswag.jsonl")) == 1
     assert set(record_of(folder)["inputs"]["data"]) == {
         "Rowan/hellaswag", "allenai/ai2_arc", "cais/mmlu", "truthfulqa/truthful_qa"
