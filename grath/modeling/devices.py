@@ -24,14 +24,10 @@ if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  #
 
 
 def check_devices(processes=None):
-    """Check that torch can use the GPU of this machine, and that there is one GPU for each process.
+    """Raise `UserError` if torch cannot use this machine's GPU, or has none for a process, or DEVICE is not valid.
 
     Args:
-        processes: number of processes on this machine; None: as many as the launcher started. On a CPU, any number is
-            allowed.
-
-    Raises:
-        UserError: there is a GPU that torch cannot use, or there are more processes than GPUs, or DEVICE is not valid.
+        processes: number of processes on this machine; None: as many as the launcher started. A CPU takes any number.
     """
     import torch
 

@@ -159,10 +159,7 @@ def load_model(name, precision, trainable=False):
 
 
 def load_for_inference(name, precision):
-    """Load a model as `load_model` does, in evaluation mode, on a CPU with its fastest products.
-
-    The model can neither be trained nor saved, see `prepare_for_inference`.
-    """
+    """Load a model as `load_model` does, for inference only, on a CPU with its fastest products."""
     from grath.modeling.cpu_matmul import prepare_for_inference
 
     return prepare_for_inference(load_model(name, precision)).eval()
