@@ -72,7 +72,6 @@ OTHER_DAYS = "gives different prompts on different days, or at random"
 FAILING = {
     "{% for m in messages %}{{ m.content.parts }}{% endfor %}": "leaves out or changes the question 'What is ice",
     "{% for m in messages %}{{ m.content | lower }}{% endfor %}": "leaves out or changes the question",
-    "{{ messages[1].content }}": "the chat template fails",
     "{% if": "the chat template fails",
     PLAIN + "{{ 1 // 0 }}": "the chat template fails",
     PLAIN + "{% if add_generation_prompt %}{{ range(99)|random }}{% endif %}": OTHER_DAYS,
