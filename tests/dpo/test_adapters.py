@@ -7,6 +7,9 @@ import pytest
 from support import BUNDLED, call_here, change_json, check_here, save_adapter, stages, weights
 from trainings import margin, train
 
+from grath.common.errors import UserError
+from grath.modeling.identity import model_identity
+
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 TAKEN = {
     "rank and scale": {"r": 3, "lora_alpha": 7},
@@ -93,8 +96,11 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(tiny_llama, pair_file,
 
 
 def test_an_adapter_is_used_on_the_base_that_it_was_trained_on(model, pair_file, tmp_path):
-    train(model, tmp_path / "m", source=("--dataset_path", pair_file, "--max_steps", "1"))
+    """And so are its checkpoints."""
+    train(model, tmp_path / "m", "--max_steps", "1", "--save_steps", "1", source=pair_file)
     change_json(model / "config.json", rms_norm_eps=1e-4)
+    with pytest.raises(UserError, match="m/checkpoint-1 was made with config.json .*: put its base back"):
+        model_identity(str(tmp_path / "m" / "checkpoint-1"))
     for made, command in commands(tmp_path / "m", pair_file, tmp_path).items():
         if made != "pairs.distance.json":
             done = call_here(*command, status=2)
