@@ -78,6 +78,7 @@ def test_starts_that_are_refused(first_iteration, tiny_llama, pair_file, tmp_pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     shutil.copytree(tiny_llama, tmp_path / "whole")
+    os.mkfifo(tmp_path / "pipe")
     overwrite, resume = "--overwrite_output_dir", "--resume_from_checkpoint"
     for model, output, flags, message in [
         (tiny_llama, tmp_path / "mine", (), "is not empty and contains no training of dpo.py"),
@@ -86,6 +87,8 @@ def test_starts_that_are_refused(first_iteration, tiny_llama, pair_file, tmp_pat
         (tiny_llama, finished, (overwrite, resume, checkpoint), "removes the checkpoints"),
         (tiny_llama, tmp_path / "new", (resume, tmp_path), f"{tmp_path} is not a complete checkpoint"),
         (tiny_llama, tmp_path / "new", (resume, checkpoint, "--beta", "0.3"), f"{checkpoint} was made with beta 0.1"),
+        # Pairs that would be recorded by the hash of nothing.
+        (tiny_llama, tmp_path / "new", ("--dataset_path", tmp_path / "pipe"), "pipe is not a regular file"),
     ]:
         assert message in refusal(model, output, *flags, source=pair_file)
     assert not (tmp_path / "new").exists()
@@ -147,9 +150,3 @@ def test_pairs_of_another_state_of_the_model_are_refused(tiny_llama, model, tmp_
     assert "write the pairs again" in refusal(tmp_path / "x" / ".." / "model", tmp_path / "e", source=pairs)
     shutil.copy(pairs, combined := pairs.with_name(f"{pairs.stem}_combined.json"))
     assert "write the pairs again" in refusal(model, tmp_path / "e", source=combined)
-
-
-def test_pairs_from_a_pipe_are_refused(tiny_llama, pair_file, tmp_path):
-    """They would be recorded by the hash of nothing."""
-    os.mkfifo(tmp_path / "pipe")
-    assert "pipe is not a regular file" in refusal(tiny_llama, tmp_path / "d", source=tmp_path / "pipe")
