@@ -40,7 +40,7 @@ def score_model(args):
     start = time.monotonic()
     _check_settings(args)
     main_process, path = os.environ.get("RANK", "0") == "0", args.output / SCORES_RECORD
-    tasks, record = list(dict.fromkeys(args.tasks)), read_record(path)
+    tasks, record = list(dict.fromkeys(args.tasks)), read_record(path) or {}
     files = _finished_files(args.output, record, tasks)
     missing = [
         task for task in tasks if f"{task}.json" not in files or args.log_samples and samples_file(task) not in files
@@ -91,7 +91,7 @@ def score_model(args):
     content = {"model": args.model, "files": files}
     with (
         _loaded(args, precision, tokenizer) as (lm, generator),
-        recording(path, inputs, record if files else None, record or {}, main_process, start, **content) as record,
+        recording(path, inputs, record if files else None, record, main_process, start, **content) as record,
     ):
         add_warnings(record, getattr(lm.model, "load_warnings", []))
         if args.chat_template:
@@ -146,10 +146,8 @@ def _check_settings(args):
 
 def _finished_files(folder, record, tasks):
     """Return the recorded files that are there: name -> SHA-256. Raise `UserError` for an edited or unrecorded one."""
-    if not record:
-        if unknown := [task for task in tasks if (folder / f"{task}.json").exists()]:
-            raise UserError(f"{folder / unknown[0]}.json has no {SCORES_RECORD} next to it: {ADVICE}")
-        return {}
+    if not record and (unknown := [task for task in tasks if (folder / f"{task}.json").exists()]):
+        raise UserError(f"{folder / unknown[0]}.json has no {SCORES_RECORD} next to it: {ADVICE}")
     check_files(record, folder, EDITED)
     return {name: digest for name, digest in record.get("files", {}).items() if (folder / name).is_file()}
 
