@@ -19,9 +19,6 @@ from grath.modeling import loading
 from grath.modeling.devices import check_devices, describe_device
 
 SEEN = {"DEVICE": "", "ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0"}
-needs_no_gpu = pytest.mark.skipif(
-    any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU, and torch may be able to use it"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +26,9 @@ def no_device_is_set(monkeypatch):
     monkeypatch.setenv("DEVICE", "")
 
 
-@needs_no_gpu
+@pytest.mark.skipif(
+    any(Path("/dev").glob("nvidia[0-9]*")), reason="this machine has a GPU, and torch may be able to use it"
+)
 def test_a_gpu_that_torch_cannot_use_is_refused_by_every_stage(tiny_llama, pair_file, tmp_path):
     """Slurm or the user names a GPU, and torch sees none: the run must not start on the CPU."""
     out = tmp_path / "out"
