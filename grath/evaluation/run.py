@@ -45,13 +45,12 @@ def score_model(args):
     missing = [
         task for task in tasks if f"{task}.json" not in files or args.log_samples and samples_file(task) not in files
     ]
-    sampled, precision = args.samples and SAMPLES not in files, args.precision
+    sampled, asked, precision = args.samples and SAMPLES not in files, None, args.precision
     if missing or sampled:
         precision = SERVER if args.backend == SERVER else resolve_precision(precision, "scores")
         check_model(args.model, weights=args.backend != SERVER)
         tokenizer = load_tokenizer(args.model)
         check_tokenizer(tokenizer)
-        asked = template = None
         try:
             template = template_for(tokenizer, args.model_type) if args.chat_template or sampled else None
             asked = ask_samples(args.model, tokenizer, template) if sampled else None
@@ -60,7 +59,6 @@ def score_model(args):
                 raise
             if main_process:
                 print(f"no sample answers: {error}")
-        sampled = asked is not None
         manager = task_manager(missing)
     elif precision == "auto":  # the recorded precision: resolving it would need torch, which loads slowly
         precision = record["inputs"].get("precision")
@@ -69,7 +67,7 @@ def score_model(args):
         earlier = earlier | {"samples": False}
     inputs = _inputs(args, tasks, precision, earlier)
     check_shared(tuple(files), args.output)
-    if not (missing or sampled):
+    if not (missing or asked):
         if main_process:
             print(f"{args.output} is up to date ({' '.join(tasks)}); next: python -m grath.report {args.output}")
         return
@@ -107,7 +105,7 @@ def score_model(args):
             results = _evaluate(args, precision, lm, group, manager)
             if main_process:
                 finish(write_results(args.output, group, results, args.log_samples))
-        if sampled and main_process:
+        if asked and main_process:
             write_samples(generator, *asked, args.output / SAMPLES)
             finish([SAMPLES])
         record["batch_tokens"] = getattr(lm, "batch_tokens", None)
