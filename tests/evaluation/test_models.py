@@ -163,11 +163,14 @@ def test_what_else_belongs_to_a_model(model, tmp_path):
     assert tokenizer_identity(model) == after
 
 
-def test_a_model_that_computes_nan_writes_no_pairs(model, tmp_path):
+def test_a_model_that_computes_nan_writes_no_pairs_and_no_distance(model, pair_file, tmp_path):
     change_weights(model, lambda weights: {**weights, "model.norm.weight": weights["model.norm.weight"] * math.nan})
     for engine in ("shared_prefix", "generate"):
         done = call_here(*asking(model, tmp_path / "p", "--engine", engine), status=2)
         assert "the model computes NaN" in done.stderr and not list((tmp_path / "p").glob("*_False.json"))
+    shutil.copy(pair_file, tmp_path / "pairs.json")
+    done = call_here("grath.distance", tmp_path / "pairs.json", "--model_name_or_path", model, status=2)
+    assert "computes NaN: its weights are broken" in done.stderr
 
 
 def test_subnormal_probabilities_are_no_score():

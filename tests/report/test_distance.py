@@ -24,12 +24,11 @@ def test_distance_and_probe_of_synthetic_clusters():
 
 def test_distance_of_a_pair_file_in_file_and_report(tiny_llama, tmp_path):
     file = put_pairs(tmp_path, 0, [("r", "a", "b"), ("s", "a", "b")])
-    done = call_here("grath.distance", file, "--model_name_or_path", tiny_llama, status=2)
-    assert f"{file} has 2 pairs of different answers: at least 5 are needed" in done.stderr
+    command = ("grath.distance", file, "--model_name_or_path", tiny_llama)
+    assert f"{file} has 2 pairs of different answers: at least 5 are needed" in call_here(*command, status=2).stderr
     rows = [(f"Is it {i}?", f"Yes, it is {i} indeed.", "No.") for i in range(7)]
     put_pairs(tmp_path, 0, [*rows, ("q", "same", "same")])
-    flags = ("--model_name_or_path", tiny_llama, "--precision", "fp32", "--batch_size", "3")
-    done = call_here("grath.distance", file, *flags)
+    done = call_here(*command, "--precision", "fp32", "--batch_size", "3")
     found = json.loads(file.with_suffix(".distance.json").read_text(encoding="utf-8"))
     assert found["precision"] == "fp32" and found["pairs"] == 7 and f"distance {found['distance']:.3f}" in done.stdout
 
