@@ -21,16 +21,14 @@ HOOK = Path(__file__).parent / "faults" / "hook"
 ASK, TRAIN, SCORE = "create_pair_responses.py", "dpo.py --dataset_path", "grath.evaluation"
 
 
-def point(program, event, path, count=1, cut=None, signal="SIGKILL", limit=None):
+def point(program, event, path, **more):
     """A point of a run, as `hook/sitecustomize.py` describes it."""
-    return {
-        "program": program, "event": event, "path": path, "count": count, "cut": cut, "signal": signal, "limit": limit,
-    }  # fmt: skip
+    return {"program": program, "event": event, "path": path, **more}
 
 
 def renamed(program, name, count=1):
     """In the middle of writing a file of this name."""
-    return point(program, "os.rename", rf"/{name}$", count, "source")
+    return point(program, "os.rename", rf"/{name}$", count=count, cut="source")
 
 
 def start(settings, folder, fault=None):
@@ -102,8 +100,8 @@ def hit_and_restart(points, settings, folder, expected=-9, finish=True, each=Non
     return run
 
 
-def same_as(run, undisturbed, scored=True):
-    """Compare a run with the undisturbed one: pair files, adapters, scores if it has any, and what the records say."""
+def same_as(run, undisturbed):
+    """Compare a run with the undisturbed one: pair files, adapters, scores, and what the records say."""
     for file in undisturbed.glob("data/*.json"):
         if not file.name.endswith(".record.json"):
             assert (run / "data" / file.name).read_bytes() == file.read_bytes()
@@ -114,14 +112,11 @@ def same_as(run, undisturbed, scored=True):
         assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
     made = records(run)
     for path, expected in records(undisturbed).items():
-        ours = made.get(run / path.relative_to(undisturbed))
-        if ours is None:
-            assert path.name == SCORES_RECORD and not scored
-            continue
+        ours = made[run / path.relative_to(undisturbed)]
         assert ours["inputs"].keys() == expected["inputs"].keys() and ours["files"].keys() == expected["files"].keys()
     partial = [path for path in run.rglob("*") if re.search(r"\.tmp$|partial|\.responses", path.name)]
     assert not partial
-    for folder in undisturbed.glob("results/*") if scored else ():
+    for folder in undisturbed.glob("results/*"):
         assert score_values(run / "results" / folder.name) == pytest.approx(score_values(folder), abs=1e-4)
 
 

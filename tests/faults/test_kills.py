@@ -12,8 +12,13 @@ from grath.common.layout import record_path
 pytestmark = pytest.mark.faults
 
 RECORD_0 = record_path(Path(r"iter0_\w+.json")).name
-# The points of a first iteration without scores, in order.
-ITERATION_1 = {
+# The points of a run, in order.
+POINTS = {
+    "the record of the scores": renamed(SCORE, r"settings\.json"),
+    "the first task's scores": renamed(SCORE, r"grath_mc1\.json"),
+    "the second task's scores": renamed(SCORE, r"grath_mc2\.json"),
+    "the record of the second task": renamed(SCORE, r"settings\.json", 2),
+    "the answers": renamed(SCORE, r"samples\.jsonl"),
     "the record of pairs": renamed(ASK, RECORD_0),
     "before the first response": point(ASK, "open", r"\.responses\."),
     "the pair file": renamed(ASK, r"iter0_\w+\.json"),
@@ -29,46 +34,22 @@ ITERATION_1 = {
     "the finished record": renamed(TRAIN, r"grath\.json", 2),
     "after the adapter": point(TRAIN, "shutil.rmtree", r"\.partial$"),
     "the report": renamed("grath.report", r"report\.md"),
-}
-ITERATION_2 = {
     "the pair file of iteration 2": renamed(ASK, r"iter1_\w+\.json"),
     "the combined file": renamed("combine_new", r"iter1_\w+_combined\.json"),
     "a checkpoint of iteration 2": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="rng_state.pth"),
     "the adapter of iteration 2": renamed(TRAIN, r"adapter_model\.safetensors"),
     "the run's plot": point("grath.report", "os.rename", r"iterations\.png$"),
 }
-SCORES = {
-    "the record of the scores": renamed(SCORE, r"settings\.json"),
-    "the first task's scores": renamed(SCORE, r"grath_mc1\.json"),
-    "the second task's scores": renamed(SCORE, r"grath_mc2\.json"),
-    "the record of the second task": renamed(SCORE, r"settings\.json", 2),
-    "the answers": renamed(SCORE, r"samples\.jsonl"),
-}
 
 
-def test_kills_in_the_first_iteration(llama_run, tmp_path):
+def test_a_run_is_killed_at_every_point(llama_run, tmp_path):
     undisturbed, settings, _ = llama_run
-    settings = {**settings, "TASKS": ""}
-    names = list(ITERATION_1)
+    names = list(POINTS)
     half = names.index("the last checkpoint") + 1
-    hit_and_restart({name: ITERATION_1[name] for name in names[:half]}, settings, tmp_path / "old", finish=False)
+    hit_and_restart({name: POINTS[name] for name in names[:half]}, settings, tmp_path / "old", finish=False)
     # The run is moved in the middle of a training.
     (tmp_path / "old").rename(tmp_path / "new place")
-    run = hit_and_restart({name: ITERATION_1[name] for name in names[half:]}, settings, tmp_path / "new place")
-    same_as(run, undisturbed, scored=False)
-
-
-def test_kills_in_the_second_iteration(llama_run, tmp_path):
-    undisturbed, settings, _ = llama_run
-    copy_without(undisturbed, tmp_path, 2)
-    run = hit_and_restart(ITERATION_2, {**settings, "TASKS": ""}, tmp_path)
-    same_as(run, undisturbed, scored=False)
-
-
-def test_kills_while_scoring(llama_run, tmp_path):
-    undisturbed, settings, _ = llama_run
-    copy_without(undisturbed, tmp_path, 0)
-    run = hit_and_restart(SCORES, settings, tmp_path)
+    run = hit_and_restart({name: POINTS[name] for name in names[half:]}, settings, tmp_path / "new place")
     same_as(run, undisturbed)
 
 
