@@ -5,13 +5,12 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
-import time
 import uuid
 from pathlib import Path
 
 import pytest
-from support import PROJECT, score_values, script_env, weights
+from psutil import process_iter
+from support import PROJECT, score_values, script_env, wait_for, weights
 
 from grath.common.layout import SCORES_RECORD, TRAINING_RECORD
 from grath.common.record import read_record
@@ -37,34 +36,14 @@ def start(settings, folder, fault=None):
     settings = {**settings, "RUNS_DIR": str(folder), "MARK": mark, "PYTHONPATH": str(HOOK), "FAULT": json.dumps(fault)}
     # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
     # Through a pipe: a limit on the size of files would stop the messages too.
-    with subprocess.Popen(
+    done = subprocess.run(
         ["bash", "-c", 'LOOP=$$ exec "$0"', PROJECT / "run_llama2.sh"],
-        env=script_env(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=script_env(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3600,
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
-    ) as process:  # fmt: skip
-        printed = []
-        reader = threading.Thread(target=lambda: printed.append(process.stdout.read()))
-        reader.start()
-        process.wait(timeout=3600)
-        # The process that injects the fault sleeps for ten minutes: only its death can end it sooner.
-        deadline = time.monotonic() + 300
-        while (left := marked(mark)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not left, f"still running: {left}"
-        reader.join()
-    return process.returncode, printed[0]
-
-
-def marked(mark):
-    """Return the processes with the mark in their environment: id -> command line."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes():
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue
-    return found
+    )  # fmt: skip
+    # The process that injects the fault sleeps for two hours: only its death can end it sooner.
+    wait_for(lambda: not any((one.info["environ"] or {}).get("MARK") == mark for one in process_iter(["environ"])))
+    return done.returncode, done.stdout
 
 
 def records(run):

@@ -48,7 +48,7 @@ def hook(event, args):
     os.kill(int(os.environ["LOOP"]), number)
     if number == signal.SIGKILL:
         os.killpg(0, number)
-    time.sleep(600)  # until this process is ended too
+    time.sleep(7200)  # until this process is ended too
 
 
 if FAULT and FAULT["program"] in " ".join(sys.orig_argv):
