@@ -81,7 +81,6 @@ def measure(lm, name, limit):
         questions = range(0, len(requests), 4)
         predicted = [max(range(4), key=lambda i, at=at: log_likelihoods[at + i]) for at in questions]
         scores = {name: 100 * sum(a == b for a, b in zip(predicted, gold, strict=True)) / len(gold)}
-    del lm.loglikelihood
     return seconds, log_likelihoods, scores
 
 

@@ -104,12 +104,8 @@ def main():
     add("--model", default=str(PROJECT / "models" / "smollm2"), help="hub name or model folder")
     add("--dtype", choices=sorted(DTYPES), default="bf16", help="dtype of the base's weights")
     add("--dataset_path", type=Path, help="pair file")
-    add(
-        "--dataset_name",
-        choices=sorted(LABELED_DATASETS),
-        default="ai2_arc/ARC-Challenge",
-        help="data set of gold pairs, if there is no --dataset_path",
-    )
+    gold = {"choices": sorted(LABELED_DATASETS), "default": "ai2_arc/ARC-Challenge"}
+    add("--dataset_name", **gold, help="data set of gold pairs, if there is no --dataset_path")
     add("--pairs", type=positive_int, default=256, help="maximum number of pairs")
     add("--steps", type=positive_int, default=16, help="optimizer steps of 16 pairs")
     add("--same_order", action="store_true", help="take the pairs in the order of their file")

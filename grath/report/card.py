@@ -45,7 +45,6 @@ def model_card(adapter, record, name, merged):
 
     number, run = _run_of(adapter)
     base = hub_name(record["base_model"])
-    shown = base or Path(record["base_model"]).name
     metadata = ModelCardData(
         base_model=base,
         base_model_relation=("finetune" if merged else "adapter") if base else None,
@@ -68,7 +67,7 @@ def model_card(adapter, record, name, merged):
     about = ABOUT.format(
         name=name,
         kind="A fine-tuned model" if merged else "A LoRA adapter",
-        base=f"[{base}](https://huggingface.co/{base})" if base else shown,
+        base=f"[{base}](https://huggingface.co/{base})" if base else Path(record["base_model"]).name,
         data=GIVEN.format(data=given) if given else own.format(asked=asked),
         source=source,
     )
