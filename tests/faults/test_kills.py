@@ -34,11 +34,8 @@ POINTS = {
     "the finished record": renamed(TRAIN, r"grath\.json", 2),
     "after the adapter": point(TRAIN, "shutil.rmtree", r"\.partial$"),
     "the report": renamed("grath.report", r"report\.md"),
-    "the pair file of iteration 2": renamed(ASK, r"iter1_\w+\.json"),
     "the combined file": renamed("combine_new", r"iter1_\w+_combined\.json"),
     "a checkpoint of iteration 2": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="rng_state.pth"),
-    "the adapter of iteration 2": renamed(TRAIN, r"adapter_model\.safetensors"),
-    "the run's plot": point("grath.report", "os.rename", r"iterations\.png$"),
 }
 
 

@@ -1,31 +1,18 @@
 """The schema of settings, and what is derived from it."""
 
 import re
-import subprocess
 
 import pytest
 from support import PROJECT, call, patch_gpus
 
 from grath.common.errors import UserError
-from grath.run.settings import SETTINGS, check_start, configuration_page, read_settings, shell_lines
+from grath.run.settings import SETTINGS, check_start, configuration_page, read_settings
 
 REQUIRED = {"MODEL_NAME_OR_PATH": "a/b", "NUM_QUERY": "7"}
 
 
 def read(**changes):
     return read_settings({**REQUIRED, **changes})
-
-
-def test_a_shell_gets_every_value_as_it_is():
-    value = "a 'b' \"c\" $(touch pwned) `touch pwned` \\ * ;\nend"
-    values = read(MODEL_NAME_OR_PATH=value, RUN_NAME="r", USE_FS="0")
-    names = '"${MODELS[0]}" "${MODELS[2]}" "${PAIRS[1]}" "${COMBINED[1]}" "${RESULTS[0]}" "${PREFIXES[1]}"'
-    script = f'{shell_lines(values)}printf "%s|" "$MODEL_NAME_OR_PATH" "$RUN" {names}'
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    tail = "arcc_num_7_useGT_False_useFS_False"
-    expected = [value, "runs/r_seed_0", value, f"runs/r_seed_0/models/iter_2_{tail}"]
-    expected += [f"runs/r_seed_0/data/iter1_{tail}{end}.json" for end in ("", "_combined")]
-    assert done.stdout.split("|")[:-1] == [*expected, "runs/r_seed_0/results/iter_0", "iter1_arcc"]
 
 
 def test_another_project_than_this_one_is_refused(tmp_path):
