@@ -56,13 +56,10 @@ def ended(fault, name):
 
 
 SIGNALS = {
-    "asking": ended(point(ASK, "open", r"\.responses\."), "SIGTERM"),
-    "before training": ended(renamed(TRAIN, r"grath\.json"), "SIGTERM"),
     "training": ended(point(TRAIN, "os.mkdir", r"checkpoint-4$"), "SIGTERM"),
     "at the terminal": ended(point(TRAIN, "os.rename", r"/adapter_config\.json$"), "SIGINT"),
     "scoring": ended(point(SCORE, "open", r"/\.grath_mc1\.json"), "SIGHUP"),
     "Slurm's time is over": ended(point(SCORE, "os.rename", r"/samples\.jsonl"), "SIGUSR1"),
-    "the report": ended(renamed("grath.report", r"report\.md"), "SIGTERM"),
 }
 
 
