@@ -16,8 +16,6 @@ from grath.modeling.precision import PRECISIONS, SERVER, resolve_precision
 from grath.pairs.prompts import demos_file
 from grath.serving.client import server_urls
 
-EVERY_STAGE = "every stage"
-
 
 def one_of(*choices):
     """Return a check that accepts one of `choices`."""
@@ -44,7 +42,7 @@ class Setting:
 
 GROUPS = {
     "Model and run": [
-        Setting("MODEL_NAME_OR_PATH", None, matching("(?s).+", "set; the presets run_*.sh set it"), EVERY_STAGE,
+        Setting("MODEL_NAME_OR_PATH", None, matching("(?s).+", "set; the presets run_*.sh set it"), "every stage",
                 "required (the presets set it): hub name or folder of a model or an adapter",
                 "Llama-2-7b-chat-hf, zephyr-7b-beta"),
         Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), "pairs",
