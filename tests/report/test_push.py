@@ -76,22 +76,19 @@ def test_an_adapter_is_pushed_with_a_card_of_its_run(tmp_path, uploads):
     assert (adapter / "README.md").read_text() == "mine"
 
 
-def test_an_adapter_without_a_run_has_a_card_without_scores(tmp_path, uploads):
-    alone = made_adapter(tmp_path / "run_seed_0", incoming_adapter="me/old").rename(tmp_path / "adapter")
-    call_here("grath.push", alone, NAME)
-    _, page = card_of(alone)
-    assert uploads and "## Scores" not in page
-    assert "| dpo max_steps | 7 " in page and "The training continued an earlier adapter." in page
-    other = made_adapter(tmp_path / "run_seed_1", own_pairs=False).rename(tmp_path / "other")
-    call_here("grath.push", other, NAME)
-    assert "It was trained on the pairs of a given file." in card_of(other)[1]
-
-
-def test_a_card_of_a_model_trained_on_truthfulqa_shows_no_scores(tmp_path, uploads):
-    adapter = made_adapter(tmp_path / "run_seed_0", settings={"dataset_name": "truthful_qa[:200]"})
-    call_here("grath.push", adapter, NAME)
-    _, page = card_of(adapter)
-    assert "It was trained on pairs of truthful_qa[:200], not on pairs of its own." in page and "## Scores" not in page
+def test_cards_without_scores(tmp_path, uploads):
+    """Of adapters without a run, and of one that was trained on TruthfulQA."""
+    continued = made_adapter(tmp_path / "run_seed_0", incoming_adapter="me/old").rename(tmp_path / "continued")
+    given = made_adapter(tmp_path / "run_seed_1", own_pairs=False).rename(tmp_path / "given")
+    gold = made_adapter(tmp_path / "run_seed_2", settings={"dataset_name": "truthful_qa[:200]"})
+    for adapter, said in {
+        continued: "The training continued an earlier adapter.",
+        given: "It was trained on the pairs of a given file.",
+        gold: "It was trained on pairs of truthful_qa[:200], not on pairs of its own.",
+    }.items():
+        call_here("grath.push", adapter, NAME)
+        page = card_of(adapter)[1]
+        assert said in page and "## Scores" not in page
 
 
 def test_a_merged_model_is_pushed_whole(tmp_path, uploads):
