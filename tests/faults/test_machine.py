@@ -1,13 +1,10 @@
-"""A machine that fails: no room, no rights, no memory, two starts at once; and names that are hard to handle."""
+"""A disk that is full, and names that are hard to handle."""
 
 import pytest
 from fault_injection import ASK, SCORE, TRAIN, copy_without, hit_and_restart, point, same_as
 from support import BUNDLED, call
 
 pytestmark = pytest.mark.faults
-
-FULL = "raise it (ulimit -f)"
-
 
 # No file of the process grows beyond `limit` bytes from this point on.
 FULL_DISK = {
@@ -35,7 +32,8 @@ def test_a_full_disk_at_every_writing_stage(llama_run, tmp_path):
         errors = [line for line in output.splitlines() if ": error: " in line]
         assert len(errors) == 2, f"{name}: {errors}"  # the stage's, and the loop's
         # torch's writer, of a checkpoint's other files, does not say why it failed.
-        assert ("no space is left" if name == "a checkpoint's other files" else FULL) in errors[0], errors
+        said = "no space is left" if name == "a checkpoint's other files" else "raise it (ulimit -f)"
+        assert said in errors[0], errors
 
     run = hit_and_restart(FULL_DISK, settings, tmp_path, expected=1, each=one_line)
     same_as(run, undisturbed)
