@@ -74,7 +74,7 @@ def hit_and_restart(points, settings, folder, expected=-9, finish=True, each=Non
         now = finished(run)
         assert {file: now.get(file) for file in earlier} == earlier, f"{name}: done twice"
         earlier = now
-        if each:
+        if each and fault:
             each(run, name, output)
     return run
 

@@ -72,7 +72,7 @@ def test_signals_end_every_process(llama_run, tmp_path):
         assert "Traceback" not in output, name
         if name == "Slurm's time is over":
             assert "the job is requeued and resumes" in output
-        elif name != "the end":
+        else:
             assert "run the same command again (without FRESH=1) to resume" in output
 
     run = hit_and_restart(SIGNALS, settings, tmp_path, each=says_how_to_resume)
