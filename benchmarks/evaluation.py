@@ -15,10 +15,14 @@ import os
 import time
 
 from generation import check_vllm, run_vllm
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.errors import UserError, run_main
 from grath.common.layout import PROJECT
+from grath.evaluation.harness import load_local
 from grath.modeling.devices import check_devices
 from grath.modeling.loading import resolve_base_and_adapter
 from grath.modeling.precision import DTYPES
@@ -39,8 +43,6 @@ def letter_requests(limit):
     Returns:
         (requests, gold answers): four requests per question, and the index of the gold answer of each question.
     """
-    from lm_eval.api.instance import Instance
-
     bundled = load_questions(data_path=PROJECT / "data" / "questions.jsonl")
     questions = [question for question in bundled if len(question["choices"]) == 4]
 
@@ -56,8 +58,6 @@ def letter_requests(limit):
 
 def measure(lm, name, limit):
     """Score one of `WORKLOADS`; return (seconds without the load, list of log-likelihoods, dict of scores)."""
-    from lm_eval import simple_evaluate
-
     tasks, shots = WORKLOADS[name]
     seconds, log_likelihoods = 0.0, []
     original = type(lm).loglikelihood
@@ -81,38 +81,31 @@ def measure(lm, name, limit):
         questions = range(0, len(requests), 4)
         predicted = [max(range(4), key=lambda i, at=at: log_likelihoods[at + i]) for at in questions]
         scores = {name: 100 * sum(a == b for a, b in zip(predicted, gold, strict=True)) / len(gold)}
-    del lm.loglikelihood
     return seconds, log_likelihoods, scores
 
 
-def vllm_class():
-    """Return the class `HFLM` with vLLM's log-likelihoods."""
-    from lm_eval.models.huggingface import HFLM
+class VllmLM(HFLM):
+    """`HFLM` with vLLM's log-likelihoods."""
 
-    class VllmLM(HFLM):
-        def _loglikelihood_tokens(self, requests, **_):
-            start = time.perf_counter()
-            # The one token that vLLM generates after a prompt has to fit too.
-            prompts = [(context + answer)[1 - self.max_length :] for _, context, answer in requests]
-            lengths = [len(answer) for _, _, answer in requests]
-            work = {"model": self.config.name_or_path, "dtype": str(self.model.dtype).removeprefix("torch.")}
-            work |= {"prompts": prompts, "answer_lengths": lengths, "max_length": max(map(len, prompts)) + 1}
-            found = run_vllm(work | {"batch_size": self.batch_size, "runs": 1})
-            self.load_seconds += time.perf_counter() - start - found["seconds"][0]
-            # No score here reads whether an answer is the greedy one.
-            return [(log_likelihood, False) for log_likelihood in found["log_likelihoods"]]
-
-    return VllmLM
+    def _loglikelihood_tokens(self, requests, **_):
+        start = time.perf_counter()
+        # The one token that vLLM generates after a prompt has to fit too.
+        prompts = [(context + answer)[1 - self.max_length :] for _, context, answer in requests]
+        lengths = [len(answer) for _, _, answer in requests]
+        work = {"model": self.config.name_or_path, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        work |= {"prompts": prompts, "answer_lengths": lengths, "max_length": max(map(len, prompts)) + 1}
+        found = run_vllm(work | {"batch_size": self.batch_size, "runs": 1})
+        self.load_seconds += time.perf_counter() - start - found["seconds"][0]
+        # No score here reads whether an answer is the greedy one.
+        return [(log_likelihood, False) for log_likelihood in found["log_likelihoods"]]
 
 
 def load(way, base, adapter, args):
     """Load a model for one of `WAYS`; return an `HFLM`, whose `load_seconds` says how long it took."""
-    from grath.evaluation.harness import load_local
-
     start = time.perf_counter()
     if way == "vllm":  # which has the GPU to itself
         options = {"dtype": DTYPES[args.dtype], "use_safetensors": True, "device": "cpu"}
-        lm = vllm_class()(pretrained=base, batch_size=args.batch_size, **options)
+        lm = VllmLM(pretrained=base, batch_size=args.batch_size, **options)
     else:
         lm = load_local(way, adapter or base, args.dtype, args.batch_size)
     lm.load_seconds = 0 if way == "vllm" else time.perf_counter() - start

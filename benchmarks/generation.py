@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from made_requests import pair_prompts
 from transformers import AutoConfig, DynamicCache
 
 from grath.common.arguments import Parser, positive_int
@@ -34,10 +35,9 @@ from grath.common.layout import PROJECT, resolve_local
 from grath.generation.cache import common_prefix_length
 from grath.generation.hf import generate_hf, truncate_at_eos
 from grath.generation.shared_prefix import generate_shared_prefix
-from grath.modeling.chat import MODEL_TYPES, prompt_ids, template_for
+from grath.modeling.chat import MODEL_TYPES
 from grath.modeling.loading import eos_token_ids, load_for_inference, load_model, load_tokenizer
 from grath.modeling.precision import DTYPES, PRECISIONS, resolve_precision
-from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
 
 
@@ -94,13 +94,9 @@ def peak_bytes():
 def build_prompts(args):
     """Return the tokenizer and the prompts of the questions: lists of token ids."""
     tokenizer = load_tokenizer(args.model)
-    template = template_for(tokenizer, args.model_type)
     source = None if args.data_name else PROJECT / "data" / "questions.jsonl"
     questions = load_questions(args.data_name, "ARC-Challenge", "train", source)[: args.num_query]
-    demos = load_demos("truthfulqa")
-    return tokenizer, [
-        prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions
-    ]
+    return tokenizer, pair_prompts(tokenizer, questions, args.model_type)
 
 
 def measure(way, batch_size, args):

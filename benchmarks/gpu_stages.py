@@ -5,7 +5,7 @@
 The model has Llama-2-7B's shape, the vocabulary of the tokenizer and random weights. It is saved in a temporary folder
 and loaded from there. Its completions mean nothing, so their lengths are random: 40 to 100 tokens, and no drafted token
 is accepted. Everything else is what a stage does, tokenization included. `minutes` is for all questions of the
-published task, or for the paper's 1,000 steps; `peak` is the GPU's memory.
+published task, or for the paper's 1,000 steps; `peak` is the GPU's memory (on a CPU, the process's).
 
 `pairs, copied` is `model.generate` from copies of the few-shot examples' KV cache, in batches that take as long as
 their longest completion.
@@ -19,14 +19,21 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from generation import copied
-from made_requests import load_data, made_pairs, pair_prompts, task_requests
+import made_requests
+import torch
+from generation import copied, peak_bytes, reset_peak
+from lm_eval.api.instance import Instance
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from grath.common.arguments import Parser, positive_int
 from grath.common.defaults import MAX_STEPS, PAIRS_PER_STEP
 from grath.common.errors import UserError, run_main
 from grath.common.files import atomic_write_text
 from grath.common.layout import PROJECT
+from grath.dpo.config import GrathDPOConfig
+from grath.dpo.trainer import GrathDPOTrainer, lora_config
+from grath.evaluation.harness import SharedContextLM
+from grath.generation.shared_prefix import generate_shared_prefix
 from grath.modeling.loading import load_for_inference, load_model, load_tokenizer
 
 STAGES = ("pairs", "peer", "pairs in int8", "dpo", "scores")
@@ -45,9 +52,6 @@ WARM_UP = 5
 
 def save_model(folder, layers, tokenizer):
     """Save a Llama with Llama-2-7B's shape and random weights in float16."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(**LLAMA_2_7B | {"vocab_size": len(tokenizer), "num_hidden_layers": layers})
     torch.set_default_dtype(torch.float16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -59,13 +63,11 @@ def save_model(folder, layers, tokenizer):
 
 @contextmanager
 def drawn_lengths(model):
-    """Give the shared-prefix engine completions of drawn lengths. The model still computes its tokens.
+    """Let a model generate completions of drawn lengths. It still computes its tokens.
 
     A completion begins with the drawn number of tokens that follow, counts down to 0, and ends with the last token of
     the vocabulary, which is the EOS.
     """
-    import torch
-
     draw, read = random.Random(0), []
 
     def note(_, args):
@@ -76,7 +78,7 @@ def drawn_lengths(model):
         if len(logits) < len(following):  # a prefill, which needs the first token of each completion
             first = [draw.randint(SHORTEST - 1, LONGEST - 1) for _ in logits]
             following = torch.tensor(first, device=logits.device)
-        return logits.scatter_(1, following[:, None], float("inf"))
+        logits.view(len(following), -1).scatter_(1, following[:, None], float("inf"))
 
     hooks = (
         model.get_input_embeddings().register_forward_pre_hook(note),
@@ -91,9 +93,7 @@ def drawn_lengths(model):
 
 def add_figures(table, file, name, load, questions, seconds, minutes, **more):
     """Add a stage's figures to `table` (dict), print them, and write the table to a JSON file, if there is one."""
-    import torch
-
-    peak = torch.cuda.max_memory_allocated() * 1e-9 if torch.cuda.is_available() else 0.0
+    peak = peak_bytes() * 1e-9
     figures = {"load": load, "questions": questions, "seconds": seconds, "minutes": minutes, "peak_gb": peak}
     table[name] = figures | more
     extra = "".join(f"  {key} {value:.2f}" for key, value in more.items())
@@ -104,10 +104,7 @@ def add_figures(table, file, name, load, questions, seconds, minutes, **more):
 
 def timed(work):
     """Run work; return its result and its seconds, until the GPU has finished."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     start = time.perf_counter()
     result = work()
     if torch.cuda.is_available():
@@ -115,37 +112,17 @@ def timed(work):
     return result, time.perf_counter() - start
 
 
-def measure_pairs(add_row, name, model, load, prompts, rows):
-    from grath.generation.shared_prefix import generate_shared_prefix
-
-    def generate(prompts):
-        return list(generate_shared_prefix(model, prompts, LONGEST, rows, [model.config.vocab_size - 1]))
-
+def measure_pairs(add_row, name, generate, model, load, prompts, rows):
+    settings = (LONGEST, rows, [model.config.vocab_size - 1])
     with drawn_lengths(model):
-        generate(prompts[:8])
-        completions, seconds = timed(lambda: generate(prompts))
+        list(generate(model, prompts[:8], *settings))
+        completions, seconds = timed(lambda: list(generate(model, prompts, *settings)))
     tokens = sum(len(ids) for _, ids in completions)
     minutes = seconds / len(prompts) * QUESTIONS["pairs"] / 60
     add_row(name, load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
 
 
-def measure_peer(add_row, model, load, prompts):
-    eos_ids = [model.config.vocab_size - 1]
-    list(copied(model, prompts[:8], 2, ROWS, eos_ids))
-    _, seconds = timed(lambda: list(copied(model, prompts, LONGEST, ROWS, eos_ids)))
-    minutes = seconds / len(prompts) * QUESTIONS["pairs"] / 60
-    # Only the tokens that the rows need: a batch takes as long as its longest completion.
-    tokens = len(prompts) * (SHORTEST + LONGEST) / 2
-    add_row("pairs, copied", load, len(prompts), seconds, minutes, tokens_per_s=tokens / seconds)
-
-
 def measure_dpo(add_row, folder, tokenizer, questions, steps):
-    import torch
-    from transformers import TrainerCallback
-
-    from grath.dpo.config import GrathDPOConfig
-    from grath.dpo.trainer import GrathDPOTrainer, lora_config
-
     ends = []
 
     class Clock(TrainerCallback):
@@ -160,7 +137,7 @@ def measure_dpo(add_row, folder, tokenizer, questions, steps):
             gradient_accumulation_steps=1, save_strategy="no", disable_tqdm=True, logging_steps=10**6,
         )  # fmt: skip
         model, load = timed(lambda: load_model(folder, "fp4", trainable=True))
-        dataset = made_pairs(tokenizer, questions)
+        dataset = made_requests.made_pairs(tokenizer, questions)
         common = {"args": config, "train_dataset": dataset, "processing_class": tokenizer, "peft_config": lora_config()}
         trainer, reference = timed(lambda: GrathDPOTrainer(model=model, reference="rolling", **common))
         trainer.add_callback(Clock())
@@ -171,10 +148,6 @@ def measure_dpo(add_row, folder, tokenizer, questions, steps):
 
 
 def measure_scores(add_row, model, load, tokenizer, requests):
-    from lm_eval.api.instance import Instance
-
-    from grath.evaluation.harness import SharedContextLM
-
     lm = SharedContextLM(model, tokenizer)
     for name, (asked, questions) in requests.items():
         instances = [Instance("loglikelihood", {}, request, 0) for request in asked]
@@ -195,13 +168,11 @@ def main():
     add("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to measure")
     add("--json", type=Path, metavar="FILE", help="also write the figures to a JSON file")
     args = parser.parse_args()
-    import torch
-
     if not torch.cuda.is_available() and args.layers == LLAMA_2_7B["num_hidden_layers"]:
         raise UserError("torch sees no GPU")
     tokenizer = load_tokenizer(args.tokenizer)
-    questions, test, rows, shots_from = load_data(args.limit)
-    prompts = pair_prompts(tokenizer, questions)
+    questions, test, rows, shots_from = made_requests.load_data(args.limit)
+    prompts = made_requests.pair_prompts(tokenizer, questions)
     add_row = partial(add_figures, {}, args.json)
     print(f"{'stage':16}{'load s':>8}{'questions':>11}{'seconds':>9}{'minutes':>9}{'peak GB':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -212,16 +183,18 @@ def main():
             model, load = timed(lambda: load_for_inference(folder, "fp16"))
             if "pairs" in args.stages:
                 for number in args.rows:
-                    measure_pairs(add_row, f"pairs, {number} rows", model, load, prompts, number)
+                    measure_pairs(
+                        add_row, f"pairs, {number} rows", generate_shared_prefix, model, load, prompts, number
+                    )
             if "peer" in args.stages:
-                measure_peer(add_row, model, load, prompts[: 2 * ROWS])
+                measure_pairs(add_row, "pairs, copied", copied, model, load, prompts[: 2 * ROWS], ROWS)
             if "scores" in args.stages:
-                requests = task_requests(test, shots_from, rows, args.limit, 4 * args.limit)
+                requests = made_requests.task_requests(test, shots_from, rows, args.limit)
                 measure_scores(add_row, model, load, tokenizer, requests)
             del model
         if "pairs in int8" in args.stages:
             model, load = timed(lambda: load_for_inference(folder, "int8"))
-            measure_pairs(add_row, "pairs in int8", model, load, prompts, args.rows[-1])
+            measure_pairs(add_row, "pairs in int8", generate_shared_prefix, model, load, prompts, args.rows[-1])
             del model
         if "dpo" in args.stages:
             measure_dpo(add_row, folder, tokenizer, questions, args.dpo_steps)

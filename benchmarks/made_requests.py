@@ -70,29 +70,26 @@ def mmlu_requests(count, words, shots=5):
     return requests
 
 
-def task_requests(test, shots_from, rows, swag, mmlu):
-    """Build the requests of all tasks.
+def task_requests(test, shots_from, rows, limit):
+    """Build the requests of all tasks: dict of task -> (requests, number of its questions).
 
     Args:
         test, shots_from: ARC's questions, and those from which its examples are drawn.
         rows: TruthfulQA's rows.
-        swag, mmlu: numbers of questions to make.
-
-    Returns:
-        dict: task -> (requests, number of its questions).
+        limit: number of HellaSwag's questions to make; MMLU has four times as many.
     """
     words = words_of(shots_from)
     return {
         "arc_challenge": (arc_requests(test, shots_from), len(test)),
-        "hellaswag": (hellaswag_requests(swag, words), swag),
-        "mmlu": (mmlu_requests(mmlu, words), mmlu),
+        "hellaswag": (hellaswag_requests(limit, words), limit),
+        "mmlu": (mmlu_requests(4 * limit, words), 4 * limit),
         "truthfulqa": (truthfulqa_requests(rows, words), len(rows)),
     }
 
 
-def pair_prompts(tokenizer, questions):
-    """Tokenize the prompts of the pairs as for Llama-2, with six few-shot examples: lists of ids."""
-    template, demos = template_for(tokenizer, "llama2"), load_demos("truthfulqa")
+def pair_prompts(tokenizer, questions, model_type="llama2"):
+    """Tokenize the prompts of the pairs, with six few-shot examples: lists of ids."""
+    template, demos = template_for(tokenizer, model_type), load_demos("truthfulqa")
     return [prompt_ids(tokenizer, build_messages(question, 0, False, demos), template) for question in questions]
 
 

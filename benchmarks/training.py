@@ -22,7 +22,7 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from grath.common.arguments import Parser, positive_int
-from grath.common.defaults import PAIRS_PER_STEP
+from grath.common.defaults import MAX_LENGTH, MAX_STEPS, PAIRS_PER_STEP
 from grath.common.errors import run_main
 from grath.common.layout import PROJECT
 from grath.dpo.config import GrathDPOConfig
@@ -36,7 +36,7 @@ from grath.pairs.files import read_pairs
 from grath.pairs.questions import LABELED_DATASETS, gold_pairs
 
 WAYS = ("trl", "precomputed", "ours")
-PAPER_PAIRS, PAPER_STEPS = 1119, 1000
+PAPER_PAIRS = 1119
 
 
 class PlainTrainer(DPOTrainer):
@@ -44,16 +44,6 @@ class PlainTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
-
-
-def load_pairs(args, tokenizer):
-    """Return the tokenized pairs: `Dataset`."""
-    rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, 0)
-    tokenized = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
-    kept = filter_pairs(tokenized, 1024)[0]
-    if args.same_order:  # TRL's last step of an epoch would be smaller
-        kept = kept.select([i % len(kept) for i in range(PAIRS_PER_STEP * args.steps)])
-    return kept
 
 
 def train(way, args, tokenizer, pairs, folder):
@@ -104,12 +94,8 @@ def main():
     add("--model", default=str(PROJECT / "models" / "smollm2"), help="hub name or model folder")
     add("--dtype", choices=sorted(DTYPES), default="bf16", help="dtype of the base's weights")
     add("--dataset_path", type=Path, help="pair file")
-    add(
-        "--dataset_name",
-        choices=sorted(LABELED_DATASETS),
-        default="ai2_arc/ARC-Challenge",
-        help="data set of gold pairs, if there is no --dataset_path",
-    )
+    gold = {"choices": sorted(LABELED_DATASETS), "default": "ai2_arc/ARC-Challenge"}
+    add("--dataset_name", **gold, help="data set of gold pairs, if there is no --dataset_path")
     add("--pairs", type=positive_int, default=256, help="maximum number of pairs")
     add("--steps", type=positive_int, default=16, help="optimizer steps of 16 pairs")
     add("--same_order", action="store_true", help="take the pairs in the order of their file")
@@ -118,13 +104,17 @@ def main():
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to compare")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-    pairs = load_pairs(args, tokenizer)
+    rows = read_pairs(args.dataset_path) if args.dataset_path else gold_pairs(args.dataset_name, 0)
+    tokenized = tokenize_pairs(rows[: args.pairs], tokenizer, template_for(tokenizer, "auto"))
+    pairs = filter_pairs(tokenized, MAX_LENGTH)[0]
+    if args.same_order:  # TRL's last step of an epoch would be smaller
+        pairs = pairs.select([i % len(pairs) for i in range(PAIRS_PER_STEP * args.steps)])
     with tempfile.TemporaryDirectory() as folder:
         results = {way: train(way, args, tokenizer, pairs, folder) for way in args.ways}
 
     def iteration(found):
         """Seconds of the paper's iteration."""
-        return found["before"] / found["pairs"] * PAPER_PAIRS + found["seconds"] / args.steps * PAPER_STEPS
+        return found["before"] / found["pairs"] * PAPER_PAIRS + found["seconds"] / args.steps * MAX_STEPS
 
     checkpointing = "with" if args.gradient_checkpointing else "without"
     print(f"{args.pairs} pairs, {args.steps} steps, {args.dtype}; TRL {checkpointing} gradient checkpointing")

@@ -29,12 +29,9 @@ def main():
         enable_prefix_caching=True,
     )
     answer_lengths = work.get("answer_lengths")
-    if answer_lengths:
-        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    else:
-        sampling = SamplingParams(
-            temperature=0, max_tokens=work["max_new_tokens"], stop_token_ids=work["eos_ids"], detokenize=False
-        )
+    completions = {"max_tokens": work.get("max_new_tokens"), "stop_token_ids": work.get("eos_ids")}
+    asked = {"max_tokens": 1, "prompt_logprobs": 0} if answer_lengths else completions
+    sampling = SamplingParams(temperature=0, detokenize=False, **asked)
     prompts = [{"prompt_token_ids": prompt} for prompt in work["prompts"]]
     found = {"load": time.time() - psutil.Process().create_time(), "seconds": []}
     for _ in range(work["runs"]):

@@ -5,13 +5,12 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
-import time
 import uuid
 from pathlib import Path
 
 import pytest
-from support import PROJECT, score_values, script_env, weights
+from psutil import process_iter
+from support import PROJECT, score_values, script_env, wait_for, weights
 
 from grath.common.layout import SCORES_RECORD, TRAINING_RECORD
 from grath.common.record import read_record
@@ -21,16 +20,14 @@ HOOK = Path(__file__).parent / "faults" / "hook"
 ASK, TRAIN, SCORE = "create_pair_responses.py", "dpo.py --dataset_path", "grath.evaluation"
 
 
-def point(program, event, path, count=1, cut=None, signal="SIGKILL", limit=None):
+def point(program, event, path, **more):
     """A point of a run, as `hook/sitecustomize.py` describes it."""
-    return {
-        "program": program, "event": event, "path": path, "count": count, "cut": cut, "signal": signal, "limit": limit,
-    }  # fmt: skip
+    return {"program": program, "event": event, "path": path, **more}
 
 
 def renamed(program, name, count=1):
     """In the middle of writing a file of this name."""
-    return point(program, "os.rename", rf"/{name}$", count, "source")
+    return point(program, "os.rename", rf"/{name}$", count=count, cut="source")
 
 
 def start(settings, folder, fault=None):
@@ -39,34 +36,14 @@ def start(settings, folder, fault=None):
     settings = {**settings, "RUNS_DIR": str(folder), "MARK": mark, "PYTHONPATH": str(HOOK), "FAULT": json.dumps(fault)}
     # Tests that were started in the background of a shell ignore SIGINT, and those under nohup ignore SIGHUP.
     # Through a pipe: a limit on the size of files would stop the messages too.
-    with subprocess.Popen(
+    done = subprocess.run(
         ["bash", "-c", 'LOOP=$$ exec "$0"', PROJECT / "run_llama2.sh"],
-        env=script_env(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=script_env(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3600,
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS],
-    ) as process:  # fmt: skip
-        printed = []
-        reader = threading.Thread(target=lambda: printed.append(process.stdout.read()))
-        reader.start()
-        process.wait(timeout=3600)
-        # The process that injects the fault sleeps for ten minutes: only its death can end it sooner.
-        deadline = time.monotonic() + 300
-        while (left := marked(mark)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not left, f"still running: {left}"
-        reader.join()
-    return process.returncode, printed[0]
-
-
-def marked(mark):
-    """Return the processes with the mark in their environment: id -> command line."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes():
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue
-    return found
+    )  # fmt: skip
+    # The process that injects the fault sleeps for two hours: only its death can end it sooner.
+    wait_for(lambda: not any((one.info["environ"] or {}).get("MARK") == mark for one in process_iter(["environ"])))
+    return done.returncode, done.stdout
 
 
 def records(run):
@@ -97,13 +74,13 @@ def hit_and_restart(points, settings, folder, expected=-9, finish=True, each=Non
         now = finished(run)
         assert {file: now.get(file) for file in earlier} == earlier, f"{name}: done twice"
         earlier = now
-        if each:
+        if each and fault:
             each(run, name, output)
     return run
 
 
-def same_as(run, undisturbed, scored=True):
-    """Compare a run with the undisturbed one: pair files, adapters, scores if it has any, and what the records say."""
+def same_as(run, undisturbed):
+    """Compare a run with the undisturbed one: pair files, adapters, scores, and what the records say."""
     for file in undisturbed.glob("data/*.json"):
         if not file.name.endswith(".record.json"):
             assert (run / "data" / file.name).read_bytes() == file.read_bytes()
@@ -114,14 +91,11 @@ def same_as(run, undisturbed, scored=True):
         assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
     made = records(run)
     for path, expected in records(undisturbed).items():
-        ours = made.get(run / path.relative_to(undisturbed))
-        if ours is None:
-            assert path.name == SCORES_RECORD and not scored
-            continue
+        ours = made[run / path.relative_to(undisturbed)]
         assert ours["inputs"].keys() == expected["inputs"].keys() and ours["files"].keys() == expected["files"].keys()
     partial = [path for path in run.rglob("*") if re.search(r"\.tmp$|partial|\.responses", path.name)]
     assert not partial
-    for folder in undisturbed.glob("results/*") if scored else ():
+    for folder in undisturbed.glob("results/*"):
         assert score_values(run / "results" / folder.name) == pytest.approx(score_values(folder), abs=1e-4)
 
 

@@ -102,15 +102,11 @@ def stages(model, pairs, folder):
     }
 
 
-def preset():
-    """The settings of run_llama2.sh."""
-    lines = (PROJECT / "run_llama2.sh").read_text(encoding="utf-8")
-    return dict(re.findall(r'^export (\w+)="\$\{\1:-(.*)\}"', lines, re.MULTILINE))
-
-
 def check_here(env, status=0):
     """What `CHECK=1 ./run_llama2.sh` runs, in this process."""
-    return call_here("grath.run", "check", env={**preset(), **env}, status=status)
+    lines = (PROJECT / "run_llama2.sh").read_text(encoding="utf-8")
+    preset = dict(re.findall(r'^export (\w+)="\$\{\1:-(.*)\}"', lines, re.MULTILINE))
+    return call_here("grath.run", "check", env={**preset, **env}, status=status)
 
 
 def rows(path):

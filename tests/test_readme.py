@@ -23,57 +23,45 @@ STEPS = {
     "python -m grath.distance $pairs --model_name_or_path $model_name_or_path": [],
     "python -m grath.export $adapter $merged_model": ["--precision", "fp32"],
 }
-DRY_RUN = "tests/run/test_loop.py::test_dry_run_prints_every_command_and_runs_none"
 TRAIN = "--model_name_or_path $model_name_or_path --output_dir $output_dir"
-# The other commands, and where each is run: by a test, or by CI itself.
+DRY_RUN = "test_dry_run_prints_every_command_and_runs_none"
+# The other commands, and the test or fixture that runs each.
 ELSEWHERE = {
-    "make demo": "tests/run/test_loop.py::test_the_demo_on_smollm2_with_reduced_sizes",
-    "make test": ".ci/run",
-    "./run_llama2.sh": "tests/conftest.py::llama_run",
+    "make demo": "test_the_demo_on_smollm2_with_reduced_sizes",
+    "./run_llama2.sh": "llama_run",
     "./run_llama2_fix_ref.sh": DRY_RUN,
     "./run_zephyr.sh": DRY_RUN,
     "./run_zephyr_fix_ref.sh": DRY_RUN,
-    "./run_smollm2.sh": "tests/run/test_loop.py::test_the_demo_on_smollm2_with_reduced_sizes",
+    "./run_smollm2.sh": "test_the_demo_on_smollm2_with_reduced_sizes",
     "./run_smollm2_fix_ref.sh": DRY_RUN,
     "DRY_RUN=1 ./run_llama2.sh": DRY_RUN,
-    "CHECK=1 ./run_llama2.sh": "tests/run/test_check.py::test_check_passes_and_prints_the_plan",
-    'TASKS="truthfulqa_mc1 truthfulqa_mc2" ./run_llama2.sh': ("tests/conftest.py::llama_run"),
-    "python -m grath.push $adapter $name": (
-        "tests/report/test_push.py::test_an_adapter_is_pushed_with_a_card_of_its_run"
-    ),
-    "python -m grath.push $adapter $name --merged $merged_model": (
-        "tests/report/test_push.py::test_a_merged_model_is_pushed_whole"
-    ),
-    "FRESH=1 ./run_llama2.sh": "tests/run/test_loop.py::test_fresh_moves_the_old_run_aside_and_makes_the_same_bytes",
-    "sbatch ./run_llama2.sh": "tests/run/test_loop.py::test_presets_can_be_given_to_slurm",
+    "CHECK=1 ./run_llama2.sh": "test_check_passes_and_prints_the_plan",
+    'TASKS="truthfulqa_mc1 truthfulqa_mc2" ./run_llama2.sh': "llama_run",
+    "python -m grath.push $adapter $name": "test_an_adapter_is_pushed_with_a_card_of_its_run",
+    "python -m grath.push $adapter $name --merged $merged_model": "test_a_merged_model_is_pushed_whole",
+    "FRESH=1 ./run_llama2.sh": "test_fresh_moves_the_old_run_aside_and_makes_the_same_bytes",
+    "sbatch ./run_llama2.sh": "test_presets_can_be_given_to_slurm",
     f"accelerate launch dpo.py --dataset_path $dataset_path {TRAIN} --seed $seed": (
-        "tests/dpo/test_launch.py::test_accelerate_launch_gives_the_same_adapter"
+        "test_accelerate_launch_gives_the_same_adapter"
     ),
-    f"accelerate launch dpo.py --dataset_name $dataset_name {TRAIN} --seed $seed": (
-        "tests/dpo/test_dataset.py::test_labeled_datasets"
-    ),
+    f"accelerate launch dpo.py --dataset_name $dataset_name {TRAIN} --seed $seed": "test_labeled_datasets",
     "accelerate launch --config_file accelerate_configs/data_parallel.yaml --num_processes 2 dpo.py "
-    f"--dataset_path $dataset_path {TRAIN}": "tests/dpo/test_launch.py::test_two_processes_resume_the_training_of_one",
-    "./evaluation.sh $model_or_adapter $output_dir": (
-        "tests/evaluation/test_scores.py::test_all_tasks_of_the_leaderboard_offline"
-    ),
-    "./evaluation.sh": "tests/run/test_loop.py::test_evaluation_scores_what_is_left_of_the_newest_run",
+    f"--dataset_path $dataset_path {TRAIN}": "test_two_processes_resume_the_training_of_one",
+    "./evaluation.sh $model_or_adapter $output_dir": "test_all_tasks_of_the_leaderboard_offline",
+    "./evaluation.sh": "test_evaluation_scores_what_is_left_of_the_newest_run",
 }
 
 
-def quoted_commands(page):
-    """Return the lines of the code blocks without a language, apart from `export` lines."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (PROJECT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    lines = [line for language, block in blocks if not language for line in block.splitlines()]
-    return [line for line in lines if not line.startswith("export ")]
-
-
 def test_every_command_is_run():
-    assert sorted(quoted_commands("README.md")) == sorted([*STEPS, *ELSEWHERE])
-    for command, place in ELSEWHERE.items():
-        file, _, name = place.partition("::")
-        wanted = rf"^def {name}\(" if name else rf"^{command}$"
-        assert re.search(wanted, (PROJECT / file).read_text(encoding="utf-8"), re.MULTILINE), place
+    """Every line of the code blocks without a language, apart from `export` lines."""
+    page = (PROJECT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    quoted = [line for line in lines if not line.startswith("export ")]
+    assert sorted(quoted) == sorted(["make test", *STEPS, *ELSEWHERE])
+    assert "\nmake test\n" in (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "tests").rglob("*.py"))
+    assert [name for name in ELSEWHERE.values() if f"\ndef {name}(" not in tests] == []
 
 
 def test_the_commands_of_the_steps(llama_run, tiny_llama, pair_file, tmp_path):

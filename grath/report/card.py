@@ -43,9 +43,10 @@ def model_card(adapter, record, name, merged):
     """
     from huggingface_hub import ModelCardData
 
-    number, run = _run_of(adapter)
+    folder = adapter.resolve().parent.parent
+    run = read_run(folder) if is_run(folder) else {"models": ()}
+    number = next((i for i in run["models"] if i and find_model(folder, i) == adapter.resolve()), None)
     base = hub_name(record["base_model"])
-    shown = base or Path(record["base_model"]).name
     metadata = ModelCardData(
         base_model=base,
         base_model_relation=("finetune" if merged else "adapter") if base else None,
@@ -55,8 +56,8 @@ def model_card(adapter, record, name, merged):
     )
     settings, records, rows, asked, source = settings_of("dpo", record), [record], [], record["pairs"]["read"], ""
     given = settings.get("dpo dataset_name", "")
-    own = OWN if run or record.get("own_pairs", True) else OF_A_FILE
-    if run:
+    own = OWN if number or record.get("own_pairs", True) else OF_A_FILE
+    if number:
         models, settings = run["models"], run["settings"]
         records = models[number]["records"].values()
         asked = (models[0]["pairs"] or {}).get("asked") or asked
@@ -68,7 +69,7 @@ def model_card(adapter, record, name, merged):
     about = ABOUT.format(
         name=name,
         kind="A fine-tuned model" if merged else "A LoRA adapter",
-        base=f"[{base}](https://huggingface.co/{base})" if base else shown,
+        base=f"[{base}](https://huggingface.co/{base})" if base else Path(record["base_model"]).name,
         data=GIVEN.format(data=given) if given else own.format(asked=asked),
         source=source,
     )
@@ -82,14 +83,6 @@ def hub_name(name):
     """Return the name of a model if it is one of the hub, not a path; else None."""
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
     return name if is_name else None
-
-
-def _run_of(adapter):
-    """Return (i, what `read_run` returned) if an adapter is M_i of a run, else (None, None)."""
-    folder = adapter.resolve().parent.parent
-    run = read_run(folder) if is_run(folder) else {"models": ()}
-    numbers = [i for i in run["models"] if i and find_model(folder, i) == adapter.resolve()]
-    return (numbers[0], run) if numbers else (None, None)
 
 
 def _public(value):

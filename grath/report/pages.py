@@ -39,8 +39,7 @@ def write_report(run, note=""):
     pairs = {number: model["pairs"] for number, model in models.items() if model["pairs"]}
     atomic_write_text(folder / PAIR_STATS, json.dumps(pairs, indent=2) + "\n")
     files = [REPORT, PAIR_STATS]
-    title = f"# {inert(folder.resolve().name)}"
-    parts = [title, f"Base model: {inert(base)}", page, score_footer(rows), *sentences]
+    parts = [f"# {inert(folder.resolve().name)}", f"Base model: {inert(base)}", page, score_footer(rows), *sentences]
     if tasks := tasks_of(rows):
         plots = ["iterations.png", "iterations.svg"]
         plot_scores({run["name"]: models}, tasks, *(folder / plot for plot in plots))

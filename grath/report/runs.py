@@ -132,11 +132,9 @@ def _asked_questions(record):
 def _settings(models):
     trained = [model["records"]["dpo"] for model in models.values() if "dpo" in model["records"]]
     start = trained[0] if trained else {}
-    found = {
-        "base model": start.get("incoming_adapter") or start.get("base_model"),
-        "seed": trained[-1]["settings"].get("seed") if trained else None,
-    }
-    found = {name: "" if value is None else str(value) for name, value in found.items()}
+    seed = trained[-1]["settings"].get("seed") if trained else None
+    found = {"base model": start.get("incoming_adapter") or start.get("base_model", "")}
+    found["seed"] = "" if seed is None else str(seed)
     values = {}
     for stage in OF_STAGE:
         for number, model in models.items():

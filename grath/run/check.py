@@ -106,10 +106,13 @@ def driver_cuda_version():
 
 
 def read_model(name):
-    """Read the configuration of a model, whose weights must be here or on the hub: (what to print, configuration)."""
+    """Read the configuration of a model, whose weights must be here or on the hub: (what to print, configuration).
+
+    A model that is no adapter must have layers that a new one is for.
+    """
     from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     base, adapter = resolve_base_and_adapter(name)
     check_weights(base)
@@ -126,15 +129,7 @@ def read_model(name):
     check_unquantized(base, config)
     if adapter:
         model_identity(name)  # that its base is the one that it was trained on
-    else:
-        check_layers(config)
-    return base, config.get_text_config()
-
-
-def check_layers(config):
-    """Raise `UserError` if a model with this configuration has none of the layers that a new adapter is for."""
-    from transformers import AutoModelForCausalLM
-
+        return base, config.get_text_config()
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -142,6 +137,7 @@ def check_layers(config):
         raise UserError(f"{config.model_type}: {first_line(error)[:200]}") from None
     if not {name.rpartition(".")[2] for name, _ in model.named_modules()} & {*LORA_LAYERS}:
         raise UserError(f"{config.model_type} has none of the layers that LoRA trains: {', '.join(LORA_LAYERS)}")
+    return base, config.get_text_config()
 
 
 def check_template(values, config):

@@ -25,14 +25,10 @@ def needs_gpu(reason):
     return lambda test: pytest.mark.gpu(skip(test))
 
 
-def deep_llama(device):
-    """A Llama of 32 layers with narrow matrices."""
-    return tiny("llama", num_hidden_layers=32).to(device)
-
-
 def test_the_engine_is_greedy_in_fp32(device):
     """Each token has the best logit of a forward pass of its row alone, within rounding."""
-    model, prompts = deep_llama(device), [[*range(1, 40), i, *range(1, 2 + i % 4)] for i in range(12)]
+    model = tiny("llama", num_hidden_layers=32).to(device)
+    prompts = [[*range(1, 40), i, *range(1, 2 + i % 4)] for i in range(12)]
     for i, ids in list(generate_shared_prefix(model, prompts, 12, 5, [5, 7])):
         with torch.inference_mode():
             logits = model(torch.tensor([prompts[i] + ids], device=model.device)).logits[0, len(prompts[i]) - 1 :]
@@ -128,7 +124,8 @@ def little_memory(work):
 
 @needs_gpu("a CPU's memory has no limit")
 def test_pairs_that_do_not_fit_are_asked_in_smaller_batches(capsys):
-    model, tokenizer = deep_llama("cuda"), SimpleNamespace(eos_token_id=59, decode=lambda ids, **_: str(ids))
+    model = tiny("llama", num_hidden_layers=32).to("cuda")
+    tokenizer = SimpleNamespace(eos_token_id=59, decode=lambda ids, **_: str(ids))
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_(), layer.mlp.down_proj.weight.data.zero_()
     # The token t + 1 follows the token t, by a wide margin.

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from huggingface_hub import RepoUrl
 from huggingface_hub.utils import filter_repo_objects
-from made_runs import put_pairs, put_record, put_run
-from support import call_here
+from made_runs import put_pairs, put_run
+from support import call_here, change_json
 
 from grath.common.files import sha256
 
@@ -37,9 +37,8 @@ def uploads(monkeypatch):
 
 def made_adapter(run, **record):
     """A run of an adapter on a base of the hub, with scores of M_0 and M_1."""
-    put_run(run, {0: [0.0, 1.0, 0.0, 0.0], 1: [1.0, 1.0, 0.0, 0.0]})
-    settings = {"subdata_name": "ARC-Challenge", "split": "train", "data_path": None}
-    put_pairs(run, 0, [("q", "a", "b")], data_name="allenai/ai2_arc", **settings)
+    put_run(run, {0: [0.0, 1.0, 0.0, 0.0], 1: [1.0, 1.0, 0.0, 0.0]}, max_steps=7)
+    put_pairs(run, 0, [("q", "a", "b")])
     (adapter,) = run.glob("models/iter_1_*")
     (adapter / "checkpoint-4").mkdir()
     (adapter / "checkpoint-4" / "README.md").touch()
@@ -47,9 +46,7 @@ def made_adapter(run, **record):
     files = [adapter / "adapter_model.safetensors", adapter / "adapter_config.json"]
     for file in files:
         file.write_text('{"base_model_name_or_path": "/home/me/secret", "r": 8}')
-    content = {"base_model": "meta-llama/Llama-2-7b-chat-hf", "incoming_adapter": None, "pairs": {"read": 1, "kept": 1}}
-    settings = {"max_steps": 7, "beta": 0.1, "output_dir": str(run), "dataset_name": None} | record.pop("settings", {})
-    put_record(adapter / "grath.json", files, settings=settings, **content | record)
+    change_json(adapter / "grath.json", files={file.name: sha256(file) for file in files}, **record)
     return adapter
 
 
@@ -63,38 +60,35 @@ def test_an_adapter_is_pushed_with_a_card_of_its_run(tmp_path, uploads):
     adapter = made_adapter(tmp_path / "run_seed_0")
     done = call_here("grath.push", adapter, NAME, "--private")
     assert f"Pushed {adapter} to https://huggingface.co/{NAME}" in done.stdout
-    config = {"base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "r": 8}
+    config = {"base_model_name_or_path": "me/Llama-2-7b-chat-hf", "r": 8}
     names = ["README.md", "adapter_model.safetensors", "training_log.jsonl"]
     assert uploads == [(NAME, "adapter_config.json", config), (NAME, True, names)]
     metadata, page = card_of(adapter)
-    assert metadata["base_model"] == "meta-llama/Llama-2-7b-chat-hf" and metadata["library_name"] == "peft"
+    assert metadata["base_model"] == "me/Llama-2-7b-chat-hf" and metadata["library_name"] == "peft"
     assert metadata["base_model_relation"] == "adapter"
     assert "each of 5 questions" in page and "This is the model of iteration 1." in page
     assert f'pipeline("text-generation", "{NAME}")' in page and "| pairs data_name " in page
     assert "| M_1        | 50.00 (+25.00 [" in page and "lm-evaluation-harness 0.4.13" in page
-    assert "| dpo max_steps " in page and "Commit: abc1234" in page and str(tmp_path) not in page
+    assert "| dpo max_steps " in page and "Commit: def5678+, abc1234" in page and str(tmp_path) not in page
     # An edited card is kept.
     (adapter / "README.md").write_text("mine")
     call_here("grath.push", adapter, NAME)
     assert (adapter / "README.md").read_text() == "mine"
 
 
-def test_an_adapter_without_a_run_has_a_card_without_scores(tmp_path, uploads):
-    alone = made_adapter(tmp_path / "run_seed_0", incoming_adapter="me/old").rename(tmp_path / "adapter")
-    call_here("grath.push", alone, NAME)
-    _, page = card_of(alone)
-    assert uploads and "## Scores" not in page
-    assert "| dpo max_steps | 7 " in page and "The training continued an earlier adapter." in page
-    other = made_adapter(tmp_path / "run_seed_1", own_pairs=False).rename(tmp_path / "other")
-    call_here("grath.push", other, NAME)
-    assert "It was trained on the pairs of a given file." in card_of(other)[1]
-
-
-def test_a_card_of_a_model_trained_on_truthfulqa_shows_no_scores(tmp_path, uploads):
-    adapter = made_adapter(tmp_path / "run_seed_0", settings={"dataset_name": "truthful_qa[:200]"})
-    call_here("grath.push", adapter, NAME)
-    _, page = card_of(adapter)
-    assert "It was trained on pairs of truthful_qa[:200], not on pairs of its own." in page and "## Scores" not in page
+def test_cards_without_scores(tmp_path, uploads):
+    """Of adapters without a run, and of one that was trained on TruthfulQA."""
+    continued = made_adapter(tmp_path / "run_seed_0", incoming_adapter="me/old").rename(tmp_path / "continued")
+    given = made_adapter(tmp_path / "run_seed_1", own_pairs=False).rename(tmp_path / "given")
+    gold = made_adapter(tmp_path / "run_seed_2", settings={"dataset_name": "truthful_qa[:200]"})
+    for adapter, said in {
+        continued: "The training continued an earlier adapter.",
+        given: "It was trained on the pairs of a given file.",
+        gold: "It was trained on pairs of truthful_qa[:200], not on pairs of its own.",
+    }.items():
+        call_here("grath.push", adapter, NAME)
+        page = card_of(adapter)[1]
+        assert said in page and "## Scores" not in page
 
 
 def test_a_merged_model_is_pushed_whole(tmp_path, uploads):

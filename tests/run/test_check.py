@@ -11,7 +11,7 @@ import torch
 from support import BUNDLED, call, check_here, patch_gpus
 
 from grath.common.errors import UserError
-from grath.modeling.loading import check_weights, has_local_weights
+from grath.modeling.loading import has_local_weights
 from grath.run import check
 from grath.run.check import check_disk, read_model
 from grath.run.settings import read_settings
@@ -45,20 +45,14 @@ def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
     assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
 
 
-def test_check_and_stages_require_the_same_weights(model):
+def test_check_requires_all_weights(model):
     assert read_model(str(model))[1].hidden_size == 64 and has_local_weights(str(model))
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    for look in (check_weights, read_model):
-        with pytest.raises(UserError, match="lacks 1 of 2 weight files, starting with model-00002-of-00002"):
-            look(str(model))
+    with pytest.raises(UserError, match="lacks 1 of 2 weight files, starting with model-00002-of-00002"):
+        read_model(str(model))
     assert not has_local_weights(str(model))
-    (model / "model.safetensors.index.json").unlink()
-    (model / "model-00001-of-00002.safetensors").rename(model / "pytorch_model.bin")
-    for look in (check_weights, read_model):
-        with pytest.raises(UserError, match="has no safetensors weights"):
-            look(str(model))
 
 
 def test_check_does_not_count_half_a_model_of_the_hub(tiny_llama, tmp_path, monkeypatch):
@@ -130,8 +124,7 @@ def test_the_disk_must_have_room_for_every_iteration(tiny_llama, tmp_path, monke
     config = read_model(str(tiny_llama))[1]
     once, ten_times = (read_settings({**given, "ITERATIONS": count}) for count in ("1", "10"))
     need, ten_needs = (int(re.search(r"about (\d+) MB", check_disk(config, values))[1]) for values in (once, ten_times))
-    checkpoint = 3 * 24e3 + check.TOKENIZER  # adapters of this model have 24 kB
-    assert 1000 * checkpoint < need * 1e6 < 2 * 1000 * checkpoint and 9 * need < ten_needs < 11 * need
+    assert need * 1e6 > 1000 * check.TOKENIZER and 9 * need < ten_needs < 11 * need  # in each of 1,000 checkpoints
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 2e6 * need))
     assert "to write" in check_disk(config, once)
     with pytest.raises(UserError, match="are free in .* and all iterations write about"):

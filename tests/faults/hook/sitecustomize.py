@@ -3,9 +3,9 @@
 The signal goes to the loop, whose process id is LOOP. SIGKILL goes to the stage's process group too: the machine fails.
 
 FAULT is JSON: "program" (part of the process's command line), "event" (of Python's audit events, raised just before the
-thing happens), "path" (regular expression), "count" (which of the matching events, from 1), "cut" (a file to cut in
-half first, as a kill in the middle of its writing leaves it; "source" is what would be renamed), "signal", or "limit"
-(bytes that a file of this process may have from here on, for a full disk).
+thing happens), "path" (regular expression), "count" (which of the matching events; 1), "cut" (a file to cut in half
+first, as a kill in the middle of its writing leaves it; "source" is what would be renamed), "signal" (SIGKILL), or
+"limit" (bytes that a file of this process may have from here on, for a full disk).
 """
 
 import json
@@ -26,8 +26,6 @@ hit = False
 def path_of(event, args):
     if event == "open":
         return str(args[0]) if args[2] & WRITES else ""
-    if event == "subprocess.Popen":
-        return " ".join(map(str, args[1]))
     return str(args[1] if event == "os.rename" else args[0])
 
 
@@ -36,21 +34,21 @@ def hook(event, args):
     if hit or event != FAULT["event"] or not re.search(FAULT["path"], path_of(event, args)):
         return
     seen += 1
-    if seen < FAULT["count"]:
+    if seen < FAULT.get("count", 1):
         return
     hit = True
-    if FAULT["cut"]:
+    if cut := FAULT.get("cut"):
         here = Path(path_of(event, args)).parent
-        file = Path(args[0]) if FAULT["cut"] == "source" else next(here.glob(FAULT["cut"]))
+        file = Path(args[0]) if cut == "source" else next(here.glob(cut))
         os.truncate(file, file.stat().st_size // 2)
-    if FAULT["limit"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["limit"], FAULT["limit"]))
+    if (limit := FAULT.get("limit")) is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return
-    number = signal.Signals[FAULT["signal"]]
+    number = signal.Signals[FAULT.get("signal", "SIGKILL")]
     os.kill(int(os.environ["LOOP"]), number)
     if number == signal.SIGKILL:
         os.killpg(0, number)
-    time.sleep(600)  # until this process is ended too
+    time.sleep(7200)  # until this process is ended too
 
 
 if FAULT and FAULT["program"] in " ".join(sys.orig_argv):
