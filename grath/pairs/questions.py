@@ -42,9 +42,10 @@ def load_preferences(name, seed):
         return gold_pairs(name, seed)
     rows = load_dataset(name, split="train")
     kinds = (str, [{"role": re.compile("system|developer|user|assistant|tool|function"), "content": str}])
-    shapes = tuple({"chosen": turns, "rejected": turns, "prompt?": turns} for turns in kinds)
+    shapes = [{"chosen": turns, "rejected": turns, "prompt?": turns} for turns in kinds]
     for number, row in enumerate(rows, start=1):
-        if not (fits(row, shapes) and row["chosen"] and row["rejected"]):
+        shapes = [shape for shape in shapes if fits(row, shape)]
+        if not (shapes and row["chosen"] and row["rejected"]):
             raise UserError(
                 f"{name}, row {number}: prompt, chosen and rejected must be all texts, or all messages of the system, "
                 "the user and the assistant, as in TRL's format"

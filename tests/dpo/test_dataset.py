@@ -21,11 +21,13 @@ def test_preferences_of_the_hub_without_identical_and_long_pairs(tiny_llama, tmp
     done, record = train(tiny_llama, tmp_path / "m", *flags, source=("--dataset_name", "me/prefs"), cwd=tmp_path)
     assert "4 pairs, 1 with identical answers and 1 over 128 tokens dropped" in done.stdout
     assert record["pairs"] == {"read": 4, "identical": 1, "too_long": 1, "kept": 2}
-    # A text and messages in one row; another name of a role.
-    for prompt in ("Is ice cold?", turn("human", "Is ice cold?")):
-        write_rows(tmp_path / "me" / "prefs" / "train.jsonl", [data[0] | {"prompt": prompt}])
+    # Texts and messages in one row, and in two rows; another name of a role.
+    texts, named = {"prompt": "Is ice cold?", "chosen": "No", "rejected": "Yes"}, {"prompt": turn("human", "Ice?")}
+    for rows in ([texts | {"chosen": no}], [data[0], texts], [data[0] | named]):
+        write_rows(tmp_path / "me" / "prefs" / "train.jsonl", rows)
         done, _ = train(tiny_llama, tmp_path / "n", source=("--dataset_name", "me/prefs"), cwd=tmp_path, status=2)
-        assert "me/prefs, row 1: prompt, chosen and rejected must be all texts, or all messages" in done.stderr
+        expected = f"me/prefs, row {len(rows)}: prompt, chosen and rejected must be all texts, or all messages"
+        assert expected in done.stderr
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])
