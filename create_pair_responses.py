@@ -19,6 +19,7 @@ command then does nothing, and a different one that would write the same file is
 asks inference servers with the OpenAI completions API instead. The key, if they need one, is OPENAI_API_KEY.
 """
 
+import json
 import os
 import time
 from contextlib import ExitStack
@@ -41,11 +42,11 @@ from grath.pairs.questions import load_questions
 from grath.pairs.record import describe_pairs, is_finished, settings_of
 from grath.pairs.responses import (
     load_responses,
+    open_responses,
     opens_reasoning,
     parse_response,
     parse_responses,
     remove_responses,
-    save_responses,
 )
 from grath.pairs.stats import count_identical
 from grath.pairs.truth import format_signal, truth_signal
@@ -194,10 +195,10 @@ def ask(generator, prompts, indices, path, saved, opened):
     responses, parsed = {}, 0
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
-    with bar, save_responses(path, saved) as save:
+    with bar, open_responses(path, saved) as file:
         for position, response in generator.generate([prompts[i] for i in indices]):
             index, response = indices[position], opened + response
-            save(index, response)
+            file.write(json.dumps([index, response]) + "\n")
             responses[index] = response
             parsed += parse_response(response)[0] is not None
             bar.set_postfix(parsed=f"{parsed / len(responses):.0%}", refresh=False)

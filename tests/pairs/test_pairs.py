@@ -10,7 +10,7 @@ import pytest
 from support import BUNDLED, PROJECT, asking, call, call_here, change_json, pair, rows, wait_for, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
-from grath.pairs.responses import load_responses, opens_reasoning, parse_response, remove_responses, save_responses
+from grath.pairs.responses import load_responses, open_responses, opens_reasoning, parse_response, remove_responses
 
 DRAFT, FINAL = "Correct answer: maybe\nIncorrect answer: never", "Correct answer: yes\nIncorrect answer: no"
 
@@ -23,8 +23,8 @@ def ask(model, folder, *flags, **options):
 
 def test_the_responses_to_a_file_with_brackets_in_its_name(tmp_path):
     path = tmp_path / "a[1].json"
-    with save_responses(path, 0) as save:
-        save(0, "yes")
+    with open_responses(path, 0) as file:
+        file.write('[0, "yes"]\n')
     assert load_responses(path) == {0: "yes"}
     remove_responses(path)
     assert not list(tmp_path.iterdir())
