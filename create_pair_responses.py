@@ -156,22 +156,20 @@ def main():
         state.wait_for_everyone()  # until the main process has the lock
         start, saved = time.monotonic(), f"{record['starts']}.{state.process_index}"
         with state.split_between_processes(left) as mine:
-            answers = ask(generator, prompts, mine, path, saved, opened) if mine else {}
+            answers = ask(state, generator, prompts, mine, path, saved, opened) if mine else {}
             responses |= gather_object(list(answers.items()))
         seconds = time.monotonic() - start
-        rows = []
-        if state.is_main_process:
-            rows, dropped = parse_responses(questions, responses)
-            print_counts(rows, questions, dropped, len(left), seconds)
-            record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
-            if generator:
-                record["rows"] = generator.rows
-            record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
+        if not state.is_main_process:
+            return
+        rows, dropped = parse_responses(questions, responses)
+        print_counts(rows, questions, dropped, len(left), seconds)
+        record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
+        if generator:
+            record["rows"] = generator.rows
+        record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
         if rows:
             write_pairs(path, rows)
             record["files"] = {path.name: sha256(path)}
-    if not state.is_main_process:
-        return
     if not rows:
         raise UserError(
             f"none of {len(questions)} responses could be parsed, so {path} was not written: try "
@@ -181,7 +179,7 @@ def main():
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(generator, prompts, indices, path, saved, opened):
+def ask(state, generator, prompts, indices, path, saved, opened):
     """Generate responses to this process's prompts (`indices`), with a progress bar; save each response at once.
 
     Its file of saved responses is called `saved`; a response begins with what the prompt has `opened` for it.
@@ -189,9 +187,6 @@ def ask(generator, prompts, indices, path, saved, opened):
     Returns:
         dict: index of the question -> response.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
     responses, parsed = {}, 0
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
