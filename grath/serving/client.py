@@ -230,9 +230,10 @@ async def send_all(senders, count, timeout, on_done):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def send_until(session, timeout, url, *args):
+async def send_until(timeout, url, *args):
     """Return what `send` does; while the server is unavailable, wait and send again, for at most `timeout` seconds."""
     found = []
-    sender = (url, lambda _: send(session, url, *args))
-    await send_all([sender], 1, timeout, lambda _, response: found.append(response))
+    async with open_session(timeout) as session:
+        sender = (url, lambda _: send(session, url, *args))
+        await send_all([sender], 1, timeout, lambda _, response: found.append(response))
     return found[0]

@@ -14,6 +14,7 @@ from threading import Thread
 
 from grath.common.defaults import SERVER_TIMEOUT
 from grath.common.errors import UserError
+from grath.common.files import fits
 from grath.serving import client
 from grath.serving.client import Refused, Unavailable, send_until, show
 
@@ -64,7 +65,16 @@ def request_completions(served, bodies, in_flight=None, text_of=None, try_again=
         TimeoutError: no request had a response for the timeout of `served`.
     """
     loop, results = asyncio.new_event_loop(), SimpleQueue()
-    asking = loop.create_task(_request_completions(served, bodies, in_flight, text_of, try_again, results))
+
+    async def ask():
+        async with client.open_session(served.timeout) as session:
+            send = partial(_request, session, served, bodies, text_of, try_again)
+            senders = [(url, partial(send, url, asyncio.Lock())) for url in served.urls]
+            # The servers take turns, so that they share few requests too.
+            senders *= min(in_flight or MOST_IN_FLIGHT, len(bodies))
+            await client.send_all(senders, len(bodies), served.timeout, lambda *found: results.put(found))
+
+    asking = loop.create_task(ask())
     asking.add_done_callback(results.put)
     asking.add_done_callback(lambda _: loop.stop())
     # A signal's exception is raised at any line of the main thread, which must not be one of the event loop.
@@ -78,15 +88,6 @@ def request_completions(served, bodies, in_flight=None, text_of=None, try_again=
         loop.call_soon_threadsafe(asking.cancel)
         thread.join()
         loop.close()
-
-
-async def _request_completions(served, bodies, in_flight, text_of, try_again, results):
-    async with client.open_session(served.timeout) as session:
-        send = partial(_request, session, served, bodies, text_of, try_again)
-        senders = [(url, partial(send, url, asyncio.Lock())) for url in served.urls]
-        # The servers take turns, so that they share few requests too.
-        senders *= min(in_flight or MOST_IN_FLIGHT, len(bodies))
-        await client.send_all(senders, len(bodies), served.timeout, lambda *found: results.put(found))
 
 
 async def _request(session, served, bodies, text_of, try_again, url, loading, index):
@@ -103,7 +104,7 @@ async def _request(session, served, bodies, text_of, try_again, url, loading, in
         try:
             async with loading:
                 with suppress(TimeoutError):
-                    await load_adapter(session, url, served, min(30, served.timeout))
+                    await load_adapter(url, served, min(30, served.timeout))
         except Refused:
             if len(served.urls) == 1:  # else another server may answer
                 raise
@@ -177,22 +178,19 @@ def is_named(name, names):
     return isinstance(name, str) and PurePath(name).name in {PurePath(one).name for one in names}
 
 
-async def served_models(session, url, timeout):
+async def served_models(url, timeout):
     """List the models and adapters of a server: list of dicts of `id`, `names` (set of str) and `window` (or None)."""
-    found = await send_until(session, timeout, f"{url}/v1/models")
-    models = found.get("data") if isinstance(found, dict) else None
-    if not isinstance(models, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("id"), str) for one in models
-    ):
+    found = await send_until(timeout, f"{url}/v1/models")
+    if not fits(found, {"data": [{"id": str}]}):
         raise UserError(f"{url}/v1/models lists no models: is it a server with the OpenAI completions API?")
-    for one in models:
+    for one in found["data"]:
         one["names"] = {name for name in (one["id"], one.get("root")) if isinstance(name, str)}
         window = one.get("max_model_len")
         one["window"] = window if type(window) is int and window > 0 else None
-    return models
+    return found["data"]
 
 
-async def load_adapter(session, url, served, timeout):
+async def load_adapter(url, served, timeout):
     """Load a model's LoRA adapter on a server, unless the server has it.
 
     Raises:
@@ -201,10 +199,10 @@ async def load_adapter(session, url, served, timeout):
     body = {"lora_name": served.name, "lora_path": served.adapter}
     try:
         # vLLM answers 500 where it cannot use the adapter.
-        await send_until(session, timeout, f"{url}{LOAD}", body, client.TRY_AGAIN - {500})
+        await send_until(timeout, f"{url}{LOAD}", body, client.TRY_AGAIN - {500})
         served.loaded.add(url)
     except Refused as error:
-        if served.name in {model["id"] for model in await served_models(session, url, timeout)}:
+        if served.name in {model["id"] for model in await served_models(url, timeout)}:
             return  # it was loaded before
         raise Refused(
             f"{error}: the server must see the folder {served.adapter}, and be started with {START}, with a "

@@ -60,18 +60,12 @@ def serve(model, urls, timeout):
     names = () if adapter else frozenset().union(*(own["names"] for own in found.values()))
     served = Served(tuple(found), name, adapter, min(windows, default=None), timeout, names)
     try:
-        if adapter:
-            asyncio.run(_load(served))
+        for url in served.urls if adapter else ():
+            asyncio.run(completions.load_adapter(url, served, timeout))
         yield served
     finally:
         if served.loaded:
             asyncio.run(_unload(served))
-
-
-async def _load(served):
-    async with open_session(served.timeout) as session:
-        for url in served.urls:
-            await completions.load_adapter(session, url, served, served.timeout)
 
 
 async def _unload(served):
@@ -90,32 +84,24 @@ def describe_servers(model, urls, timeout, adapters):
     found = asyncio.run(_entries(resolve_base_and_adapter(model)[0], urls, timeout))
     if missing := [url for url in urls if url not in found]:
         raise UserError(f"no response from {missing[0]}")
-    if adapters:
-        asyncio.run(_check_adapters(urls, timeout))
+    for url in urls if adapters else ():
+        try:
+            asyncio.run(send_until(timeout, f"{url}{LOAD}", {}, set()))
+        except Refused as error:  # the request has no adapter
+            if error.status in (200, NOT_FOUND, 405):
+                raise UserError(f"{url} cannot load adapters: start it with {START}") from None
     return "; ".join(
         f"{url} has {show(own['id'])}, at most {own['window'] or 'an unknown number of'} tokens"
         for url, own in found.items()
     )
 
 
-async def _check_adapters(urls, timeout):
-    """Raise `UserError` if a server has no API to load adapters."""
-    async with open_session(timeout) as session:
-        for url in urls:
-            try:
-                await send_until(session, timeout, f"{url}{LOAD}", {}, set())
-            except Refused as error:  # the request has no adapter
-                if error.status in (200, NOT_FOUND, 405):
-                    raise UserError(f"{url} cannot load adapters: start it with {START}") from None
-
-
 async def _entries(base, urls, timeout):
     """Return the entry of the model `base` in the list of each server that answers: url -> dict."""
     # A server that is lost for good does not delay the others by the whole timeout.
     for seconds in dict.fromkeys((min(FIRST_TIMEOUT, timeout), timeout)):
-        async with open_session(seconds) as session:
-            entries = (_entry(session, url, base, seconds) for url in urls)
-            answers = dict(zip(urls, await asyncio.gather(*entries, return_exceptions=True), strict=True))
+        entries = (_entry(url, base, seconds) for url in urls)
+        answers = dict(zip(urls, await asyncio.gather(*entries, return_exceptions=True), strict=True))
         found = {url: answer for url, answer in answers.items() if not isinstance(answer, TimeoutError)}
         if found:
             break
@@ -133,9 +119,9 @@ async def _entries(base, urls, timeout):
     return found
 
 
-async def _entry(session, url, base, timeout):
+async def _entry(url, base, timeout):
     """Return the entry of the model `base`, by its name or the path that it was loaded from, in a server's list."""
-    models = await completions.served_models(session, url, timeout)
+    models = await completions.served_models(url, timeout)
     for entry in models:
         if is_named(base, entry["names"]):
             # vLLM answers with the first of a model's names.
