@@ -7,7 +7,6 @@ variable OPENAI_API_KEY, and no message contains it.
 
 import asyncio
 import errno
-import json
 import os
 import random
 import re
@@ -133,10 +132,8 @@ async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
     except (ClientError, OSError) as error:
         raise Unavailable(show(str(error)) or type(error).__name__) from None
     try:
-        text = content.decode("utf-8-sig")
-        # Half of a surrogate pair could not be written again.
-        found = parse_json(text) if "\\ud" in text.lower() else json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(content.decode("utf-8-sig"))
+    except ValueError:
         found = None
     if status in try_again:
         raise Unavailable(f"HTTP {status}: {_reason(found, content)}")
