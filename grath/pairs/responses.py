@@ -45,8 +45,7 @@ def parse_response(response, question=""):
     Returns:
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
-    start = max((tag.end() for tag in CLOSING.finditer(response)), default=0)
-    text, lines, opened = response[start:], [], None
+    text, lines, opened = CLOSING.split(response)[-1], [], None
     for line in re.split(r"[\r\n]", text):
         opened = OPENING.search(line)
         if opened and LABEL.search(line, 0, opened.start()):  # in an answer
