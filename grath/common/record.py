@@ -94,8 +94,7 @@ def recording(path, inputs, earlier, seen, write=True, began=None, clear=None, *
     """
     earlier, began = earlier or {}, began or time.monotonic()
     record = {"inputs": inputs, "starts": earlier.get("starts", 0) + 1, "seconds": earlier.get("seconds", 0)}
-    record |= {"versions": versions(), "commit": commit(), **content}
-    record["warnings"] = earlier.get("warnings", [])
+    record |= {"versions": versions(), "commit": commit(), **content, "warnings": earlier.get("warnings", [])}
     if not write:
         yield record
         return
