@@ -68,9 +68,10 @@ def test_no_decided_answer_gives_none():
 
 
 def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
-    """The tiny model gives every question the same answers, one of which names a choice of some questions."""
-    choices = {"text": ["light to grow", "small stones"], "label": ["1", "2"]}
-    data = [{**row, "answerKey": "12"[i % 2], "choices": choices} for i, row in enumerate(rows(BUNDLED)[:6])]
+    """The tiny model gives every question the same answers, each of which names a choice. Choices have any labels."""
+    texts = ["light to grow", "a", "b", "c", "small stones"]
+    kinds = ({"text": texts, "label": list("12345")}, {"text": texts[::4], "label": list("AE")})
+    data = [{**row, "answerKey": "1E"[i % 2], "choices": kinds[i % 2]} for i, row in enumerate(rows(BUNDLED)[:6])]
     questions = write_rows(tmp_path / "q.jsonl", data)
     done = call_here(*asking(tiny_llama, tmp_path, "--data_path", questions, count=6))
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("truth signal +0.000 [")]
