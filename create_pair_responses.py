@@ -158,11 +158,10 @@ def main():
         with state.split_between_processes(left) as mine:
             answers = ask(state, generator, prompts, mine, path, saved, opened) if mine else {}
             responses |= gather_object(list(answers.items()))
-        seconds = time.monotonic() - start
         if not state.is_main_process:
             return
         rows, dropped = parse_responses(questions, responses)
-        print_counts(rows, questions, dropped, len(left), seconds)
+        print_counts(rows, questions, dropped, len(left), time.monotonic() - start)
         record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
         if generator:
             record["rows"] = generator.rows
