@@ -12,7 +12,6 @@ from pathlib import PurePath
 from queue import SimpleQueue
 from threading import Thread
 
-from grath.common.defaults import SERVER_TIMEOUT
 from grath.common.errors import UserError
 from grath.common.files import fits
 from grath.serving import client
@@ -39,9 +38,9 @@ class Served:
 
     urls: tuple[str, ...]  # without /v1
     name: str  # the model's name there
+    timeout: float  # seconds of failures, without any response, after which requests fail
     adapter: str | None = None  # the adapter's folder, which a restarted server loads again
     window: int | None = None  # the longest sequence of tokens that every server takes, if they say
-    timeout: float = SERVER_TIMEOUT  # seconds of failures, without any response, after which requests fail
     names: frozenset = frozenset()  # what the servers may call the model in a response, in addition to `name`
     loaded: set = field(default_factory=set)  # the servers on which this process has loaded the adapter
 

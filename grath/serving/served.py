@@ -48,7 +48,7 @@ def serve(model, urls, timeout):
         name = f"grath-{hash_of(file_hash(Path(adapter) / file) for file in (ADAPTER, ADAPTER_CONFIG))[:12]}"
     # An answer with the name of its base does not come from the adapter.
     names = () if adapter else frozenset().union(*(own["names"] for own in found.values()))
-    served = Served(tuple(found), name, adapter, min(windows, default=None), timeout, names)
+    served = Served(tuple(found), name, timeout, adapter, min(windows, default=None), names)
     try:
         for url in served.urls if adapter else ():
             asyncio.run(completions.load_adapter(url, served, timeout))
