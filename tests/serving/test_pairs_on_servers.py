@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import partial
 from itertools import cycle
 from threading import Thread
 
@@ -23,31 +25,24 @@ from grath.serving.completions import Served, request_completions
 KEY = "sk-a-key-that-must-not-leak"
 
 
-def own_answer(server):
+def own_answer(server, ids):
     """An answer for every question: a response that belongs to another prompt is another one."""
-
-    def answer(ids):
-        question = server.tokenizer.decode(ids).split("Question: ")[-1].split(" [/INST]")[0]
-        return f"Question: {question}\nCorrect answer: Yes, {question}\nIncorrect answer: No."
-
-    return answer
+    question = server.tokenizer.decode(ids).split("Question: ")[-1].split(" [/INST]")[0]
+    return f"Question: {question}\nCorrect answer: Yes, {question}\nIncorrect answer: No."
 
 
 @pytest.fixture
 def serve(tiny_llama, monkeypatch):
     """A function that starts a server of the tiny model, which gets a key; every server ends with the test."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    servers = []
+    with ExitStack() as servers:
 
-    def start(**options):
-        server = InferenceServer(**{"model": tiny_llama, **options})
-        server.answer = server.answer or own_answer(server)
-        servers.append(server.__enter__())
-        return server
+        def start(**options):
+            server = InferenceServer(**{"model": tiny_llama, **options})
+            server.answer = server.answer or partial(own_answer, server)
+            return servers.enter_context(server)
 
-    yield start
-    for server in servers:
-        server.stop()
+        yield start
 
 
 @pytest.fixture
