@@ -262,20 +262,15 @@ def test_a_redirect_is_not_followed(serve, tiny_llama, tmp_path):
 
 def test_a_long_queue_is_no_failure():
     """Each response comes after 0.3 s, so that the last request waits longer than the time-out."""
+    turn, asked, answers = asyncio.Lock(), [], []
 
-    async def main():
-        turn = asyncio.Lock()
+    async def answer(index):
+        asked.append(index)
+        async with turn:
+            await asyncio.sleep(0.3)
+        return index
 
-        async def answer(index):
-            asked.append(index)
-            async with turn:
-                await asyncio.sleep(0.3)
-            return index
-
-        await client.send_all([("a", answer)] * 5, 5, 0.8, lambda *found: answers.append(found))
-
-    asked, answers = [], []
-    asyncio.run(main())
+    asyncio.run(client.send_all([("a", answer)] * 5, 5, 0.8, lambda *found: answers.append(found)))
     assert sorted(answers) == [(i, i) for i in range(5)] and len(asked) == 5
 
 
