@@ -95,8 +95,7 @@ async def _request(session, served, bodies, text_of, try_again, url, loading, in
     ids = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
     tokens = body.get("max_tokens", 0) + (len(ids) if body.get("echo") else 0)
     try:
-        most = BYTES + BYTES_PER_TOKEN * tokens
-        found = await client.send(session, f"{url}/v1/completions", body, try_again, most)
+        found = await client.send(session, f"{url}/v1/completions", body, try_again, BYTES + BYTES_PER_TOKEN * tokens)
     except Refused as error:
         if not served.adapter or error.status != client.NOT_FOUND:
             raise
