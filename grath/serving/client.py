@@ -125,8 +125,6 @@ async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
                 content += chunk
                 if len(content) > limit:
                     break
-    except TimeoutError:
-        raise Unavailable("no response in time") from None
     except (ClientConnectorCertificateError, ClientConnectorSSLError) as error:
         raise UserError(f"{url}: {show(str(error))}") from None
     except (ClientError, OSError) as error:
