@@ -132,8 +132,7 @@ def add_warnings(record, warnings):
 def _flat(content, prefix=""):
     found = {}
     for name, value in content.items():
-        nested = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{name} ") if nested else {f"{prefix}{name}": value}
+        found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
 
 
