@@ -130,14 +130,13 @@ class InferenceServer:
         return web.Response(text=text, content_type="application/json")
 
     def _response(self, body):
-        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
-        choices = [{"index": i, **self._choice(body, ids)} for i, ids in enumerate(prompts)]
-        return {"choices": choices, "usage": {"completion_tokens": 1}}
+        ids = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
+        scored = body.get("logprobs")
+        choice = {"text": "", "logprobs": self._logprobs(body["model"], ids)} if scored else {"text": self.answer(ids)}
+        return {"choices": [{"index": 0, **choice}], "usage": {"completion_tokens": 1}}
 
-    def _choice(self, body, ids):
-        if not body.get("logprobs"):
-            return {"text": self.answer(ids)}
-        logprobs = self._model(body["model"])(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    def _logprobs(self, model, ids):
+        logprobs = self._model(model)(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         best, token = logprobs.max(-1)
         own = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         logprobs = {
@@ -145,10 +144,8 @@ class InferenceServer:
             "token_logprobs": [None, *own.tolist(), best[-1].item()],
             "top_logprobs": [None, *({"": value} for value in best.tolist())],
         }
-        if not self.prompt_logprobs:  # as llama.cpp
-            last = {"token": logprobs["tokens"][-1], "logprob": logprobs["token_logprobs"][-1]}
-            logprobs = {"content": [last]}
-        return {"text": "", "logprobs": logprobs}
+        last = {"token": logprobs["tokens"][-1], "logprob": logprobs["token_logprobs"][-1]}
+        return logprobs if self.prompt_logprobs else {"content": [last]}  # as llama.cpp
 
     def _text(self, token):
         return self.tokenizer.decode([token])
