@@ -59,7 +59,8 @@ def check_inputs(record, inputs, output, advice):
     was, now = _flat(record["inputs"]), _flat(json.loads(json.dumps(inputs)))
     for name in [*now, *was]:
         if was.get(name) != now.get(name) or (name in was) != (name in now):
-            shown = ", not ".join(_shown(one.get(name)) for one in (was, now))
+            texts = [one if isinstance(one, str) else json.dumps(one) for one in (was.get(name), now.get(name))]
+            shown = ", not ".join(text[:12] if len(text) == 64 else text[:100] for text in texts)
             raise UserError(f"{output} was made with {name} {shown}: {advice}")
 
 
@@ -134,11 +135,6 @@ def _flat(content, prefix=""):
     for name, value in content.items():
         found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
-
-
-def _shown(value):
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text[:12] if len(text) == 64 else text[:100]
 
 
 def versions():
