@@ -19,6 +19,7 @@ command then does nothing, and a different one that would write the same file is
 asks inference servers with the OpenAI completions API instead. The key, if they need one, is OPENAI_API_KEY.
 """
 
+import json
 import os
 import time
 from contextlib import ExitStack
@@ -41,11 +42,11 @@ from grath.pairs.questions import load_questions
 from grath.pairs.record import describe_pairs, is_finished, settings_of
 from grath.pairs.responses import (
     load_responses,
+    open_responses,
     opens_reasoning,
     parse_response,
     parse_responses,
     remove_responses,
-    save_responses,
 )
 from grath.pairs.stats import count_identical
 from grath.pairs.truth import format_signal, truth_signal
@@ -155,22 +156,19 @@ def main():
         state.wait_for_everyone()  # until the main process has the lock
         start, saved = time.monotonic(), f"{record['starts']}.{state.process_index}"
         with state.split_between_processes(left) as mine:
-            answers = ask(generator, prompts, mine, path, saved, opened) if mine else {}
+            answers = ask(state, generator, prompts, mine, path, saved, opened) if mine else {}
             responses |= gather_object(list(answers.items()))
-        seconds = time.monotonic() - start
-        rows = []
-        if state.is_main_process:
-            rows, dropped = parse_responses(questions, responses)
-            print_counts(rows, questions, dropped, len(left), seconds)
-            record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
-            if generator:
-                record["rows"] = generator.rows
-            record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
+        if not state.is_main_process:
+            return
+        rows, dropped = parse_responses(questions, responses)
+        print_counts(rows, questions, dropped, len(left), time.monotonic() - start)
+        record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
+        if generator:
+            record["rows"] = generator.rows
+        record["counts"] = {"asked": len(questions), "written": len(rows), "identical": count_identical(rows)}
         if rows:
             write_pairs(path, rows)
             record["files"] = {path.name: sha256(path)}
-    if not state.is_main_process:
-        return
     if not rows:
         raise UserError(
             f"none of {len(questions)} responses could be parsed, so {path} was not written: try "
@@ -180,7 +178,7 @@ def main():
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
 
 
-def ask(generator, prompts, indices, path, saved, opened):
+def ask(state, generator, prompts, indices, path, saved, opened):
     """Generate responses to this process's prompts (`indices`), with a progress bar; save each response at once.
 
     Its file of saved responses is called `saved`; a response begins with what the prompt has `opened` for it.
@@ -188,16 +186,13 @@ def ask(generator, prompts, indices, path, saved, opened):
     Returns:
         dict: index of the question -> response.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
     responses, parsed = {}, 0
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
-    with bar, save_responses(path, saved) as save:
+    with bar, open_responses(path, saved) as file:
         for position, response in generator.generate([prompts[i] for i in indices]):
             index, response = indices[position], opened + response
-            save(index, response)
+            file.write(json.dumps([index, response]) + "\n")
             responses[index] = response
             parsed += parse_response(response)[0] is not None
             bar.set_postfix(parsed=f"{parsed / len(responses):.0%}", refresh=False)

@@ -1,5 +1,6 @@
 """Errors of the command line: bad input is one line and status 2, a failing machine one line and status 1."""
 
+import ctypes
 import errno
 import io
 import logging
@@ -12,7 +13,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from grath.common.signals import SignalReceived, end_with_launcher, raise_on_signal
+from grath.common.signals import SignalReceived, raise_on_signal
 
 BAD_INPUT = 2
 
@@ -35,7 +36,9 @@ def run_main(main):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.setLogRecordFactory(_escaped_record)
     name = program_name()
-    end_with_launcher()
+    # Linux kills this process when the launcher of several processes dies: it cannot end them if it is killed.
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not have every character

@@ -4,7 +4,6 @@
 layout, or an edited one, would get the rows of the first. Here the cache folder is named by a hash of the content.
 """
 
-import os
 from glob import glob
 from pathlib import Path
 
@@ -46,13 +45,8 @@ def load_dataset(path, name=None, **options):
 
 def content_hash(folder):
     """Return the SHA-256, in hexadecimal, of the names and bytes of a data set's files; hidden ones do not count."""
-    files = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    return hash_of(
-        f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in sorted(files) if file.is_file()
-    )
+    names = sorted(map(Path, glob("**", root_dir=folder, recursive=True)))  # noqa: PTH207
+    return hash_of(f"{name.as_posix()} {file_hash(folder / name)}" for name in names if (folder / name).is_file())
 
 
 def _files(data_files):

@@ -59,7 +59,8 @@ def check_inputs(record, inputs, output, advice):
     was, now = _flat(record["inputs"]), _flat(json.loads(json.dumps(inputs)))
     for name in [*now, *was]:
         if was.get(name) != now.get(name) or (name in was) != (name in now):
-            shown = ", not ".join(_shown(one.get(name)) for one in (was, now))
+            texts = [one if isinstance(one, str) else json.dumps(one) for one in (was.get(name), now.get(name))]
+            shown = ", not ".join(text[:12] if len(text) == 64 else text[:100] for text in texts)
             raise UserError(f"{output} was made with {name} {shown}: {advice}")
 
 
@@ -94,8 +95,7 @@ def recording(path, inputs, earlier, seen, write=True, began=None, clear=None, *
     """
     earlier, began = earlier or {}, began or time.monotonic()
     record = {"inputs": inputs, "starts": earlier.get("starts", 0) + 1, "seconds": earlier.get("seconds", 0)}
-    record |= {"versions": versions(), "commit": commit(), **content}
-    record["warnings"] = earlier.get("warnings", [])
+    record |= {"versions": versions(), "commit": commit(), **content, "warnings": earlier.get("warnings", [])}
     if not write:
         yield record
         return
@@ -133,14 +133,8 @@ def add_warnings(record, warnings):
 def _flat(content, prefix=""):
     found = {}
     for name, value in content.items():
-        nested = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{name} ") if nested else {f"{prefix}{name}": value}
+        found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
-
-
-def _shown(value):
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text[:12] if len(text) == 64 else text[:100]
 
 
 def versions():

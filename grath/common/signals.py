@@ -1,9 +1,6 @@
-"""Signals that end a program, raised as an exception, and processes that end with their launcher."""
+"""Signals that end a program, raised as an exception."""
 
-import ctypes
-import os
 import signal
-import sys
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -17,9 +14,3 @@ def raise_on_signal(number, frame):
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise SignalReceived(number)
-
-
-def end_with_launcher():
-    """Let Linux kill this process when the launcher of several processes dies: it cannot end them if it is killed."""
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -50,20 +50,19 @@ class LocalGenerator:
         self.rows = self.rows or (GPU_ROWS if self.engine == "shared_prefix" and device.type == "cuda" else ROWS)
         state.print(f"Asking {len(prompts)} questions ({self.engine}, {device}, batches of {self.rows})")
         hidden = hidden_tokens(self.tokenizer)
-        left = list(range(len(prompts)))
+        left = dict(enumerate(prompts))
         while left:
-            done, unfinished = set(), [prompts[i] for i in left]
+            numbers, new = list(left), list(left.values())
             try:
-                for position, ids in generate_fn(self.model, unfinished, self.max_new_tokens, self.rows, self.eos_ids):
-                    done.add(left[position])
-                    yield left[position], self.tokenizer.decode([i for i in ids if i not in hidden])
+                for position, ids in generate_fn(self.model, new, self.max_new_tokens, self.rows, self.eos_ids):
+                    del left[numbers[position]]
+                    yield numbers[position], self.tokenizer.decode([i for i in ids if i not in hidden])
             except torch.OutOfMemoryError:
-                used = min(self.rows, len(left))
+                used = min(self.rows, len(new))
                 if used == 1:
                     raise
                 self.rows = used // 2
                 print(f"The memory is full with {used} questions in a batch: going on with {self.rows}", flush=True)
-            left = [i for i in left if i not in done]
             # Not while the error is handled: its traceback keeps the batch in memory.
             gc.collect()
             torch.cuda.empty_cache()

@@ -18,11 +18,9 @@ def read_pairs(path, what="the pair file"):
         UserError: the file is missing or empty, it is not the file that its record names, or a field of a row is
             missing or empty; `what` names the file's role.
     """
-    path = Path(path)
-    if record := read_record(record_path(path)):
-        check_files(
-            record, path.parent, f"write the pairs again, or remove {record_path(path).name} to use it as it is"
-        )
+    of_path = record_path(Path(path))
+    if record := read_record(of_path):
+        check_files(record, of_path.parent, f"write the pairs again, or remove {of_path.name} to use it as it is")
     rows = read_json_lines(path, what)
     for number, row in enumerate(rows, start=1):
         for field in FIELDS:

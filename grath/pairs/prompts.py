@@ -12,7 +12,7 @@ PAIR_PROMPT = (
     "Answer the question below twice, once correctly and once incorrectly. Write three lines that begin with "
     '"Question:", "Correct answer:" and "Incorrect answer:".\n\nQuestion: {question}'
 )
-CANDIDATES = "\nCandidate correct answer: {correct}\nCandidate incorrect answer: {incorrect}"
+CANDIDATES = "\nCandidate correct answer: {candidate_correct}\nCandidate incorrect answer: {candidate_incorrect}"
 PAIR_RESPONSE = "Question: {question}\nCorrect answer: {correct}\nIncorrect answer: {incorrect}"
 
 
@@ -36,21 +36,13 @@ def load_demos(name):
     return demos
 
 
-def pair_prompt(question, candidates=None):
-    """Return the user turn that asks for a pair of answers; `candidates` is (correct, incorrect) or None."""
-    text = PAIR_PROMPT.format(question=question)
-    if candidates:
-        text += CANDIDATES.format(correct=candidates[0], incorrect=candidates[1])
-    return text
-
-
 def build_messages(question, seed, use_gt, demos=()):
     """Build the conversation that asks for a pair: two turns for each few-shot example, then that with the question."""
-    messages = []
+    prompt, asked, messages = PAIR_PROMPT, {"question": question["question"]}, []
+    if use_gt:
+        prompt += CANDIDATES
+        asked["candidate_correct"], asked["candidate_incorrect"] = draw_candidates(question, seed)
     for demo in demos:
-        drawn = (demo["candidate_correct"], demo["candidate_incorrect"]) if use_gt else None
-        messages.append({"role": "user", "content": pair_prompt(demo["question"], drawn)})
+        messages.append({"role": "user", "content": prompt.format(**demo)})
         messages.append({"role": "assistant", "content": PAIR_RESPONSE.format(**demo)})
-    drawn = draw_candidates(question, seed) if use_gt else None
-    messages.append({"role": "user", "content": pair_prompt(question["question"], drawn)})
-    return messages
+    return [*messages, {"role": "user", "content": prompt.format(**asked)}]

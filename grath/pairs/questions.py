@@ -60,10 +60,10 @@ def _question(row, where):
         raise UserError(f"{where}: not in the ARC schema (question, choices with text and label, answerKey)")
     (question, *choices), labels, gold = texts, row["choices"]["label"], row["answerKey"]
     if gold not in labels:
-        raise UserError(f"{where}: answerKey {gold!r} is not one of the labels {list(labels)}")
+        raise UserError(f"{where}: answerKey {gold!r} is not one of the labels {labels}")
     if len(choices) < 2:
         raise UserError(f"{where}: has only one choice")
-    return {"question": question.strip(), "choices": list(choices), "answer": list(labels).index(gold)}
+    return {"question": question.strip(), "choices": choices, "answer": labels.index(gold)}
 
 
 def draw_candidates(question, seed):
@@ -88,9 +88,8 @@ def load_labeled(name):
     for number, row in enumerate(load_dataset(hub_name, configuration, split=where[2]), start=1):
         if not fits(row, {"question": str, "mc1_targets": {"choices": [str], "labels": [int]}}):
             raise UserError(f"{hub_name} is not TruthfulQA: a row has no question with mc1_targets")
-        choices, labels = (row["mc1_targets"][key] for key in ("choices", "labels"))
-        gold = labels.index(1) if 1 in labels else None
-        of_arc = {"choices": {"text": choices, "label": list(range(len(labels)))}, "answerKey": gold}
+        targets = row["mc1_targets"]
+        of_arc = {"choices": {"text": targets["choices"], "label": targets["labels"]}, "answerKey": 1}
         questions.append(_question(row | of_arc, f"{hub_name}, row {number}"))
     return questions
 
@@ -102,9 +101,5 @@ def gold_pairs(name, seed):
             "warning: truthful_qa is the TruthfulQA test set: scores on what was trained on mean nothing",
             file=sys.stderr,
         )
-    questions = load_labeled(name)
-    drawn = [draw_candidates(question, seed) for question in questions]
-    return [
-        {"question": question["question"], "correct": correct, "incorrect": incorrect}
-        for question, (correct, incorrect) in zip(questions, drawn, strict=True)
-    ]
+    pairs = [(question["question"], *draw_candidates(question, seed)) for question in load_labeled(name)]
+    return [{"question": question, "correct": right, "incorrect": wrong} for question, right, wrong in pairs]

@@ -1,9 +1,7 @@
 """The model's responses: parse them, save each one at once, and load the saved ones to resume."""
 
-import json
 import re
 from collections import Counter
-from contextlib import contextmanager
 from glob import escape
 
 from grath.common.files import fits, parse_json
@@ -47,8 +45,7 @@ def parse_response(response, question=""):
     Returns:
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
-    start = max((tag.end() for tag in CLOSING.finditer(response)), default=0)
-    text, lines, opened = response[start:], [], None
+    text, lines, opened = CLOSING.split(response)[-1], [], None
     for line in re.split(r"[\r\n]", text):
         opened = OPENING.search(line)
         if opened and LABEL.search(line, 0, opened.start()):  # in an answer
@@ -151,19 +148,9 @@ def load_responses(path):
     return responses
 
 
-@contextmanager
-def save_responses(path, name):
-    """Open a new file of saved responses; yield a function (index, response) that saves one at once.
-
-    Each process of each start gives its own `name` for the file.
-    """
-    with path.with_name(f".{path.name}.responses.{name}").open("w", encoding="utf-8") as file:
-
-        def save(index, response):
-            file.write(json.dumps([index, response]) + "\n")
-            file.flush()
-
-        yield save
+def open_responses(path, name):
+    """Open a new file of saved responses, which keeps every line at once. Each process of each start has its `name`."""
+    return path.with_name(f".{path.name}.responses.{name}").open("w", buffering=1, encoding="utf-8")
 
 
 def remove_responses(path):

@@ -7,7 +7,6 @@ variable OPENAI_API_KEY, and no message contains it.
 
 import asyncio
 import errno
-import json
 import os
 import random
 import re
@@ -126,17 +125,13 @@ async def send(session, url, body=None, try_again=TRY_AGAIN, limit=MOST_BYTES):
                 content += chunk
                 if len(content) > limit:
                     break
-    except TimeoutError:
-        raise Unavailable("no response in time") from None
     except (ClientConnectorCertificateError, ClientConnectorSSLError) as error:
         raise UserError(f"{url}: {show(str(error))}") from None
     except (ClientError, OSError) as error:
         raise Unavailable(show(str(error)) or type(error).__name__) from None
     try:
-        text = content.decode("utf-8-sig")
-        # Half of a surrogate pair could not be written again.
-        found = parse_json(text) if "\\ud" in text.lower() else json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(content.decode("utf-8-sig"))
+    except ValueError:
         found = None
     if status in try_again:
         raise Unavailable(f"HTTP {status}: {_reason(found, content)}")
@@ -230,9 +225,10 @@ async def send_all(senders, count, timeout, on_done):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def send_until(session, timeout, url, *args):
+async def send_until(timeout, url, *args):
     """Return what `send` does; while the server is unavailable, wait and send again, for at most `timeout` seconds."""
     found = []
-    sender = (url, lambda _: send(session, url, *args))
-    await send_all([sender], 1, timeout, lambda _, response: found.append(response))
+    async with open_session(timeout) as session:
+        sender = (url, lambda _: send(session, url, *args))
+        await send_all([sender], 1, timeout, lambda _, response: found.append(response))
     return found[0]

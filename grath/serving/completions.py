@@ -12,8 +12,8 @@ from pathlib import PurePath
 from queue import SimpleQueue
 from threading import Thread
 
-from grath.common.defaults import SERVER_TIMEOUT
 from grath.common.errors import UserError
+from grath.common.files import fits
 from grath.serving import client
 from grath.serving.client import Refused, Unavailable, send_until, show
 
@@ -38,9 +38,9 @@ class Served:
 
     urls: tuple[str, ...]  # without /v1
     name: str  # the model's name there
+    timeout: float  # seconds of failures, without any response, after which requests fail
     adapter: str | None = None  # the adapter's folder, which a restarted server loads again
     window: int | None = None  # the longest sequence of tokens that every server takes, if they say
-    timeout: float = SERVER_TIMEOUT  # seconds of failures, without any response, after which requests fail
     names: frozenset = frozenset()  # what the servers may call the model in a response, in addition to `name`
     loaded: set = field(default_factory=set)  # the servers on which this process has loaded the adapter
 
@@ -64,7 +64,16 @@ def request_completions(served, bodies, in_flight=None, text_of=None, try_again=
         TimeoutError: no request had a response for the timeout of `served`.
     """
     loop, results = asyncio.new_event_loop(), SimpleQueue()
-    asking = loop.create_task(_request_completions(served, bodies, in_flight, text_of, try_again, results))
+
+    async def ask():
+        async with client.open_session(served.timeout) as session:
+            send = partial(_request, session, served, bodies, text_of, try_again)
+            senders = [(url, partial(send, url, asyncio.Lock())) for url in served.urls]
+            # The servers take turns, so that they share few requests too.
+            senders *= min(in_flight or MOST_IN_FLIGHT, len(bodies))
+            await client.send_all(senders, len(bodies), served.timeout, lambda *found: results.put(found))
+
+    asking = loop.create_task(ask())
     asking.add_done_callback(results.put)
     asking.add_done_callback(lambda _: loop.stop())
     # A signal's exception is raised at any line of the main thread, which must not be one of the event loop.
@@ -80,30 +89,20 @@ def request_completions(served, bodies, in_flight=None, text_of=None, try_again=
         loop.close()
 
 
-async def _request_completions(served, bodies, in_flight, text_of, try_again, results):
-    async with client.open_session(served.timeout) as session:
-        send = partial(_request, session, served, bodies, text_of, try_again)
-        senders = [(url, partial(send, url, asyncio.Lock())) for url in served.urls]
-        # The servers take turns, so that they share few requests too.
-        senders *= min(in_flight or MOST_IN_FLIGHT, len(bodies))
-        await client.send_all(senders, len(bodies), served.timeout, lambda *found: results.put(found))
-
-
 async def _request(session, served, bodies, text_of, try_again, url, loading, index):
     """Send a request, and check its response; where a restarted server has lost the adapter, load it again first."""
     body = {"model": served.name, **bodies[index]}
     ids = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
     tokens = body.get("max_tokens", 0) + (len(ids) if body.get("echo") else 0)
     try:
-        most = BYTES + BYTES_PER_TOKEN * tokens
-        found = await client.send(session, f"{url}/v1/completions", body, try_again, most)
+        found = await client.send(session, f"{url}/v1/completions", body, try_again, BYTES + BYTES_PER_TOKEN * tokens)
     except Refused as error:
         if not served.adapter or error.status != client.NOT_FOUND:
             raise
         try:
             async with loading:
                 with suppress(TimeoutError):
-                    await load_adapter(session, url, served, min(30, served.timeout))
+                    await load_adapter(url, served, min(30, served.timeout))
         except Refused:
             if len(served.urls) == 1:  # else another server may answer
                 raise
@@ -177,22 +176,19 @@ def is_named(name, names):
     return isinstance(name, str) and PurePath(name).name in {PurePath(one).name for one in names}
 
 
-async def served_models(session, url, timeout):
+async def served_models(url, timeout):
     """List the models and adapters of a server: list of dicts of `id`, `names` (set of str) and `window` (or None)."""
-    found = await send_until(session, timeout, f"{url}/v1/models")
-    models = found.get("data") if isinstance(found, dict) else None
-    if not isinstance(models, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("id"), str) for one in models
-    ):
+    found = await send_until(timeout, f"{url}/v1/models")
+    if not fits(found, {"data": [{"id": str}]}):
         raise UserError(f"{url}/v1/models lists no models: is it a server with the OpenAI completions API?")
-    for one in models:
+    for one in found["data"]:
         one["names"] = {name for name in (one["id"], one.get("root")) if isinstance(name, str)}
         window = one.get("max_model_len")
         one["window"] = window if type(window) is int and window > 0 else None
-    return models
+    return found["data"]
 
 
-async def load_adapter(session, url, served, timeout):
+async def load_adapter(url, served, timeout):
     """Load a model's LoRA adapter on a server, unless the server has it.
 
     Raises:
@@ -201,10 +197,10 @@ async def load_adapter(session, url, served, timeout):
     body = {"lora_name": served.name, "lora_path": served.adapter}
     try:
         # vLLM answers 500 where it cannot use the adapter.
-        await send_until(session, timeout, f"{url}{LOAD}", body, client.TRY_AGAIN - {500})
+        await send_until(timeout, f"{url}{LOAD}", body, client.TRY_AGAIN - {500})
         served.loaded.add(url)
     except Refused as error:
-        if served.name in {model["id"] for model in await served_models(session, url, timeout)}:
+        if served.name in {model["id"] for model in await served_models(url, timeout)}:
             return  # it was loaded before
         raise Refused(
             f"{error}: the server must see the folder {served.adapter}, and be started with {START}, with a "

@@ -13,17 +13,7 @@ from grath.common.files import file_hash, hash_of
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG
 from grath.modeling.loading import has_local_weights, load_for_inference, resolve_base_and_adapter
 from grath.serving import completions
-from grath.serving.client import (
-    NOT_FOUND,
-    TRY_AGAIN,
-    Refused,
-    Unavailable,
-    open_session,
-    send,
-    send_until,
-    server_urls,
-    show,
-)
+from grath.serving.client import NOT_FOUND, TRY_AGAIN, Refused, send_until, server_urls, show
 from grath.serving.completions import LOAD, START, UNLOAD, Served, is_logprob, is_named
 
 # Its tokens are likely enough to be stable in 16 bits, and open enough to tell one model from another.
@@ -58,27 +48,15 @@ def serve(model, urls, timeout):
         name = f"grath-{hash_of(file_hash(Path(adapter) / file) for file in (ADAPTER, ADAPTER_CONFIG))[:12]}"
     # An answer with the name of its base does not come from the adapter.
     names = () if adapter else frozenset().union(*(own["names"] for own in found.values()))
-    served = Served(tuple(found), name, adapter, min(windows, default=None), timeout, names)
+    served = Served(tuple(found), name, timeout, adapter, min(windows, default=None), names)
     try:
-        if adapter:
-            asyncio.run(_load(served))
+        for url in served.urls if adapter else ():
+            asyncio.run(completions.load_adapter(url, served, timeout))
         yield served
     finally:
-        if served.loaded:
-            asyncio.run(_unload(served))
-
-
-async def _load(served):
-    async with open_session(served.timeout) as session:
-        for url in served.urls:
-            await completions.load_adapter(session, url, served, served.timeout)
-
-
-async def _unload(served):
-    async with open_session(timeout=5) as session:
         for url in served.loaded:
-            with suppress(Unavailable, Refused, TimeoutError):  # the server is gone, or has lost the adapter
-                await asyncio.wait_for(send(session, f"{url}{UNLOAD}", {"lora_name": served.name}), 5)
+            with suppress(Refused, TimeoutError):  # the server is gone, or has lost the adapter
+                asyncio.run(asyncio.wait_for(send_until(5, f"{url}{UNLOAD}", {"lora_name": served.name}), 5))
 
 
 def describe_servers(model, urls, timeout, adapters):
@@ -90,32 +68,24 @@ def describe_servers(model, urls, timeout, adapters):
     found = asyncio.run(_entries(resolve_base_and_adapter(model)[0], urls, timeout))
     if missing := [url for url in urls if url not in found]:
         raise UserError(f"no response from {missing[0]}")
-    if adapters:
-        asyncio.run(_check_adapters(urls, timeout))
+    for url in urls if adapters else ():
+        try:
+            asyncio.run(send_until(timeout, f"{url}{LOAD}", {}, set()))
+        except Refused as error:  # the request has no adapter
+            if error.status in (200, NOT_FOUND, 405):
+                raise UserError(f"{url} cannot load adapters: start it with {START}") from None
     return "; ".join(
         f"{url} has {show(own['id'])}, at most {own['window'] or 'an unknown number of'} tokens"
         for url, own in found.items()
     )
 
 
-async def _check_adapters(urls, timeout):
-    """Raise `UserError` if a server has no API to load adapters."""
-    async with open_session(timeout) as session:
-        for url in urls:
-            try:
-                await send_until(session, timeout, f"{url}{LOAD}", {}, set())
-            except Refused as error:  # the request has no adapter
-                if error.status in (200, NOT_FOUND, 405):
-                    raise UserError(f"{url} cannot load adapters: start it with {START}") from None
-
-
 async def _entries(base, urls, timeout):
     """Return the entry of the model `base` in the list of each server that answers: url -> dict."""
     # A server that is lost for good does not delay the others by the whole timeout.
     for seconds in dict.fromkeys((min(FIRST_TIMEOUT, timeout), timeout)):
-        async with open_session(seconds) as session:
-            entries = (_entry(session, url, base, seconds) for url in urls)
-            answers = dict(zip(urls, await asyncio.gather(*entries, return_exceptions=True), strict=True))
+        entries = (_entry(url, base, seconds) for url in urls)
+        answers = dict(zip(urls, await asyncio.gather(*entries, return_exceptions=True), strict=True))
         found = {url: answer for url, answer in answers.items() if not isinstance(answer, TimeoutError)}
         if found:
             break
@@ -133,9 +103,9 @@ async def _entries(base, urls, timeout):
     return found
 
 
-async def _entry(session, url, base, timeout):
+async def _entry(url, base, timeout):
     """Return the entry of the model `base`, by its name or the path that it was loaded from, in a server's list."""
-    models = await completions.served_models(session, url, timeout)
+    models = await completions.served_models(url, timeout)
     for entry in models:
         if is_named(base, entry["names"]):
             # vLLM answers with the first of a model's names.

@@ -73,6 +73,10 @@ def test_a_report_on_damaged_files(name, tmp_path, monkeypatch):
 def test_a_combination_and_a_training_of_damaged_files(pair_file, tiny_llama, tmp_path):
     file = tmp_path / "new.json"
     command = ("combine_new_correct_ori_wrong.py", "--new_data_path", file, "--ori_data_path", pair_file)
+    shutil.copy(pair_file, file)
+    (tmp_path / "new_combined.json").mkdir()  # a folder in the place of the output
+    assert "a file and a folder have the same name" in call_here(*command, status=2).stderr
+    (tmp_path / "new_combined.json").rmdir()
     assert assert_one_line(command, broken(rows(pair_file)[0]), file) > 4
     config = tmp_path / "dpo.yaml"
     flags = ("--model_name_or_path", "none", "--dataset_path", pair_file, "--output_dir", tmp_path / "d")
@@ -147,14 +151,6 @@ def test_names_and_versions_in_result_files_are_no_markup(tmp_path):
         file.write_text(json.dumps({**good, **bad}))
         done = call_here("grath.report", run, status=2)
         assert "is damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1, bad
-
-
-def test_a_folder_in_the_place_of_an_output_is_one_line(pair_file, tmp_path):
-    (tmp_path / "new_combined.json").mkdir()
-    shutil.copy(pair_file, tmp_path / "new.json")
-    files = ("--new_data_path", tmp_path / "new.json", "--ori_data_path", pair_file)
-    command = ("combine_new_correct_ori_wrong.py", *files)
-    assert "a file and a folder have the same name" in call_here(*command, status=2).stderr
 
 
 def test_an_output_has_one_writer(pair_file, tiny_llama, tmp_path):

@@ -14,8 +14,7 @@ def plain(model, prompts, max_new_tokens, eos_ids):
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
             eos_token_id=sorted(eos_ids) or None, pad_token_id=0,
         )[0, len(prompt) :].tolist()  # fmt: skip
-        end = next((i for i, token in enumerate(output) if token in eos_ids), len(output))
-        completions.append(output[:end])
+        completions.append(output[:-1] if output[-1] in eos_ids else output)
     return completions
 
 

@@ -62,11 +62,8 @@ def test_a_single_row_that_does_not_fit_is_an_error():
 
 
 def test_the_device_decides_the_first_rows(monkeypatch):
-    def all_at_once(model, prompts, *_):
-        return ((i, [1]) for i in range(len(prompts)))
-
     for name in ("generate_shared_prefix", "generate_hf"):
-        monkeypatch.setattr(select, name, all_at_once)
+        monkeypatch.setattr(select, name, lambda model, prompts, *_: ((i, [1]) for i in range(len(prompts))))
     config = {"config": tiny("llama").config, "generation_config": tiny("llama").generation_config}
     kinds = ("cuda", "shared_prefix", GPU_ROWS), ("cuda", "generate", ROWS), ("cpu", "shared_prefix", ROWS)
     for device, engine, rows in kinds:

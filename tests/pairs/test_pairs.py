@@ -10,7 +10,7 @@ import pytest
 from support import BUNDLED, PROJECT, asking, call, call_here, change_json, pair, rows, wait_for, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
-from grath.pairs.responses import load_responses, opens_reasoning, parse_response, remove_responses, save_responses
+from grath.pairs.responses import opens_reasoning, parse_response
 
 DRAFT, FINAL = "Correct answer: maybe\nIncorrect answer: never", "Correct answer: yes\nIncorrect answer: no"
 
@@ -19,24 +19,6 @@ def ask(model, folder, *flags, **options):
     call_here(*asking(model, folder, *flags, **options))
     (path,) = (path for path in folder.iterdir() if not path.name.endswith(".record.json"))
     return path
-
-
-def test_the_responses_to_a_file_with_brackets_in_its_name(tmp_path):
-    path = tmp_path / "a[1].json"
-    with save_responses(path, 0) as save:
-        save(0, "yes")
-    assert load_responses(path) == {0: "yes"}
-    remove_responses(path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_any_labels_and_numbers_of_choices(tmp_path):
-    numbered = {"text": ["ice", "steam", "rain"], "label": ["1", "2", "3"]}
-    five = {"text": list("vwxyz"), "label": list("ABCDE")}
-    kinds = ((numbered, "1"), (five, "E"))
-    data = [{"id": "a", "question": "Which?", "choices": choices, "answerKey": key} for choices, key in kinds]
-    questions = load_questions(data_path=write_rows(tmp_path / "q.jsonl", data))
-    assert [draw_candidates(question, 0)[0] for question in questions] == ["ice", "z"]
 
 
 @pytest.mark.slow
@@ -55,13 +37,13 @@ def test_the_same_bytes_at_every_batch_size_and_number_of_processes(smollm2, tmp
 
 
 def test_a_kill_loses_no_finished_question_and_other_settings_are_refused_then(tiny_llama, tmp_path):
-    flags = ("--batch_size", "1", "--useFS")
+    flags = ("--batch_size", "1", "--useFS", "--save_prefix", "a[1]")
     expected = ask(tiny_llama, tmp_path / "whole", *flags, count=60)
     command = asking(tiny_llama, tmp_path / "killed", *flags, count=60)
 
     def saved():
         """The responses of the first process, and how many these are."""
-        files = list((tmp_path / "killed").glob(f".{expected.name}.responses.*"))
+        files = list((tmp_path / "killed").glob(".a*.responses.*"))
         return (files[0], files[0].read_text().count("\n")) if files else (None, 0)
 
     with subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, stderr=subprocess.DEVNULL) as process:
@@ -155,8 +137,7 @@ def test_candidates_depend_only_on_seed_and_question():
     assert [draw_candidates(question, 1) for question in questions] != drawn
     for question, (correct, incorrect) in zip(questions, drawn, strict=True):
         assert correct == question["choices"][question["answer"]]
-        assert incorrect in question["choices"]
-        assert incorrect != correct
+        assert incorrect in {*question["choices"]} - {correct}
 
 
 FOUND = [
@@ -192,12 +173,16 @@ FOUND = [
     f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}",
     f"Question: q\n{FINAL}\n\n{FINAL}",
     f"Correct answer:\nIncorrect answer:\n{FINAL}",
+    # A pair that states the question itself is the answer to it. The last one states it in other words.
+    f"{DRAFT}\nFinal:\nQuestion: What is ice?\n{FINAL}",
+    f"Question: And snow?\n{DRAFT}\n\nQuestion: what is ice\n{FINAL}\nQuestion: And rain?\n{DRAFT}",
+    f"Question: Ice?\n{FINAL}\nQuestion: And rain?\n{DRAFT}",
 ]
 
 
 @pytest.mark.parametrize("response", FOUND)
 def test_the_pair_in_a_response(response):
-    assert parse_response(response) == (("yes", "no"), None)
+    assert parse_response(response, "What is ice?") == (("yes", "no"), None)
 
 
 LACKING = [
@@ -247,18 +232,6 @@ def test_what_belongs_to_an_answer_stays():
     ):
         assert parse_response(f"Correct answer: {one}\nIncorrect answer: {other}") == ((one, other), None)
     assert parse_response("Correct answer: `yes`.\nIncorrect answer: `no`") == (("yes.", "no"), None)
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        f"{DRAFT}\nFinal:\nQuestion: What is ice?\n{FINAL}",
-        f"Question: And snow?\n{DRAFT}\n\nQuestion: what is ice\n{FINAL}\nQuestion: And rain?\n{DRAFT}",
-        f"Question: Ice?\n{FINAL}\nQuestion: And rain?\n{DRAFT}",  # in other words
-    ],
-)
-def test_a_pair_that_states_the_question_is_the_answer_to_it(response):
-    assert parse_response(response, "What is ice?") == (("yes", "no"), None)
 
 
 def test_combine(tmp_path):

@@ -28,26 +28,17 @@ def test_the_nearest_choice(answer, expected):
     assert nearest_choice(answer, CHOICES) == expected
 
 
-def made(correct_right, incorrect_right, count=200):
-    """Questions, and pairs whose sides mean the gold answer in so many of 100 cases."""
-    words = ["iron", "water", "wood", "glass"]
-    questions = [{"question": f"What is it? {i}", "choices": words, "answer": i % 4} for i in range(count)]
-
-    def side(article, i, right):
-        return f"{article} {words[i % 4 if i % 100 < right else (i + 1) % 4]}"
-
-    pairs = [
-        pair(q["question"], side("the", i, correct_right), side("some", i, incorrect_right))
-        for i, q in enumerate(questions)
-    ]
-    return pairs, questions
+WORDS = ["iron", "water", "wood", "glass"]
+QUESTIONS = [{"question": f"What is it? {i}", "choices": WORDS, "answer": i % 4} for i in range(200)]
+# The correct answers mean the gold one in 60 of 100 cases, the incorrect ones in 20.
+SIDES = [[WORDS[(i + (i % 100 >= right)) % 4] for i in range(200)] for right in (60, 20)]
+PAIRS = [pair(f"What is it? {i}", f"the {a}", f"some {b}") for i, (a, b) in enumerate(zip(*SIDES, strict=True))]
 
 
 def test_the_signal_and_its_interval():
-    pairs, questions = made(60, 20)
-    pairs += [pair("What is it? 0", "stone", "iron or water"), pair("unknown", "iron", "wood")]
+    pairs = PAIRS + [pair("What is it? 0", "stone", "iron or water"), pair("unknown", "iron", "wood")]
     pairs += [pair("What is it? 1", "water", "water")] * 50  # DPO drops it
-    found = truth_signal(pairs, questions)
+    found = truth_signal(pairs, QUESTIONS)
     assert (found["correct"], found["incorrect"]) == (pytest.approx(0.6), pytest.approx(0.2))
     assert found["decided"] == [200, 200] and found["undecided"] == [1, 1]
     assert found["signal"] == pytest.approx(0.4)
@@ -55,22 +46,22 @@ def test_the_signal_and_its_interval():
     # Both sides are right in 20 of 100 pairs and one is in 40, so a pair's difference has the deviation 0.49.
     width = 2 * 1.96 * 0.49 / 200**0.5
     assert low < 0.4 < high and high - low == pytest.approx(width, rel=0.1)
-    assert truth_signal(pairs, questions) == found
+    assert truth_signal(pairs, QUESTIONS) == found
     shuffled = random.Random(1).sample(pairs, len(pairs))
-    assert truth_signal(shuffled, questions)["signal"] == pytest.approx(0.4)
+    assert truth_signal(shuffled, QUESTIONS)["signal"] == pytest.approx(0.4)
 
 
 def test_no_decided_answer_gives_none():
-    pairs, questions = made(50, 50)
-    assert truth_signal([], questions) is None
-    assert truth_signal(pairs, []) is None
-    assert truth_signal([{**row, "incorrect": "stone"} for row in pairs], questions) is None
+    assert truth_signal([], QUESTIONS) is None
+    assert truth_signal(PAIRS, []) is None
+    assert truth_signal([{**row, "incorrect": "stone"} for row in PAIRS], QUESTIONS) is None
 
 
 def test_it_is_printed_after_the_pairs_are_written(tiny_llama, tmp_path):
-    """The tiny model gives every question the same answers, one of which names a choice of some questions."""
-    choices = {"text": ["light to grow", "small stones"], "label": ["1", "2"]}
-    data = [{**row, "answerKey": "12"[i % 2], "choices": choices} for i, row in enumerate(rows(BUNDLED)[:6])]
+    """The tiny model gives every question the same answers, each of which names a choice. Choices have any labels."""
+    texts = ["light to grow", "a", "b", "c", "small stones"]
+    kinds = ({"text": texts, "label": list("12345")}, {"text": texts[::4], "label": list("AE")})
+    data = [{**row, "answerKey": "1E"[i % 2], "choices": kinds[i % 2]} for i, row in enumerate(rows(BUNDLED)[:6])]
     questions = write_rows(tmp_path / "q.jsonl", data)
     done = call_here(*asking(tiny_llama, tmp_path, "--data_path", questions, count=6))
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("truth signal +0.000 [")]

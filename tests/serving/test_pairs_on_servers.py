@@ -7,25 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import partial
 from itertools import cycle
 from threading import Thread
 
 import pytest
 from stand_in.inference_server import InferenceServer
-from support import (
-    BUNDLED,
-    CORRECT,
-    INCORRECT,
-    PROJECT,
-    RESPONSE,
-    asking,
-    call_here,
-    change_weights,
-    pair,
-    rows,
-    save_adapter,
-    wait_for,
-)
+from support import BUNDLED, PROJECT, RESPONSE, asking, call_here, change_weights, pair, rows, save_adapter, wait_for
 
 from grath.common.errors import UserError
 from grath.pairs.questions import draw_candidates, load_questions
@@ -36,30 +25,24 @@ from grath.serving.completions import Served, request_completions
 KEY = "sk-a-key-that-must-not-leak"
 
 
-def own_answer(server):
+def own_answer(server, ids):
     """An answer for every question: a response that belongs to another prompt is another one."""
-
-    def answer(ids):
-        question = server.tokenizer.decode(ids).split("Question: ")[-1].split(" [/INST]")[0]
-        return f"Question: {question}\nCorrect answer: Yes, {question}\nIncorrect answer: No."
-
-    return answer
+    question = server.tokenizer.decode(ids).split("Question: ")[-1].split(" [/INST]")[0]
+    return f"Question: {question}\nCorrect answer: Yes, {question}\nIncorrect answer: No."
 
 
 @pytest.fixture
-def serve(tiny_llama):
-    """A function that starts a server of the tiny model; every server ends with the test."""
-    servers = []
+def serve(tiny_llama, monkeypatch):
+    """A function that starts a server of the tiny model, which gets a key; every server ends with the test."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with ExitStack() as servers:
 
-    def start(**options):
-        server = InferenceServer(**{"model": tiny_llama, **options})
-        server.answer = server.answer or own_answer(server)
-        servers.append(server.__enter__())
-        return server
+        def start(**options):
+            server = InferenceServer(**{"model": tiny_llama, **options})
+            server.answer = server.answer or partial(own_answer, server)
+            return servers.enter_context(server)
 
-    yield start
-    for server in servers:
-        server.stop()
+        yield start
 
 
 @pytest.fixture
@@ -77,14 +60,11 @@ def ask(*arguments, flags=(), status=0, **options):
     return call_here(*command(*arguments, **options), *flags, status=status)
 
 
-def pairs_in(folder):
+def check_pairs(folder, questions=4):
+    """The pair file has each question's own answer."""
     (path,) = folder.glob("*_False.json")
-    return rows(path)
-
-
-def expected(questions):
     asked = [row["question"] for row in rows(BUNDLED)[:questions]]
-    return [pair(question, f"Yes, {question}", "No.") for question in asked]
+    assert rows(path) == [pair(question, f"Yes, {question}", "No.") for question in asked]
 
 
 def saved(folder):
@@ -94,7 +74,11 @@ def saved(folder):
 
 
 def test_the_file_is_that_of_the_engine(server, tiny_llama, tmp_path):
-    """The server gets the token ids of our own prompt, asks greedily, and is compared with the local model first."""
+    """The server gets the token ids of our own prompt, asks greedily, and is compared with the local model first.
+
+    Special tokens of its answer are no text.
+    """
+    server.answer = lambda ids: f"<s>{RESPONSE}<s></s>"
     done = ask(tiny_llama, tmp_path / "server", f"{server.url}/v1/")
     call_here(*asking(tiny_llama, tmp_path / "here", count=4))
     (ours,), (theirs,) = ((tmp_path / name).glob("*_False.json") for name in ("server", "here"))
@@ -106,12 +90,6 @@ def test_the_file_is_that_of_the_engine(server, tiny_llama, tmp_path):
         assert body["temperature"] == 0 and body["max_tokens"] == 100 and body["stop_token_ids"]
         assert body["skip_special_tokens"] is False  # those around reasoning are needed
         assert server.tokenizer.decode(body["prompt"]).startswith("<s>[INST] Answer the question below twice")
-
-
-def test_special_tokens_of_a_server_are_no_text(serve, tiny_llama, tmp_path):
-    server = serve(answer=lambda ids: f"<s>{RESPONSE}<s></s>")
-    ask(tiny_llama, tmp_path, server.url, questions=1)
-    assert pairs_in(tmp_path) == [pair(rows(BUNDLED)[0]["question"], CORRECT, INCORRECT)]
 
 
 @pytest.mark.parametrize("flags", [[], ["--useFS"], ["--useGT"], ["--useGT", "--useFS"]], ids=" ".join)
@@ -132,7 +110,7 @@ def test_several_servers_share_the_questions(serve, tiny_llama, tmp_path):
     ask(tiny_llama, tmp_path, *(server.url for server in servers), questions=20)
     asked = [[json.dumps(body["prompt"]) for body in server.seen[1:]] for server in servers]
     assert min(map(len, asked)) > 4 and len({*asked[0], *asked[1]}) == len(asked[0] + asked[1]) == 20
-    assert pairs_in(tmp_path) == expected(20)
+    check_pairs(tmp_path, 20)
 
 
 @pytest.mark.parametrize("fault", ["drop", 503, "silent", "drip"])
@@ -147,7 +125,7 @@ def test_a_lost_server_is_one_line_and_responses_are_kept(serve, tiny_llama, tmp
     before = len(server.seen)
     ask(tiny_llama, tmp_path, server.url, questions=6)
     assert len(server.seen) - before == 1 + 3
-    assert pairs_in(tmp_path) == expected(6)
+    check_pairs(tmp_path, 6)
 
 
 @pytest.mark.parametrize("response", ['"Correct \\udc80"', "5", "[" * 100_000])
@@ -158,7 +136,7 @@ def test_saved_responses_that_cannot_be_written_are_asked_again(serve, tiny_llam
     path.write_text(f"{path.read_text()}[3, {response}]\n")
     server.faults = lambda number: None
     assert "Discarding saved responses that are damaged" in ask(tiny_llama, tmp_path, server.url).stdout
-    assert pairs_in(tmp_path) == expected(4)
+    check_pairs(tmp_path)
 
 
 def test_a_server_dies_in_the_middle_and_comes_back(serve, tiny_llama, tmp_path):
@@ -174,7 +152,7 @@ def test_a_server_dies_in_the_middle_and_comes_back(serve, tiny_llama, tmp_path)
     ask(tiny_llama, tmp_path, first.url, questions=20)
     thread.join()
     assert first.served - 1 == 10 and again[0].served == 10
-    assert pairs_in(tmp_path) == expected(20)
+    check_pairs(tmp_path, 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -190,11 +168,10 @@ def test_a_signal_in_the_middle(serve, tiny_llama, tmp_path, number):
     assert (process.returncode, error.splitlines()[-1]) == (128 + number, f"create_pair_responses.py: {said}"), error
     assert len(saved(tmp_path)) == 3
     ask(tiny_llama, tmp_path, serve().url, questions=6)
-    assert pairs_in(tmp_path) == expected(6)
+    check_pairs(tmp_path, 6)
 
 
 def test_a_refused_request_names_the_reason(serve, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(faults=lambda number: 400 if number > 2 else None)
     done = ask(tiny_llama, tmp_path, server.url, status=2)
     assert "refuses the request (HTTP 400): (a text with the API key)" in done.stderr
@@ -235,8 +212,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", WRONG, ids=WRONG.values())
-def test_a_wrong_response_is_one_line(serve, tiny_llama, tmp_path, monkeypatch, fault):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+def test_a_wrong_response_is_one_line(serve, tiny_llama, tmp_path, fault):
     server = serve(faults=lambda number: fault if number == 3 else None)
     done = ask(tiny_llama, tmp_path, server.url, status=2)
     last = done.stderr.strip().splitlines()[-1]
@@ -274,11 +250,10 @@ def test_what_passes_is_waited_for_and_asked_again(serve, tiny_llama, tmp_path, 
     kinds = (cycle(fine), cycle(PASSING))
     server = serve(faults=lambda number: next(kinds[number % 2]))
     ask(tiny_llama, tmp_path, server.url, questions=30)
-    assert pairs_in(tmp_path) == expected(30)
+    check_pairs(tmp_path, 30)
 
 
-def test_a_redirect_is_not_followed(serve, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+def test_a_redirect_is_not_followed(serve, tiny_llama, tmp_path):
     other, server = serve(), serve(faults=lambda number: b"" if number == 2 else None)
     server.headers, server.status = {"Location": f"{other.url}/v1/completions?key={KEY}"}, 308
     done = ask(tiny_llama, tmp_path, server.url, status=2)
@@ -287,20 +262,15 @@ def test_a_redirect_is_not_followed(serve, tiny_llama, tmp_path, monkeypatch):
 
 def test_a_long_queue_is_no_failure():
     """Each response comes after 0.3 s, so that the last request waits longer than the time-out."""
+    turn, asked, answers = asyncio.Lock(), [], []
 
-    async def main():
-        turn = asyncio.Lock()
+    async def answer(index):
+        asked.append(index)
+        async with turn:
+            await asyncio.sleep(0.3)
+        return index
 
-        async def answer(index):
-            asked.append(index)
-            async with turn:
-                await asyncio.sleep(0.3)
-            return index
-
-        await client.send_all([("a", answer)] * 5, 5, 0.8, lambda *found: answers.append(found))
-
-    asked, answers = [], []
-    asyncio.run(main())
+    asyncio.run(client.send_all([("a", answer)] * 5, 5, 0.8, lambda *found: answers.append(found)))
     assert sorted(answers) == [(i, i) for i in range(5)] and len(asked) == 5
 
 
@@ -318,9 +288,8 @@ ESCAPED = {
 
 
 @pytest.mark.parametrize("form", ESCAPED)
-def test_the_key_is_hidden_in_every_form(serve, tiny_llama, tmp_path, monkeypatch, form):
+def test_the_key_is_hidden_in_every_form(serve, tiny_llama, tmp_path, form):
     """In the names of models, and in an error that is not JSON."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     hidden, server = ESCAPED[form](KEY), serve()
     server.listed = lambda header: json.dumps({"data": [{"id": f"\x1b]0;{header} {hidden}"}]})
     done = ask(tiny_llama, tmp_path, server.url, status=2)
@@ -375,7 +344,7 @@ def test_the_same_model_is_recognized(serve, tiny_llama, tmp_path):
     """By the folder that it was loaded from; and without log-probabilities of prompts, by one token."""
     done = ask(tiny_llama, tmp_path, serve(name="other", prompt_logprobs=False).url)
     assert "other on the servers has the local weights (the log-probabilities of 1 tokens" in done.stdout
-    assert pairs_in(tmp_path) == expected(4)
+    check_pairs(tmp_path)
 
 
 def test_a_server_that_does_not_answer_is_left_out(serve, tiny_llama, tmp_path, quick, monkeypatch):
@@ -383,7 +352,7 @@ def test_a_server_that_does_not_answer_is_left_out(serve, tiny_llama, tmp_path, 
     dead = "http://127.0.0.1:9"
     done = ask(tiny_llama, tmp_path, dead, serve().url)
     assert f"Going on without {dead}: no response" in done.stderr
-    assert pairs_in(tmp_path) == expected(4)
+    check_pairs(tmp_path)
     done = ask(tiny_llama, tmp_path / "none", dead, timeout=1, status=1)
     assert f"no response from {dead}" in done.stderr
 
@@ -396,7 +365,7 @@ def test_an_adapter_is_loaded_and_unloaded(serve, tiny_llama, tmp_path):
     # A server that was restarted in the middle has lost the adapter.
     forget = serve(faults=lambda number: forget.adapters.clear() or 500 if number == 3 else None)
     ask(adapter, tmp_path / "b", forget.url, questions=6, flags=("--batch_size", 2))
-    assert pairs_in(tmp_path / "b") == expected(6)
+    check_pairs(tmp_path / "b", 6)
     plain, broken = serve(loras=False), serve()
     broken.load_status = 500
     for server in (plain, broken):

@@ -16,7 +16,7 @@ class InferenceServer:
     """Use as `with InferenceServer(folder) as server:`; `server.url` is its address.
 
     Attributes:
-        seen: the parts of every completion request: list of dicts.
+        seen: the parts of every completion request: list of dicts. `served`: how many had a right response.
         keys: the Authorization headers that came: set of str.
         adapters: name -> folder of the loaded adapters.
         hold: no completion request is answered before so many have come.
@@ -35,7 +35,6 @@ class InferenceServer:
         self.seen, self.keys, self.adapters, self.served = [], set(), {}, 0
         self.window, self.hold = 4096, 0
         self.headers, self.status, self.listed = {}, 200, None
-        self.most_at_once = self.at_once = 0
         self.tokenizer, self.models = AutoTokenizer.from_pretrained(self.folder), {}
 
     def __enter__(self):
@@ -97,53 +96,47 @@ class InferenceServer:
         self.keys.add(request.headers.get("Authorization"))
         if body["model"] not in {self.name, *self.adapters}:
             return web.json_response({"error": {"message": f"there is no model {body['model']}"}}, status=404)
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        try:
-            fault = self.faults(len(self.seen))
-            while len(self.seen) < self.hold:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.01 * (len(self.seen) % 5))  # answers come out of order
-            if fault == "drop":
-                if request.transport:  # None once the client has gone
-                    request.transport.abort()
-                return web.Response()
-            if fault == "silent":
-                await asyncio.sleep(60)
-            elif isinstance(fault, int):
-                key = request.headers.get("Authorization")
-                return web.json_response({"error": {"message": f"a fault, asked with {key}"}}, status=fault)
-            if fault == "drip":
-                response = web.StreamResponse()
-                await response.prepare(request)
-                while request.transport:
-                    await response.write(b" ")
-                    await asyncio.sleep(0.05)
-                return response
-            if body.get("echo") and not self.prompt_logprobs:  # as llama.cpp
-                fault, self.status = b'{"error": {"code": 500, "message": "Only no echo is supported"}}', 500
-            if isinstance(fault, bytes):
-                return web.Response(body=fault, headers=self.headers, status=self.status)
-            found = self._response(body)
-            if callable(fault):
-                fault(found)
-            text = json.dumps(found)
-            if fault == "cut":
-                return web.Response(text=text[: len(text) // 2], content_type="application/json")
-            self.served += 1
-            return web.Response(text=text, content_type="application/json")
-        finally:
-            self.at_once -= 1
+        fault = self.faults(len(self.seen))
+        while len(self.seen) < self.hold:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01 * (len(self.seen) % 5))  # answers come out of order
+        if fault == "drop":
+            if request.transport:  # None once the client has gone
+                request.transport.abort()
+            return web.Response()
+        if fault == "silent":
+            await asyncio.sleep(60)
+        elif isinstance(fault, int):
+            key = request.headers.get("Authorization")
+            return web.json_response({"error": {"message": f"a fault, asked with {key}"}}, status=fault)
+        if fault == "drip":
+            response = web.StreamResponse()
+            await response.prepare(request)
+            while request.transport:
+                await response.write(b" ")
+                await asyncio.sleep(0.05)
+            return response
+        if body.get("echo") and not self.prompt_logprobs:  # as llama.cpp
+            fault, self.status = b'{"error": {"code": 500, "message": "Only no echo is supported"}}', 500
+        if isinstance(fault, bytes):
+            return web.Response(body=fault, headers=self.headers, status=self.status)
+        found = self._response(body)
+        if callable(fault):
+            fault(found)
+        text = json.dumps(found)
+        if fault == "cut":
+            return web.Response(text=text[: len(text) // 2], content_type="application/json")
+        self.served += 1
+        return web.Response(text=text, content_type="application/json")
 
     def _response(self, body):
-        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
-        choices = [{"index": i, **self._choice(body, ids)} for i, ids in enumerate(prompts)]
-        return {"choices": choices, "usage": {"completion_tokens": 1}}
+        ids = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
+        scored = body.get("logprobs")
+        choice = {"text": "", "logprobs": self._logprobs(body["model"], ids)} if scored else {"text": self.answer(ids)}
+        return {"choices": [{"index": 0, **choice}], "usage": {"completion_tokens": 1}}
 
-    def _choice(self, body, ids):
-        if not body.get("logprobs"):
-            return {"text": self.answer(ids)}
-        logprobs = self._model(body["model"])(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    def _logprobs(self, model, ids):
+        logprobs = self._model(model)(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         best, token = logprobs.max(-1)
         own = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         logprobs = {
@@ -151,10 +144,8 @@ class InferenceServer:
             "token_logprobs": [None, *own.tolist(), best[-1].item()],
             "top_logprobs": [None, *({"": value} for value in best.tolist())],
         }
-        if not self.prompt_logprobs:  # as llama.cpp
-            last = {"token": logprobs["tokens"][-1], "logprob": logprobs["token_logprobs"][-1]}
-            logprobs = {"content": [last]}
-        return {"text": "", "logprobs": logprobs}
+        last = {"token": logprobs["tokens"][-1], "logprob": logprobs["token_logprobs"][-1]}
+        return logprobs if self.prompt_logprobs else {"content": [last]}  # as llama.cpp
 
     def _text(self, token):
         return self.tokenizer.decode([token])
