@@ -30,9 +30,12 @@ POINTS = {
     "the adapter": renamed(TRAIN, r"adapter_model\.safetensors"),
     "the finished record": renamed(TRAIN, r"grath\.json", 2),
     "after the adapter": point(TRAIN, "shutil.rmtree", r"\.partial$"),
+    "the run's plot": point("grath.report", "os.rename", r"iterations\.png$"),
     "the report": renamed("grath.report", r"report\.md"),
+    "the pair file of iteration 2": renamed(ASK, r"iter1_\w+\.json"),
     "the combined file": renamed("combine_new", r"iter1_\w+_combined\.json"),
-    "after a checkpoint of iteration 2": point(TRAIN, "os.mkdir", r"checkpoint-4$"),
+    "a checkpoint of iteration 2": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="rng_state.pth"),
+    "the adapter of iteration 2": renamed(TRAIN, r"adapter_model\.safetensors"),
 }
 
 
@@ -51,10 +54,13 @@ def ended(fault, name):
 
 
 SIGNALS = {
+    "asking": ended(point(ASK, "open", r"\.responses\."), "SIGTERM"),
+    "before training": ended(renamed(TRAIN, r"grath\.json"), "SIGTERM"),
     "training": ended(point(TRAIN, "os.mkdir", r"checkpoint-4$"), "SIGTERM"),
     "at the terminal": ended(point(TRAIN, "os.rename", r"/adapter_config\.json$"), "SIGINT"),
     "scoring": ended(point(SCORE, "open", r"/\.grath_mc1\.json"), "SIGHUP"),
     "Slurm's time is over": ended(point(SCORE, "os.rename", r"/samples\.jsonl"), "SIGUSR1"),
+    "the report": ended(renamed("grath.report", r"report\.md"), "SIGTERM"),
 }
 
 

@@ -8,6 +8,7 @@ pytestmark = pytest.mark.faults
 
 # No file of the process grows beyond `limit` bytes from this point on.
 FULL_DISK = {
+    "the record of pairs": point(ASK, "open", r"/\.iter1_\w+\.json\.record\.json", limit=0),
     "the responses": point(ASK, "open", r"\.responses\.", limit=0),
     "the pair file": point(ASK, "open", r"/\.iter1_\w+\.json\.\w+\.tmp$", limit=0),
     "the combined file": point("combine_new", "open", r"_combined\.json", limit=0),
@@ -15,8 +16,11 @@ FULL_DISK = {
     "a checkpoint's adapter": point(TRAIN, "os.mkdir", r"checkpoint-2$", limit=1000),
     "a checkpoint's other files": point(TRAIN, "os.mkdir", r"checkpoint-4$", limit=25_000),
     "the log": point(TRAIN, "open", r"/\.training_log\.jsonl", limit=0),
+    "the training's plot": point(TRAIN, "open", r"/\.training\.png\.\w+\.tmp$", limit=0),
     "the adapter": point(TRAIN, "os.mkdir", r"/\.partial$", limit=1000),
+    "the settings of the scores": point(SCORE, "open", r"/\.settings\.json", limit=0),
     "the scores": point(SCORE, "open", r"/\.grath_mc1\.json", limit=0),
+    "the answers": point(SCORE, "open", r"/\.samples\.jsonl", limit=0),
     "the report": point("grath.report", "open", r"/\.report\.md", limit=0),
 }
 
