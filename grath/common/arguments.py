@@ -13,19 +13,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-class OneLineErrors:
-    """Mixin for `argparse.ArgumentParser` that raises `UserError` instead of printing the usage."""
+class Parser(argparse.ArgumentParser):
+    """A parser with exact flag names and one-line errors; the module's docstring is its description."""
+
+    def __init__(self, description, **options):
+        options |= {"prog": program_name(), "formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
-
-
-class Parser(OneLineErrors, argparse.ArgumentParser):
-    """A parser that takes exact flag names only and shows the module's docstring as its description."""
-
-    def __init__(self, description, **options):
-        options = {"prog": program_name(), **options}
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
 
 def matching(pattern, what, convert=str):
