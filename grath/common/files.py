@@ -137,8 +137,11 @@ def sha256(path):
 
 def file_hash(file):
     """Return the SHA-256 of a file; a large one is hashed once, as long as its inode, size and times stay the same."""
-    stat, cache = file.stat(), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    if stat.st_size < CACHED_FROM or cache.startswith("~"):  # there is no home
+    stat = file.stat()
+    if stat.st_size < CACHED_FROM:
+        return sha256(file)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    if cache.startswith("~"):  # there is no home
         return sha256(file)
     stamp = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     known = Path(cache, "grath", "-".join(map(str, stamp)))

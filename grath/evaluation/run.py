@@ -45,7 +45,8 @@ def score_model(args):
     missing = [
         task for task in tasks if f"{task}.json" not in files or args.log_samples and samples_file(task) not in files
     ]
-    sampled, asked, precision = args.samples and SAMPLES not in files, None, args.precision
+    sampled, precision = args.samples and SAMPLES not in files, args.precision
+    asked = None
     if missing or sampled:
         precision = SERVER if args.backend == SERVER else resolve_precision(precision, "scores")
         check_model(args.model, weights=args.backend != SERVER)

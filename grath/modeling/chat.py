@@ -64,7 +64,7 @@ def template_for(tokenizer, model_type):
     if " at 0x" in render(tokenizer, PROBE, template):
         raise UserError(f"the chat template shows an address in memory: {OTHER_TEMPLATE}")
     prompt, completion = answer_ids(tokenizer, PROBE, "Water.", template)
-    if "Whatisice?" not in "".join(tokenizer.decode(prompt).split()):
+    if "".join(PROBE[0]["content"].split()) not in "".join(tokenizer.decode(prompt).split()):
         raise UserError(f"the chat template begins differently if an answer follows: {OTHER_TEMPLATE}")
     if "Water" not in tokenizer.decode(completion):
         raise UserError(f"the chat template has an EOS before the answer: {OTHER_TEMPLATE}")

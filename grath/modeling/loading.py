@@ -159,7 +159,7 @@ def load_model(name, precision, trainable=False):
 
 
 def load_for_inference(name, precision):
-    """Load a model as `load_model` does, for inference only, on a CPU with its fastest products."""
+    """Load a model as `load_model` does, on a CPU with its fastest products; it can neither be trained nor saved."""
     from grath.modeling.cpu_matmul import prepare_for_inference
 
     return prepare_for_inference(load_model(name, precision)).eval()
@@ -247,13 +247,13 @@ def _load(auto_class, source, **options):
     """Load by the class of this name; importing `transformers` is slow."""
     import transformers
 
-    folder = Path(source)
+    loader, folder = getattr(transformers, auto_class), Path(source)
     what, needed = ("tokenizer", "tokenizer_config.json") if auto_class == "AutoTokenizer" else ("model", "config.json")
     if folder.is_dir() and not (folder / needed).is_file():
         raise UserError(f"{source} is a folder without a {what} (no {needed})")
     try:
         # Without an explicit False, transformers asks on the terminal whether it may run the model's own code.
-        return getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=False, **options)
+        return loader.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # the hub client, the file readers and the model classes all raise different errors
         if explain_system_error(error):
             raise

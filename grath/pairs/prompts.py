@@ -38,10 +38,11 @@ def load_demos(name):
 
 def build_messages(question, seed, use_gt, demos=()):
     """Build the conversation that asks for a pair: two turns for each few-shot example, then that with the question."""
-    prompt, asked, messages = PAIR_PROMPT, {"question": question["question"]}, []
+    prompt, asked = PAIR_PROMPT, {"question": question["question"]}
     if use_gt:
         prompt += CANDIDATES
         asked["candidate_correct"], asked["candidate_incorrect"] = draw_candidates(question, seed)
+    messages = []
     for demo in demos:
         messages.append({"role": "user", "content": prompt.format(**demo)})
         messages.append({"role": "assistant", "content": PAIR_RESPONSE.format(**demo)})

@@ -38,7 +38,7 @@ def pair_stats(path, questions=()):
     record, rows, combined = read_record(record_path(path)) or {}, read_pairs(path), combined_path(path)
     trained_on = combined if combined.is_file() else path
     different = [row for row in read_pairs(trained_on) if row["correct"] != row["incorrect"]]
-    sides = [[row[side] for row in different] for side in ("correct", "incorrect") if different]
+    sides = [[row[side] for row in different] for side in ("correct", "incorrect")]
     truth = truth_signal(different, questions)
     distance = trained_on.with_suffix(".distance.json")
     measured = read_json(distance, "record of grath.distance", MEASURED) if distance.is_file() else {}
@@ -53,8 +53,10 @@ def pair_stats(path, questions=()):
         "signal": format_signal(truth),
         "distance": measured.get("distance"),
         "probe": measured.get("probe"),
-        "negated": " / ".join(f"{negated(side):.3f}" for side in sides) or None,
-        "words": " / ".join(f"{mean(len(answer.split()) for answer in side):.1f}" for side in sides) or None,
+        "negated": " / ".join(f"{negated(side):.3f}" for side in sides) if different else None,
+        "words": " / ".join(f"{mean(len(answer.split()) for answer in side):.1f}" for side in sides)
+        if different
+        else None,
     }
 
 

@@ -21,13 +21,15 @@ def content_words(text):
     return Counter(word for word in re.findall(r"\w+", text.lower()) if word not in STOP_WORDS)
 
 
-def nearest_choice(answer, choices):
-    """Return the index of the choice with the highest F1 of words to an answer; None if it is 0 or two choices tie.
+def token_f1(first, second):
+    """Return the F1 of two Counters of words: 2 |common| / (|first| + |second|), or 0 if both are empty."""
+    return 2 * (first & second).total() / max(1, first.total() + second.total())
 
-    F1 is 2 |common| / (|answer| + |choice|), counted in content words.
-    """
+
+def nearest_choice(answer, choices):
+    """Return the index of the choice with the highest `token_f1` to an answer; None if it is 0 or two choices tie."""
     words = content_words(answer)
-    scores = [2 * (words & one).total() / max(1, words.total() + one.total()) for one in map(content_words, choices)]
+    scores = [token_f1(words, content_words(choice)) for choice in choices]
     best = max(scores)
     return scores.index(best) if best > 0 and scores.count(best) == 1 else None
 

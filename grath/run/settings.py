@@ -197,20 +197,24 @@ def check_start(values):
     for name in ("DATA_PATH", "ACCELERATE_CONFIG"):
         if values[name] and not Path(values[name]).is_file():
             raise UserError(f"{name}: there is no file '{values[name]}'")
-    if config := values["ACCELERATE_CONFIG"]:
-        from accelerate.commands.config.config_args import load_config_from_file
-
-        try:
-            load_config_from_file(config)
-        except Exception as error:  # YAML, and the classes of accelerate, raise many kinds of errors
-            reason = first_line(error)[:200]
-            raise UserError(f"ACCELERATE_CONFIG: {config} is not for accelerate launch: {reason}") from None
+    if values["ACCELERATE_CONFIG"]:
+        check_launch_config(values["ACCELERATE_CONFIG"])
     if values["USE_FS"] == "1" and not demos_file(values["DEMOS"]).is_file():
         raise UserError(f"DEMOS: there is no set or file '{values['DEMOS']}'")
     check_devices(int(values["NUM_PROCESSES"]))
     defaults.check_trackers(values["REPORT_TO"])
     precisions = {name: resolve_precision(values[name], stage) for name, stage in stages_here(values).items()}
     return values | precisions | {"MACHINE": describe_device()}
+
+
+def check_launch_config(path):
+    """Raise `UserError` if a file is not a configuration of `accelerate launch`."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(path)
+    except Exception as error:  # YAML, and the classes of accelerate, raise many kinds of errors
+        raise UserError(f"ACCELERATE_CONFIG: {path} is not for accelerate launch: {first_line(error)[:200]}") from None
 
 
 def shell_lines(values):

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import math
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +54,12 @@ def serve(model, urls, timeout):
             asyncio.run(completions.load_adapter(url, served, timeout))
         yield served
     finally:
-        for url in served.loaded:
-            with suppress(Refused, TimeoutError):  # the server is gone, or has lost the adapter
-                asyncio.run(asyncio.wait_for(send_until(5, f"{url}{UNLOAD}", {"lora_name": served.name}), 5))
+        asyncio.run(_unload(served))
+
+
+async def _unload(served):
+    requests = (send_until(5, f"{url}{UNLOAD}", {"lora_name": served.name}) for url in served.loaded)
+    await asyncio.gather(*requests, return_exceptions=True)  # a server may be gone, or have lost the adapter
 
 
 def describe_servers(model, urls, timeout, adapters):

@@ -28,8 +28,10 @@ def test_first_iteration_starts_with_zero_margin(first_iteration, tiny_llama):
 
 
 def test_dropout_that_is_no_module_is_disabled_too(first_iteration, model, pair_file, tmp_path):
+    """In a first iteration, where both references are the base."""
     change_json(model / "config.json", attention_dropout=0.3)
-    _, record = train(model, tmp_path / "m", source=pair_file)
+    _, record = train(model, tmp_path / "m", "--reference", "fixed", source=pair_file)
+    assert record["reference_model"] == record["base_model"] == str(model)
     assert [margin(record, step) for step in (0, 2)] == [margin(first_iteration[2], step) for step in (0, 2)]
 
 

@@ -68,9 +68,11 @@ def test_an_edited_adapter_is_refused(first_iteration, tiny_llama, pair_file, tm
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         output = shutil.copytree(first_iteration[0], tmp_path / file)
         (output / file).write_bytes((output / file).read_bytes() + b" ")
+        before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
         edited = f"{output / file} is not the file that was written: "
         assert f"{edited}choose another --output_dir" in refusal(tiny_llama, output, source=pair_file)
         assert f"{edited}train the adapter again" in refusal(output, tmp_path / "next", source=pair_file)
+        assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 def test_starts_that_are_refused(first_iteration, tiny_llama, pair_file, tmp_path):

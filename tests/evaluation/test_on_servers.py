@@ -117,9 +117,12 @@ def test_a_model_whose_weights_only_the_server_has(tiny_llama, scored_once, tmp_
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with InferenceServer(tiny_llama, name=str(bare)) as server:
         in_flight = []
-        # After the probe, three requests wait for each other.
-        hold = lambda number: setattr(server, "hold", 4 if number > 1 else 0)  # noqa: E731
-        server.faults = lambda number: in_flight.append(number - server.served) or hold(number)
+
+        def watch(number):
+            in_flight.append(number - server.served)
+            server.hold = 4 if number > 1 else 0  # after the probe, three requests wait for each other
+
+        server.faults = watch
         score(server, bare, tmp_path / "s", "--batch_size", 3)
         assert max(in_flight) == 3
     assert score_values(tmp_path / "s") == pytest.approx(score_values(scored_once), abs=1e-2)

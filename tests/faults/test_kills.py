@@ -35,7 +35,7 @@ POINTS = {
     "the pair file of iteration 2": renamed(ASK, r"iter1_\w+\.json"),
     "the combined file": renamed("combine_new", r"iter1_\w+_combined\.json"),
     "a checkpoint of iteration 2": point(TRAIN, "open", r"checkpoint-2/trainer_state\.json", cut="rng_state.pth"),
-    "the adapter of iteration 2": renamed(TRAIN, r"adapter_model\.safetensors"),
+    "after a checkpoint of iteration 2": point(TRAIN, "os.mkdir", r"checkpoint-4$"),
 }
 
 
@@ -44,7 +44,8 @@ def test_a_run_is_killed_at_every_point(llama_run, tmp_path):
     hit_and_restart(POINTS, settings, tmp_path / "old", finish=False)
     # The run is moved in the middle of a training.
     (tmp_path / "old").rename(tmp_path / "new place")
-    run = hit_and_restart({}, settings, tmp_path / "new place")
+    last = {"the adapter of iteration 2": renamed(TRAIN, r"adapter_model\.safetensors")}
+    run = hit_and_restart(last, settings, tmp_path / "new place")
     same_as(run, undisturbed)
 
 

@@ -99,11 +99,13 @@ def test_a_finished_file_is_not_written_again_and_another_is_refused(tiny_llama,
     ):
         done = call_here(*command, *flags, status=2)
         assert f"{path} was made with {said}" in done.stderr and "pass --overwrite to replace it" in done.stderr
-    path.write_text(path.read_text().replace("light", "dark"))
+    edited = path.read_text().replace("light", "dark")
+    path.write_text(edited)
     done = call_here(*command, status=2)
     assert f"{path} is not the file that was written: pass --overwrite" in done.stderr
     train = ("dpo.py", "--dataset_path", path, "--model_name_or_path", tiny_llama, "--output_dir", tmp_path / "m")
     assert f"{path} is not the file that was written" in call_here(*train, status=2).stderr
+    assert path.read_text() == edited
     call_here(*command, "--overwrite")
     assert path.read_bytes() == written and path.stat().st_mtime_ns != when
     (tmp_path / "out" / f"{path.name}.record.json").unlink()

@@ -21,7 +21,7 @@ HELD = point(ASK, "open", r"\.responses\.", signal="SIGCONT")
 def held_start(settings, folder):
     """A start that waits in its first stage; yield (process of the loop, its lock file, a list for its result)."""
     found = []
-    thread = threading.Thread(target=lambda: found.append(start(settings, folder, HELD)))
+    thread = threading.Thread(target=lambda: found.append(start(settings, folder, HELD)), daemon=True)
     thread.start()
     wait_for(lambda: list(folder.glob("*/data/*.record.json")))
     lock = folder / ".llama2_seed_0.lock"

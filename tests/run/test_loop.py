@@ -15,6 +15,7 @@ from fault_injection import records
 from support import BUNDLED, CORRECT, PROJECT, call, put_program, rows, score_values
 
 from grath.common.files import sha256
+from grath.run.settings import SETTINGS
 
 PRESETS = {
     "run_llama2.sh": ("meta-llama/Llama-2-7b-chat-hf", "llama2", "rolling", 2, 1000, 1119),
@@ -58,6 +59,8 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
     same |= {} if "smollm2" in preset else {"--learning_rate": "5e-4", "--warmup_steps": "100"}
     assert all(value_of(line, flag) == value for line in trainings for flag, value in same.items())
     assert "--batch_size" not in done.stdout
+    exported = re.findall(r"export (.*)", (PROJECT / preset).read_text(encoding="utf-8"))
+    assert {name for line in exported for name in re.findall(r"(\w+)=", line)} <= SETTINGS.keys()
 
 
 @pytest.mark.slow
@@ -76,9 +79,11 @@ def test_the_demo_on_smollm2_with_reduced_sizes(tmp_path):
 def test_settings_reach_their_commands():
     config = "accelerate_configs/fsdp.yaml"
     env = {"DRY_RUN": "1", "REPORT_TO": "wandb", "PAIRS_BATCH_SIZE": "7", "ACCELERATE_CONFIG": config}
+    env |= {"DPO_BATCH_SIZE": "2", "GRADIENT_ACCUMULATION_STEPS": "3"}
     done = call("run_llama2.sh", env=env).stdout
     ask = f"\npython {PROJECT}/create_pair_responses.py "  # which accelerate does not start
-    for text in (f"--config_file {config} {PROJECT}/dpo.py", "--report_to wandb ", "--batch_size 7 ", ask):
+    sizes = ("--batch_size 7 ", "--per_device_train_batch_size 2 ", "--gradient_accumulation_steps 3 ")
+    for text in (f"--config_file {config} {PROJECT}/dpo.py", "--report_to wandb ", *sizes, ask):
         assert done.count(text) == 2
 
 
