@@ -42,9 +42,11 @@ ROWS = {
     ("0.5B", f"{ARC}, 160 steps"): ("rolling_0.5b_160_steps", 1),
     ("1.5B", ARC): ("rolling_1.5b", 1),
     ("1.5B", f"{ARC}, iteration 2"): ("rolling_1.5b", 2),
+    ("1.5B", f"{ARC}, 160 steps"): ("rolling_1.5b_160_steps", 1),
     ("0.5B", f"{ARC}, candidates"): ("useGT_0.5b", 1),
     ("0.5B", f"{ARC}, candidates, 160 steps"): ("useGT_0.5b_160_steps", 1),
     ("1.5B", f"{ARC}, candidates"): ("useGT_1.5b", 1),
+    ("1.5B", f"{ARC}, candidates, 160 steps"): ("useGT_1.5b_160_steps", 1),
     ("0.5B", DOMAIN): ("domain_0.5b", 1),
     ("0.5B", f"{DOMAIN}, without those in which only the incorrect answer denies"): ("form_incorrect_0.5b", 1),
     ("0.5B", f"{DOMAIN}, without those in which only the correct answer denies"): ("form_correct_0.5b", 1),
@@ -72,11 +74,12 @@ def test_the_tables_of_results_are_those_of_the_comparison(page, most):
 
 
 def test_the_doses_of_the_page_are_those_of_the_runs():
-    runs = [PROJECT / "results" / f"{kind}_0.5b_160_steps_seed_0" for kind in ("rolling", "useGT")]
+    kinds = ("rolling_0.5b", "useGT_0.5b", "rolling_1.5b", "useGT_1.5b")
+    runs = [PROJECT / "results" / f"{kind}_160_steps_seed_0" for kind in kinds]
     page = (PROJECT / "results" / "README.md").read_text(encoding="utf-8")
     printed = cells_of(call_here("dose", *runs).stdout)
     shown = cells_of(page)
-    assert len(printed) == 8 and all(row in shown for row in printed)
+    assert len(printed) == 14 and all(row in shown for row in printed)
 
 
 def test_the_intervals_in_the_text_are_those_of_the_runs():
@@ -127,7 +130,7 @@ def test_no_place_of_a_machine_stands_in_the_results():
 def test_every_published_run_has_a_report_of_its_records(tmp_path):
     """Of all, the commit and the versions; of two, the whole page."""
     folders = sorted(path.parent for path in (PROJECT / "results").glob("*/report.md"))
-    assert len(folders) == 32
+    assert len(folders) == 34
     for folder in folders:
         records = [json.loads(path.read_text()) for pattern in (*RECORDS, SCORES) for path in folder.glob(pattern)]
         text = (folder / "report.md").read_text(encoding="utf-8")
