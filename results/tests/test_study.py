@@ -139,7 +139,7 @@ def test_the_commands_of_the_page(tmp_path):
     script = "\n".join([settings, "export DRY_RUN=1", *controls, *others])
     done = call("bash", "-ec", script, env={"folder": str(tmp_path), "RUNS_DIR": "runs"})
     trained = [line for line in done.stdout.splitlines() if line.startswith("accelerate launch") and "dpo.py" in line]
-    assert ["--dataset_name truthful_qa" in line for line in trained] == [True] * 6 + [False] * 19
+    assert ["--dataset_name truthful_qa" in line for line in trained] == [True] * 6 + [False] * 21
     folders = {Path(line.split("--output_dir ")[1].split()[0]).parent.parent.name for line in trained}
     program, *compared = comparison.removeprefix("python ").split()
     assert program == "results/study.py"
