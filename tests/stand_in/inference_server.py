@@ -131,12 +131,12 @@ class InferenceServer:
 
     def _response(self, body):
         ids = body["prompt"][0] if isinstance(body["prompt"][0], list) else body["prompt"]
-        scored = body.get("logprobs")
-        choice = {"text": "", "logprobs": self._logprobs(body["model"], ids)} if scored else {"text": self.answer(ids)}
-        return {"choices": [{"index": 0, **choice}], "usage": {"completion_tokens": 1}}
+        return {"choices": [{"index": 0, **self._choice(body, ids)}], "usage": {"completion_tokens": 1}}
 
-    def _logprobs(self, model, ids):
-        logprobs = self._model(model)(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    def _choice(self, body, ids):
+        if not body.get("logprobs"):
+            return {"text": self.answer(ids)}
+        logprobs = self._model(body["model"])(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         best, token = logprobs.max(-1)
         own = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         logprobs = {
@@ -145,7 +145,7 @@ class InferenceServer:
             "top_logprobs": [None, *({"": value} for value in best.tolist())],
         }
         last = {"token": logprobs["tokens"][-1], "logprob": logprobs["token_logprobs"][-1]}
-        return logprobs if self.prompt_logprobs else {"content": [last]}  # as llama.cpp
+        return {"text": "", "logprobs": logprobs if self.prompt_logprobs else {"content": [last]}}  # as llama.cpp
 
     def _text(self, token):
         return self.tokenizer.decode([token])
