@@ -19,7 +19,6 @@ command then does nothing, and a different one that would write the same file is
 asks inference servers with the OpenAI completions API instead. The key, if they need one, is OPENAI_API_KEY.
 """
 
-import json
 import os
 import time
 from contextlib import ExitStack
@@ -42,11 +41,11 @@ from grath.pairs.questions import load_questions
 from grath.pairs.record import describe_pairs, is_finished, settings_of
 from grath.pairs.responses import (
     load_responses,
-    open_responses,
     opens_reasoning,
     parse_response,
     parse_responses,
     remove_responses,
+    save_responses,
 )
 from grath.pairs.stats import count_identical
 from grath.pairs.truth import format_signal, truth_signal
@@ -158,10 +157,11 @@ def main():
         with state.split_between_processes(left) as mine:
             answers = ask(state, generator, prompts, mine, path, saved, opened) if mine else {}
             responses |= gather_object(list(answers.items()))
+        seconds = time.monotonic() - start
         if not state.is_main_process:
             return
         rows, dropped = parse_responses(questions, responses)
-        print_counts(rows, questions, dropped, len(left), time.monotonic() - start)
+        print_counts(rows, questions, dropped, len(left), seconds)
         record |= {"model": args.model_name_or_path, "settings": settings_of(args), "chat_date": str(TODAY)}
         if generator:
             record["rows"] = generator.rows
@@ -189,10 +189,10 @@ def ask(state, generator, prompts, indices, path, saved, opened):
     responses, parsed = {}, 0
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
-    with bar, open_responses(path, saved) as file:
+    with bar, save_responses(path, saved) as save:
         for position, response in generator.generate([prompts[i] for i in indices]):
             index, response = indices[position], opened + response
-            file.write(json.dumps([index, response]) + "\n")
+            save(index, response)
             responses[index] = response
             parsed += parse_response(response)[0] is not None
             bar.set_postfix(parsed=f"{parsed / len(responses):.0%}", refresh=False)

@@ -86,10 +86,10 @@ def load_rows(args, seed):
 def own_pairs(args):
     """Return the record of the pairs if the model itself has written them, else None."""
     record = args.dataset_path and read_record(record_path(written_path(Path(args.dataset_path))))
-    with suppress(UserError):  # the model that wrote them is gone
-        if record and record.get("model"):
-            own = resolve_base_and_adapter(record["model"]) == resolve_base_and_adapter(args.model_name_or_path)
-            return record if own else None
+    if record and record.get("model"):
+        with suppress(UserError):  # the model that wrote them is gone
+            if resolve_base_and_adapter(record["model"]) == resolve_base_and_adapter(args.model_name_or_path):
+                return record
     return None
 
 

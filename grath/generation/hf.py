@@ -29,10 +29,11 @@ def generate_hf(model, prompts, max_new_tokens, batch_size, eos_ids):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids = [torch.tensor(prompts[i], device=model.device) for i in batch]
+        ids = [torch.tensor(prompts[i]) for i in batch]
         mask = [torch.ones_like(row) for row in ids]
         ids, mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (ids, mask))
-        output = model.generate(ids, attention_mask=mask, logits_processor=[refuse_nan])
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        output = model.generate(**inputs, logits_processor=[refuse_nan])
         for i, completion in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
             yield i, truncate_at_eos(completion, eos_ids)
 

@@ -1,7 +1,9 @@
 """The model's responses: parse them, save each one at once, and load the saved ones to resume."""
 
+import json
 import re
 from collections import Counter
+from contextlib import contextmanager
 from glob import escape
 
 from grath.common.files import fits, parse_json
@@ -148,9 +150,19 @@ def load_responses(path):
     return responses
 
 
-def open_responses(path, name):
-    """Open a new file of saved responses, which keeps every line at once. Each process of each start has its `name`."""
-    return path.with_name(f".{path.name}.responses.{name}").open("w", buffering=1, encoding="utf-8")
+@contextmanager
+def save_responses(path, name):
+    """Open a new file of saved responses; yield a function (index, response) that saves one at once.
+
+    Each process of each start gives its own `name` for the file.
+    """
+    with path.with_name(f".{path.name}.responses.{name}").open("w", encoding="utf-8") as file:
+
+        def save(index, response):
+            file.write(json.dumps([index, response]) + "\n")
+            file.flush()
+
+        yield save
 
 
 def remove_responses(path):

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import math
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,17 @@ from grath.common.files import file_hash, hash_of
 from grath.common.layout import ADAPTER, ADAPTER_CONFIG
 from grath.modeling.loading import has_local_weights, load_for_inference, resolve_base_and_adapter
 from grath.serving import completions
-from grath.serving.client import NOT_FOUND, TRY_AGAIN, Refused, send_until, server_urls, show
+from grath.serving.client import (
+    NOT_FOUND,
+    TRY_AGAIN,
+    Refused,
+    Unavailable,
+    open_session,
+    send,
+    send_until,
+    server_urls,
+    show,
+)
 from grath.serving.completions import LOAD, START, UNLOAD, Served, is_logprob, is_named
 
 # Its tokens are likely enough to be stable in 16 bits, and open enough to tell one model from another.
@@ -54,12 +64,15 @@ def serve(model, urls, timeout):
             asyncio.run(completions.load_adapter(url, served, timeout))
         yield served
     finally:
-        asyncio.run(_unload(served))
+        if served.loaded:
+            asyncio.run(_unload(served))
 
 
 async def _unload(served):
-    requests = (send_until(5, f"{url}{UNLOAD}", {"lora_name": served.name}) for url in served.loaded)
-    await asyncio.gather(*requests, return_exceptions=True)  # a server may be gone, or have lost the adapter
+    async with open_session(timeout=5) as session:
+        for url in served.loaded:
+            with suppress(Unavailable, Refused, TimeoutError):  # the server is gone, or has lost the adapter
+                await asyncio.wait_for(send(session, f"{url}{UNLOAD}", {"lora_name": served.name}), 5)
 
 
 def describe_servers(model, urls, timeout, adapters):
