@@ -40,6 +40,8 @@ from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
 from grath.pairs.record import describe_pairs, is_finished, settings_of
 from grath.pairs.responses import (
+    CUT,
+    OF_CUT,
     load_responses,
     opens_reasoning,
     parse_response,
@@ -170,9 +172,11 @@ def main():
             write_pairs(path, rows)
             record["files"] = {path.name: sha256(path)}
     if not rows:
+        advice = "another --model_type" if args.useFS else "--useFS"
+        advice = "a larger --max_new_tokens" if [*dropped] == [OF_CUT] else advice
         raise UserError(
-            f"none of {len(questions)} responses could be parsed, so {path} was not written: try "
-            f"{'another --model_type' if args.useFS else '--useFS'}. The first response is {responses[0][:200]!r}"
+            f"none of {len(questions)} responses could be parsed, so {path} was not written: try {advice}. The first "
+            f"response is {responses[0][:200]!r}"
         )
     remove_responses(path)
     print(f"Wrote {path}; next: dpo.py --dataset_path {path}")
@@ -190,8 +194,9 @@ def ask(state, generator, prompts, indices, path, saved, opened):
     process = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     bar = progress_bar(desc=f"Pairs{process}", total=len(indices), unit=" questions", shown=state.is_main_process)
     with bar, save_responses(path, saved) as save:
-        for position, response in generator.generate([prompts[i] for i in indices]):
+        for position, response, cut in generator.generate([prompts[i] for i in indices]):
             index, response = indices[position], opened + response
+            response += CUT if cut else ""
             save(index, response)
             responses[index] = response
             parsed += parse_response(response)[0] is not None

@@ -27,6 +27,6 @@ def ask_samples(model, tokenizer, template):
 
 def write_samples(generator, questions, prompts, path):
     """Write greedy answers as JSON lines to the file `path`; `generator`: a `LocalGenerator` or `ServerGenerator`."""
-    answers = {index: text.strip() for index, text in generator.generate(prompts)}
+    answers = {index: text.strip() for index, text, _ in generator.generate(prompts)}
     rows = [{"question": question, "answer": answers[i]} for i, question in enumerate(questions)]
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

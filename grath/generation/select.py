@@ -1,11 +1,12 @@
 """Greedy completions behind one interface: of a model on this machine, or of one on inference servers.
 
-In both generators, `generate(prompts)` takes lists of token ids; it yields the index and the text of each completion
-once it is done. `window` is the context window in tokens, or None if it is not known. `rows` is the number of rows of a
-batch, None on servers.
+In both generators, `generate(prompts)` takes lists of token ids. Once a completion is done, it yields its index, its
+text with a line break in place of special tokens, and whether it was cut at the maximum number of tokens. `window` is
+the context window in tokens, or None if it is not known. `rows` is the number of rows of a batch, None on servers.
 """
 
 import gc
+from itertools import groupby
 
 import torch
 from accelerate import PartialState
@@ -56,7 +57,9 @@ class LocalGenerator:
             try:
                 for position, ids in generate_fn(self.model, new, self.max_new_tokens, self.rows, self.eos_ids):
                     del left[numbers[position]]
-                    yield numbers[position], self.tokenizer.decode([i for i in ids if i not in hidden])
+                    parts = [[*part] for shown, part in groupby(ids, lambda i: i not in hidden) if shown]
+                    text = "\n".join(map(self.tokenizer.decode, parts))
+                    yield numbers[position], text, len(ids) == self.max_new_tokens
             except torch.OutOfMemoryError:
                 used = min(self.rows, len(new))
                 if used == 1:
@@ -75,8 +78,9 @@ class ServerGenerator:
 
     def __init__(self, served, name, tokenizer, max_new_tokens, batch_size=None):
         self.served, self.window, self.in_flight = served, served.window, batch_size
-        # A server may take other defaults from the model's generation_config.json.
+        # A server may take other defaults from the model's generation_config.json, or llama.cpp's from its start.
         self.options = {"max_tokens": max_new_tokens, "temperature": 0, "top_p": 1, "repetition_penalty": 1}
+        self.options |= {"presence_penalty": 0, "frequency_penalty": 0, "repeat_penalty": 1, "dry_multiplier": 0}
         self.options |= {"stop_token_ids": eos_token_ids(name, tokenizer), "skip_special_tokens": False}
         self.hidden = hidden_tokens(tokenizer).values()
 
@@ -85,10 +89,11 @@ class ServerGenerator:
         print(f"Asking {len(prompts)} questions ({', '.join(self.served.urls)})", flush=True)
         bodies = [{"prompt": prompt, **self.options} for prompt in prompts]
         for index, response in request_completions(self.served, bodies, self.in_flight):
-            text = response["choices"][0]["text"]
+            (choice,) = response["choices"]
+            text = choice["text"]
             for token in self.hidden:
-                text = text.replace(token, "")
-            yield index, text
+                text = text.replace(token, "\n")
+            yield index, text, choice.get("finish_reason") == "length"
 
 
 def hidden_tokens(tokenizer):

@@ -59,8 +59,8 @@ def _question(row, where):
     if not all(text.strip() for text in texts) or len(texts) != 1 + len(row["choices"]["label"]):
         raise UserError(f"{where}: not in the ARC schema (question, choices with text and label, answerKey)")
     (question, *choices), labels, gold = texts, row["choices"]["label"], row["answerKey"]
-    if gold not in labels:
-        raise UserError(f"{where}: answerKey {gold!r} is not one of the labels {labels}")
+    if labels.count(gold) != 1:
+        raise UserError(f"{where}: answerKey {gold!r} must be one of the labels {labels}, and only once")
     if len(choices) < 2:
         raise UserError(f"{where}: has only one choice")
     return {"question": question.strip(), "choices": choices, "answer": labels.index(gold)}

@@ -10,29 +10,32 @@ from grath.common.files import fits, parse_json
 from grath.modeling.devices import print_once
 
 QUESTION, CORRECT, INCORRECT = "question", "correct", "incorrect"
-# A line of a pair; its label may be a heading or emphasised, in a list, or in other capitals.
+# Follows a response that has all the tokens it may have, so that its last line is not complete.
+OF_CUT = "cut at --max_new_tokens"
+CUT = f"\n({OF_CUT})"
+# A line of a pair; its label may be a heading, emphasised or in quotes, in a list, or in other capitals.
 _LABEL = r"(?:(correct|incorrect) answer|(?:next |another |new )?q(?:uestion)?)"
-LINE = re.compile(rf"[\W\d_]*{_LABEL}[\s\d*_]{{0,6}}:(.*)", re.IGNORECASE)
+LINE = re.compile(rf"[\W\d_]*{_LABEL}[\s\d*_]{{0,6}}:(?:[\"'”’\])]+(?=\s|$))?(.*)", re.IGNORECASE)
 LABEL = re.compile(r"(?:in)?correct answer[*_ ]{0,4}:", re.IGNORECASE)
-INCORRECT_LABEL = re.compile(r"incorrect answer[*_ ]{0,4}:", re.IGNORECASE)
+INCORRECT_LABEL = re.compile(r"[\"'“‘\[]?incorrect answer[*_ ]{0,4}:(?:[\"'”’\]]+(?=\s|$))?", re.IGNORECASE)
+EXPLANATION = re.compile(r"\s[*_(]{0,3}(?:Explanation|Reason|Note)[*_ ]{0,4}:")
 # What a reasoning model puts around its reasoning: <think>, [THINK], <|begin_of_thought|>, <|channel|>analysis.
 _WORD = r"(?:think|thought|reason|rationale|reflect|analysis|scratch|cot\b)"
-_KIND = rf"(?:[a-z]+[_:]){{0,3}}{_WORD}\w*(?:\s+\w+=[^<>\n]*)?\|?[>\]▷]"
-_CHANNEL = r"<\|?channel\|?>\s*"
-OPENING = re.compile(rf"[<\[◁]\|?(?!end){_KIND}|{_CHANNEL}(?:analysis|thought)", re.IGNORECASE)
-CLOSING = re.compile(rf"[<\[◁]\|?(?:/|end_?){_KIND}|{_CHANNEL}final(?:<\|message\|>)?|<channel\|>", re.IGNORECASE)
+_NAME = rf"((?:end)?(?:[a-z]+[_:]){{0,3}}{_WORD}\w*)"
+_CHANNEL = r"<(channel)\|>|<\|?channel\|?>\s*(analysis|thought|final)(?:<\|message\|>)?"
+TAG = re.compile(rf"[<\[◁]\|?(/?){_NAME}(?:\s+\w+=[^<>\[\]\n]{{0,100}})?\|?[>\]▷]|{_CHANNEL}", re.IGNORECASE)
 # What stands around an answer and does not belong to it.
 _MARK = r"[*`\s\u200b\ufe0f✅❌✓✗✔✘✖☑]"
-BEFORE = re.compile(rf"(?:{_MARK}|:|_+\s|[-•]\s+(?!\d))*")
+BEFORE = re.compile(rf"(?:{_MARK}|:|_+\s|[-•]\s+(?![\s\d]))*")
 AFTER = re.compile(rf"(?:{_MARK}|<\|\w+\|>|\[/INST\])+(?=[.!?]?$)")
 # A special token around reasoning.
-DELIMITER = re.compile(rf"{OPENING.pattern}|{CLOSING.pattern}|channel", re.IGNORECASE)
+DELIMITER = re.compile(rf"{TAG.pattern}|channel", re.IGNORECASE)
 
 
 def opens_reasoning(prompt):
     """Return the tag with which a prompt (str) begins the model's reasoning, or an empty string."""
     last = prompt.rstrip().rpartition("\n")[2]
-    tags = [tag for tag in OPENING.finditer(last) if tag.end() == len(last)]
+    tags = [tag for tag, _, ends in _tags(last) if tag.end() == len(last) and not ends]
     return f"{tags[0][0]}\n" if tags and last[: tags[0].start()].rstrip()[-1:] in ("", ">", "]") else ""
 
 
@@ -47,11 +50,12 @@ def parse_response(response, question=""):
     Returns:
         ((correct, incorrect), None), or (None, reason) if the response does not parse.
     """
-    text, lines, opened = CLOSING.split(response)[-1], [], None
+    cut, lines, opened = response.endswith(CUT), [], None
+    text = _without_reasoning(response.removesuffix(CUT).rpartition("\n")[0] if cut else response)
     for line in re.split(r"[\r\n]", text):
-        opened = OPENING.search(line)
-        if opened and LABEL.search(line, 0, opened.start()):  # in an answer
-            opened = None
+        opened = next((tag for tag, *_ in _tags(line)), None)
+        if opened and (LABEL.search(line, 0, opened.start()) or _labelled(line)[0] and line.rstrip().endswith("?")):
+            opened = None  # in an answer or a question
         lines.append(line[: opened.start()] if opened else line)
         if opened:
             break
@@ -59,22 +63,61 @@ def parse_response(response, question=""):
     pairs = [(number, *found) for number in range(len(lines)) if (found := _pair_at(lines, number))]
     if not pairs and opened:
         return None, "reasoning without an end"
+    if not pairs and cut:
+        return None, OF_CUT
     if not pairs:
         alone = re.search("(?<!in)correct answer", text, re.IGNORECASE)
         return None, "no incorrect answer after the correct one" if alone else "no correct answer"
     # A model may go on with a question of its own.
-    asked = {number: _letters(text) for number, (label, text) in enumerate(lines) if label == QUESTION}
+    asked = {at: _letters(_text_at(lines, at)[0]) for at, (label, _) in enumerate(lines) if label == QUESTION}
     of = [next((asked[at] for at in reversed(asked) if at < number), None) for number, *_ in pairs]
     own = _letters(question) if _letters(question) in of else of[0]
     number, correct, incorrect = [pair for pair, stated in zip(pairs, of, strict=True) if stated == own][-1]
     since = max((line for line in asked if line < number), default=-1)
     if {tuple(answers) for at, *answers in pairs if since < at < number and any(answers)} - {(correct, incorrect)}:
         return None, "different pairs of answers"
+    end = min((line for line in asked if line > number), default=len(lines))
+    if cut and not (correct and incorrect) or cut and CORRECT in [label for label, _ in lines[number + 1 : end]]:
+        return None, OF_CUT
     if not correct or not incorrect:
         return None, "empty answer"
     if LABEL.search(correct) or LABEL.search(incorrect):
         return None, "a label in an answer"
     return (correct, incorrect), None
+
+
+def _tags(text):
+    """Yield the tags around reasoning: (match, kind of reasoning, whether it ends it)."""
+    for tag in TAG.finditer(text):
+        slash, name, *channels = [(group or "").lower() for group in tag.groups()]
+        if not name:
+            yield tag, "channel", "".join(channels) in ("final", "channel")
+        else:
+            ends = bool(slash) or name.startswith("end") or name.endswith("end")
+            yield tag, re.sub("begin|start|end|of|_", "", name), ends
+
+
+def _without_reasoning(text):
+    """Remove reasoning with a beginning and an end, and everything up to an end that has no beginning."""
+    began, spans = {}, []
+    for tag, kind, ends in _tags(text):
+        if not ends:
+            began.setdefault(kind, tag.start())
+            continue
+        if kind not in began:
+            began = {kind: 0}
+        while kind in began:  # with what began inside it
+            _, first = began.popitem()
+        while spans and spans[-1][0] >= first:
+            spans.pop()
+        spans.append((first, tag.end()))
+    kept, at = "", 0
+    for first, end in [*spans, (len(text), len(text))]:
+        kept += text[at:first]
+        # In an answer, the text after it goes on.
+        kept += " " if LABEL.search(kept, kept.rfind("\n") + 1) else "\n"
+        at = end
+    return kept
 
 
 def _letters(text):
@@ -103,7 +146,8 @@ def _pair_at(lines, number):
     correct, after = _text_at(lines, number)
     if len(parts := INCORRECT_LABEL.split(correct)) == 2:
         closing = ")" if parts[0].rstrip().endswith("(") else ""
-        return _clean(parts[0].rstrip(" ;|/,(–—-")), _clean(parts[1]).removesuffix(closing)
+        correct, incorrect = (EXPLANATION.split(part)[0] for part in parts)
+        return _clean(correct.rstrip(" ;|/,(–—-")), _clean(incorrect).removesuffix(closing)
     if after == len(lines) or lines[after][0] != INCORRECT:
         return None
     below = after == number + 2

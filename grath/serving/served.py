@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+import os
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -123,7 +124,8 @@ async def _entry(url, base, timeout):
     """Return the entry of the model `base`, by its name or the path that it was loaded from, in a server's list."""
     models = await completions.served_models(url, timeout)
     for entry in models:
-        if is_named(base, entry["names"]):
+        names = entry["names"]
+        if base in names or (is_named(base, names) and not any(_is_other_folder(name, base) for name in names)):
             # vLLM answers with the first of a model's names.
             entry["names"] = set().union(*(one["names"] for one in models if one["names"] & entry["names"]))
             return entry
@@ -132,6 +134,12 @@ async def _entry(url, base, timeout):
         f"{url} serves {listed}, not {base}: serve it there, under that name or its last part "
         "(vLLM: --served-model-name, llama.cpp: --alias)"
     )
+
+
+def _is_other_folder(name, base):
+    """Whether a path from a server and a model whose weights cannot be compared are two folders of this machine."""
+    both = os.path.isabs(name) and os.path.isdir(name) and os.path.isdir(base)  # noqa: PTH112, PTH117
+    return both and not os.path.samefile(name, base) and not has_local_weights(base)  # noqa: PTH121
 
 
 def compare_with_local(served, model, tokenizer, prompt_logprobs=False):

@@ -13,7 +13,9 @@ from support import HUB, PROJECT, VLLM_ENV, call, needs_hub, tiny
 from grath.generation import select
 from grath.generation.select import GPU_ROWS, ROWS, LocalGenerator
 
-TOKENIZER = SimpleNamespace(eos_token_id=5, decode=list, added_tokens_decoder={})
+TOKENIZER = SimpleNamespace(
+    eos_token_id=5, decode=lambda ids: " ".join(map(str, ids)), added_tokens_decoder={99: SimpleNamespace(special=True)}
+)
 
 
 def full_at(*passes):
@@ -42,9 +44,10 @@ def test_when_the_memory_is_full_half_of_the_rows_remain(engine, name, passes, r
     monkeypatch.setattr(select, name, lambda model, new, *rest: asked.append(new) or generate_fn(model, new, *rest))
     model.model.register_forward_pre_hook(full_at(*passes))
     generator = LocalGenerator(model, TOKENIZER, 12, 8, engine)
-    for index, ids in generator.generate(prompts):
+    for index, text, cut in generator.generate(prompts):
         assert index not in found and prompts[index] in asked[-1]
-        found[index] = ids
+        found[index] = [*map(int, text.split())]
+        assert cut == (len(found[index]) == 12)
     same(model, prompts, [found[i] for i in range(24)], expected)
     assert generator.rows == rows and len(asked) == len(passes) + 1
     assert capsys.readouterr().out.count("The memory is full with") == len(passes)
@@ -59,6 +62,13 @@ def test_a_single_row_that_does_not_fit_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
         found += generator.generate(prompts)
     assert generator.rows == 1 and not found
+
+
+def test_special_tokens_become_line_breaks(monkeypatch):
+    completions = [(0, [99, 3, 9, 99, 99, 4, 99]), (1, [99, 3, 9, 8])]
+    monkeypatch.setattr(select, "generate_shared_prefix", lambda *_: iter(completions))
+    generator = LocalGenerator(tiny("llama"), TOKENIZER, 12)
+    assert list(generator.generate([[1], [2]])) == [(0, "3 9\n4", False), (1, "3 9 8", False)]
 
 
 def test_the_device_decides_the_first_rows(monkeypatch):

@@ -133,7 +133,8 @@ def test_pairs_that_do_not_fit_are_asked_in_smaller_batches(capsys):
     prompts = [[1, i // 59, *range(1, 59), *range(1, 59), i % 59] for i in range(256)]
 
     def ask(rows):
-        return dict(LocalGenerator(model, tokenizer, 30, batch_size=rows).generate(prompts))
+        generator = LocalGenerator(model, tokenizer, 30, batch_size=rows)
+        return {index: text for index, text, _ in generator.generate(prompts)}
 
     with little_memory(lambda: ask(4)):
         found = ask(256)

@@ -10,7 +10,7 @@ import pytest
 from support import BUNDLED, PROJECT, asking, call, call_here, change_json, pair, rows, wait_for, write_rows
 
 from grath.pairs.questions import draw_candidates, load_questions
-from grath.pairs.responses import opens_reasoning, parse_response
+from grath.pairs.responses import CUT, opens_reasoning, parse_response
 
 DRAFT, FINAL = "Correct answer: maybe\nIncorrect answer: never", "Correct answer: yes\nIncorrect answer: no"
 
@@ -168,8 +168,20 @@ FOUND = [
     "Correct answer: yes; Incorrect answer: no",
     "Correct answer: yes (Incorrect answer: no)",
     "Correct answer: yes ✅\nIncorrect answer: no ❌",
+    "Correct answer: yes Reason: a Incorrect answer: no **Reason**: b",
+    '"Question:" q\n"Correct answer:" yes\n‘Incorrect answer:’ no',
+    '"Correct answer:" yes "Incorrect answer:" no',
+    "[Correct answer:] yes [Incorrect answer:] no",
     # The next question.
     f"Question: q\n{FINAL}\n\nQuestion: other\n{DRAFT}",
+    f"Question:\nq\n{FINAL}\n\n**Question:**\nother\n{DRAFT}",
+    f"Question: q\n{FINAL}\nQuestion: other\nCorrect answer: cut" + CUT,
+    # Reasoning after the pair, of the next question, in a question, and within other reasoning.
+    f"Question: q\n{FINAL}\n<reasoning>{DRAFT}</reasoning>",
+    f"Question: What is ice?\n{FINAL}\nQuestion: other\n<think>hm</think>\n{DRAFT}",
+    f"Question: What does <thinking> mean?\n{FINAL}",
+    f"<think>a<analysis>b</analysis>{DRAFT}</think>{FINAL}",
+    f"<|channel>thought\n{DRAFT}<channel|>\nAnalysis done.\n{FINAL}",
     f"Question: q\n{FINAL}\nQuestion 2: other\n{DRAFT}",
     f"Question: q\n{FINAL}\n**Next question:** other\n{DRAFT}",
     f"Question: What?\n{DRAFT}\n**question:** what\n{FINAL}",
@@ -198,6 +210,14 @@ LACKING = [
     ("Correct answer:" + " " * 10**5 + "\n" * 10**5, "no incorrect answer after the correct one"),
     ("Correct answer: Correct answer: yes\nIncorrect answer: no", "a label in an answer"),
     ("<" * 10**5 + "\n" * 10**5 + "[" * 10**5, "no correct answer"),
+    ("[/think a=" * 10**4 + "[think a=" * 10**4 + "<think>" * 10**4 + "</think>", "no correct answer"),
+    ("".join(f"<think{i}>" for i in range(10**4)) + "".join(f"</think{i}>" for i in range(10**4)), "no correct answer"),
+    (f"<thinking>\n<reflection>\nx</reflection>\n{DRAFT}\nBut", "reasoning without an end"),
+    ("Correct answer: yes" + CUT, "cut at --max_new_tokens"),
+    (f"Correct answer:\nyes\nIncorrect answer:\n\nno{CUT}", "cut at --max_new_tokens"),
+    (f"Question: q\n{DRAFT}\nBetter:\nCorrect answer: yes\nIncorrect answer: n{CUT}", "cut at --max_new_tokens"),
+    (f"Question: What is ice? <think>hm\n{DRAFT}", "reasoning without an end"),
+    (f"<think>a</think>\n{DRAFT}\n<think>wait</think>\n{FINAL}", "different pairs of answers"),
     ("<" + "a_" * 10**5 + "think" + "\\" * 10**5 + "a:" * 10**5, "no correct answer"),
 ]
 
@@ -215,6 +235,7 @@ def test_a_response_without_a_pair(response, reason):
         ("<|begin_of_thought|>\n", "\n<|end_of_thought|>\n"),
         ("<|START_THINKING|>", "<|END_THINKING|>"),
         ("◁think▷", "◁/think▷"),
+        ("<|thinking_start|>", "<|thinking_end|>"),
         ("<seed:think>", "</seed:think>"),
         ("<rationale>", "</rationale>"),
         ("<chain_of_thought>", "</chain_of_thought>"),
@@ -228,11 +249,15 @@ def test_reasoning_is_no_answer(opening, closing):
 
 
 def test_what_belongs_to_an_answer_stays():
+    reason = "There is a reason: ice is warm."
     for one, other in (
         *(('"yes"', "-5"), ("- 5", "> 100 °C"), ("10<sup>3</sup>", '12"'), ("__init__", "snake_case_")),
         *(("<yes>", "[no]"), ("a <think> tag", "[thought] so"), ("[cotton] grows", "no")),
     ):
         assert parse_response(f"Correct answer: {one}\nIncorrect answer: {other}") == ((one, other), None)
+    assert parse_response(f"Correct answer: yes. Incorrect answer: {reason}") == (("yes.", reason), None)
+    inside = "Correct answer: yes\nIncorrect answer: It is <thought>x</thought> warm"
+    assert parse_response(inside) == (("yes", "It is   warm"), None)
     assert parse_response("Correct answer: `yes`.\nIncorrect answer: `no`") == (("yes.", "no"), None)
 
 
@@ -252,10 +277,11 @@ def test_unparsed_responses_are_dropped_and_counted(tmp_path, tiny_llama):
     def ask(*flags, status=2):
         return call_here(*asking(tiny_llama, tmp_path / "out", *flags, count=3), status=status)
 
-    done = ask("--max_new_tokens", "5")
-    assert "dropped, no " in done.stdout
-    assert "none of 3 responses could be parsed" in done.stderr and "try --useFS. The first response is" in done.stderr
+    done = ask("--max_new_tokens", "10")  # all but the EOS
+    assert "dropped, cut at --max_new_tokens: 3" in done.stdout
+    assert "none of 3 responses could be parsed" in done.stderr
+    assert "try a larger --max_new_tokens. The first response is" in done.stderr
     assert json.dumps(done.stderr).count("error") == 1
-    again = ask("--max_new_tokens", "5")
+    again = ask("--max_new_tokens", "10")
     assert "3 of 3 questions were answered" in again.stdout and again.stderr == done.stderr.splitlines()[-1] + "\n"
     assert "Wrote " in ask(status=0).stdout  # with other settings

@@ -78,7 +78,7 @@ def test_the_file_is_that_of_the_engine(server, tiny_llama, tmp_path):
 
     Special tokens of its answer are no text.
     """
-    server.answer = lambda ids: f"<s>{RESPONSE}<s></s>"
+    server.answer = lambda ids: f"<s>{RESPONSE}</s>assistant<s>"
     done = ask(tiny_llama, tmp_path / "server", f"{server.url}/v1/")
     call_here(*asking(tiny_llama, tmp_path / "here", count=4))
     (ours,), (theirs,) = ((tmp_path / name).glob("*_False.json") for name in ("server", "here"))
@@ -89,6 +89,7 @@ def test_the_file_is_that_of_the_engine(server, tiny_llama, tmp_path):
     for body in asked:
         assert body["temperature"] == 0 and body["max_tokens"] == 100 and body["stop_token_ids"]
         assert body["skip_special_tokens"] is False  # those around reasoning are needed
+        assert body["presence_penalty"] == 0 and body["repeat_penalty"] == 1  # llama.cpp has defaults of its own
         assert server.tokenizer.decode(body["prompt"]).startswith("<s>[INST] Answer the question below twice")
 
 
@@ -103,6 +104,12 @@ def test_the_prompt_has_what_the_flags_ask_for(server, tiny_llama, tmp_path, fla
     right, wrong = draw_candidates(load_questions(data_path=BUNDLED)[0], 0)
     candidates = f"Candidate correct answer: {right}\nCandidate incorrect answer: {wrong}"
     assert (candidates in text) == ("--useGT" in flags)
+
+
+def test_a_completion_that_was_cut_is_no_pair(serve, tiny_llama, tmp_path):
+    server = serve(faults=lambda number: change(finish_reason="length", usage=None) if number > 3 else None)
+    done = ask(tiny_llama, tmp_path, server.url)
+    assert "2 pairs, 0 with identical answers, of 4 responses; dropped, cut at --max_new_tokens: 2" in done.stdout
 
 
 def test_several_servers_share_the_questions(serve, tiny_llama, tmp_path):
@@ -243,7 +250,7 @@ PASSING = (
 def test_what_passes_is_waited_for_and_asked_again(serve, tiny_llama, tmp_path, quick):
     """Every second request fails, the probe too. The other responses leave out something, or name it otherwise."""
     fine = (
-        change(index=None, usage=None, finish_reason="length"),
+        change(index=None, usage=None, finish_reason="stop"),
         change(usage={"prompt_tokens": None, "completion_tokens": "x"}, finish_reason=None),
         change(model=tiny_llama.name, finish_reason="stop"),  # the last part of the model's name
     )
@@ -338,6 +345,16 @@ def test_another_model_is_refused(serve, tiny_llama, tmp_path):
     ):
         done = ask(tiny_llama, tmp_path / "out", server.url, status=2)
         assert said in done.stderr and len(server.seen) <= 2 and not (tmp_path / "out").exists()
+
+
+def test_another_folder_of_the_same_name_is_refused_if_the_weights_cannot_be_compared(
+    serve, tiny_llama, tmp_path, monkeypatch
+):
+    elsewhere = serve(model=shutil.copytree(tiny_llama, tmp_path / "elsewhere" / tiny_llama.name))
+    ask(tiny_llama, tmp_path / "a", elsewhere.url)
+    monkeypatch.setattr(served, "has_local_weights", lambda name: False)
+    done = ask(tiny_llama, tmp_path / "b", elsewhere.url, status=2)
+    assert f"serves {elsewhere.folder}, not {tiny_llama}" in done.stderr
 
 
 def test_the_same_model_is_recognized(serve, tiny_llama, tmp_path):
