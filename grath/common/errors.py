@@ -45,6 +45,8 @@ def run_main(main):
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, raise_on_signal)
+    # The harness's pools end their processes by SIGTERM.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -6,6 +6,7 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from grath.common.errors import UserError
 from grath.common.progress import progress_bar
@@ -60,7 +61,7 @@ class SplitLM(HFLM):
     @split_over_processes
     def generate_until(self, requests, disable_tqdm=False):
         for context, options in (request.args for request in requests):
-            most = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
+            most = self.max_length - normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
             self.truncated += len(self.tok_encode(context)) > most
         return super().generate_until(requests, disable_tqdm)
 

@@ -122,16 +122,16 @@ def mend_underflow(samples, results):
     """Compute MC2 in place where the harness loses the probabilities of all answers, because they are below 1e-304."""
     from lm_eval.api.metrics import mean, mean_stderr
 
-    task = "truthfulqa_mc2"
-    rows, underflow = samples.get(task, ()), False
-    for row in rows:
-        logs = [log_likelihood for log_likelihood, _ in row["filtered_resps"]]
-        if all(map(math.isfinite, logs)) and max(logs) < -700:
-            row["acc"], underflow = mc2(logs, row["doc"]["mc2_targets"]["labels"]), True
-    if underflow:
-        scores = [row["acc"] for row in rows]
-        results[task]["acc,none"] = mean(scores)
-        results[task]["acc_stderr,none"] = mean_stderr(scores) if len(scores) > 1 else "N/A"
+    for task, rows in samples.items():
+        underflow = False
+        for row in rows if "mc2" in task and "mc2_targets" in rows[0]["doc"] else ():
+            logs = [log_likelihood for log_likelihood, _ in row["filtered_resps"]]
+            if all(map(math.isfinite, logs)) and max(logs) < -700:
+                row["acc"], underflow = mc2(logs, row["doc"]["mc2_targets"]["labels"]), True
+        if underflow:
+            scores = [row["acc"] for row in rows]
+            results[task]["acc,none"] = mean(scores)
+            results[task]["acc_stderr,none"] = mean_stderr(scores) if len(scores) > 1 else "N/A"
 
 
 def tasks_of(rows):
@@ -156,7 +156,7 @@ def write_results(folder, tasks, results, log_samples):
     mend_underflow(samples, results["results"])
     check_numbers(samples)
     for task in tasks:
-        if task not in results["results"]:  # a group whose scores the harness does not average
+        if not any("," in name for name in results["results"].get(task, ())):
             raise UserError(f"{task} {NO_SCORE}")
         own = _with_members(task, results.get("group_subtasks", {}))
         of_task = {name: results["results"][name] for name in own if name in results["results"]}

@@ -3,12 +3,13 @@
 import os
 import re
 import time
+import traceback
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from grath.common.errors import UserError
+from grath.common.errors import UserError, first_line
 from grath.common.files import check_writable, file_hash, hash_of, sha256
 from grath.common.layout import SAMPLES, SCORES_RECORD, resolve_local
 from grath.common.local_data import OPENED, content_hash
@@ -215,7 +216,12 @@ def _evaluate(args, precision, lm, tasks, manager):
     lm.truncated = 0
     options = {"batch_size": args.batch_size, "limit": args.limit, "task_manager": manager}
     chat = {"apply_chat_template": args.chat_template, "fewshot_as_multiturn": args.chat_template}
-    results = simple_evaluate(lm, tasks=tasks, num_fewshot=get_task(tasks[0]).shots, **options, **chat)
+    try:
+        results = simple_evaluate(lm, tasks=tasks, num_fewshot=get_task(tasks[0]).shots, **options, **chat)
+    except (AssertionError, ValueError, ArithmeticError, NotImplementedError) as error:
+        if "lm_eval" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
+            raise
+        raise UserError(f"{' '.join(tasks)}: the harness cannot score this: {first_line(error)[:300]}") from error
     if truncated := sum(gather_object([lm.truncated])):
         cut = f"{truncated} contexts exceed the model's window, and are cut on the left"
         print_once(f"Warning: {' '.join(tasks)}: {cut}")

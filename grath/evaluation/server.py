@@ -4,6 +4,7 @@ import copy
 from functools import cache
 
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import AutoConfig
 
 from grath.common.errors import UserError
@@ -22,6 +23,8 @@ class ServerLM(LocalCompletionsAPI):
     Raises:
         UserError: a server has another model, or returns no log-probabilities for a prompt's tokens.
     """
+
+    MULTIMODAL = False
 
     def __init__(self, served, model, in_flight=None):
         self.served, self.in_flight = served, in_flight
@@ -53,13 +56,26 @@ class ServerLM(LocalCompletionsAPI):
     def batch_loglikelihood_requests(self, chunks):
         """Return the inputs of requests; refuse those that the server would cut."""
         chunks = list(chunks)
-        longest = max((len(context) + len(answer) for chunk in chunks for _, context, answer in chunk), default=0)
-        if longest >= self.window:
+        self._check_length(
+            max((len(context) + len(answer) for chunk in chunks for _, context, answer in chunk), default=0)
+        )
+        return super().batch_loglikelihood_requests(chunks)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """Generate answers; refuse requests whose context the harness would cut."""
+        for request in requests:
+            context, options = request.args
+            options = normalize_gen_kwargs(options, self._max_gen_toks)  # the harness would ignore `max_new_tokens`
+            self._check_length(len(self.tok_encode(context)) + options["max_gen_toks"])
+            request.arguments = (context, options)
+        return super().generate_until(requests, disable_tqdm)
+
+    def _check_length(self, tokens):
+        if tokens >= self.window:
             raise UserError(
-                f"a context with its answer has {longest} tokens, and the server takes {self.window - 1}: score this "
+                f"a context with its answer has {tokens} tokens, and the server takes {self.window - 1}: score this "
                 "task with BACKEND=hf-shared, or start the server with a larger maximum length (vLLM: --max-model-len)"
             )
-        return super().batch_loglikelihood_requests(chunks)
 
     async def get_batched_requests(self, requests, cache_keys, *, generate=True, ctxlens=None, **kwargs):
         """Send requests (lists of token ids) to the servers; return what each response says, in order."""

@@ -74,8 +74,10 @@ def task_manager(tasks):
         manager = lm_eval.tasks.TaskManager(include_path=own)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(f"{unknown[0]} is not a task of lm-evaluation-harness: see `lm-eval ls tasks`")
-    if tags := [task for task in tasks if task in manager.all_tags]:
-        raise UserError(f"{tags[0]} {NO_SCORE}")
+    for task in tasks:
+        averaged = (manager.task_index[task].cfg or {}).get("aggregate_metric_list")
+        if task in manager.all_tags or (task in manager.all_groups and not averaged):
+            raise UserError(f"{task} {NO_SCORE}")
     return manager
 
 

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import SafetensorError
-from support import PROJECT, asking, call_here
+from support import PROJECT, asking, call, call_here
 
 from grath.common.errors import run_main
 
@@ -100,3 +100,14 @@ def test_a_missing_package_is_one_line_at_the_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=env)
     assert done.returncode == 1
     assert re.fullmatch(r".*No module named '\w+': pip install -e \. -c constraints\.txt\n", done.stderr)
+
+
+def test_a_signal_ends_the_processes_of_a_pool():
+    """They are forked, and would raise it as an exception."""
+    code = (
+        "import os, signal\nfrom grath.common.errors import run_main\n"
+        "def main():\n    if (child := os.fork()) == 0:\n"
+        "        os._exit(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)\n"
+        "    return 1 - os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\nrun_main(main)\n"
+    )
+    call(sys.executable, "-c", code)

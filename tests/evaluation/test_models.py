@@ -1,17 +1,31 @@
 """Models and tokenizers that would give wrong scores: refused, or named in the record and in the report."""
 
+import copy
 import json
 import math
+import re
 import shutil
 
 import pytest
 from safetensors.torch import load_file
-from support import BUNDLED, asking, call_here, change_json, change_weights, check_here, rows, stages, write_rows
+from support import (
+    BUNDLED,
+    PROJECT,
+    asking,
+    call_here,
+    change_json,
+    change_weights,
+    check_here,
+    rows,
+    stages,
+    write_rows,
+)
 from transformers import AutoTokenizer
 
 from grath.common.errors import UserError
 from grath.evaluation.results import mend_underflow
 from grath.evaluation.run import _apply_chat_template
+from grath.evaluation.tasks import task_manager
 from grath.modeling.identity import model_identity, tokenizer_identity
 from grath.modeling.loading import resolve_base_and_adapter
 
@@ -175,10 +189,60 @@ def test_a_model_that_computes_nan_writes_no_pairs_and_no_distance(model, pair_f
 
 def test_subnormal_probabilities_are_no_score():
     targets = {"mc2_targets": {"labels": [1, 0]}}
-    samples = {"truthfulqa_mc2": [{"filtered_resps": [(-744.4, 0), (-745.2, 0)], "acc": 1.0, "doc": targets}]}
-    results = {"truthfulqa_mc2": {}}
+    rows = [{"filtered_resps": [(-744.4, 0), (-745.2, 0)], "acc": 1.0, "doc": targets}]
+    samples = {task: copy.deepcopy(rows) for task in ("truthfulqa_mc2", "truthfulqa_es_mc2", "truthfulqa_mc1")}
+    results = {task: {} for task in samples}
     mend_underflow(samples, results)
-    assert results["truthfulqa_mc2"]["acc,none"] == pytest.approx(1 / (1 + math.exp(-0.8)))
+    expected = {"acc,none": pytest.approx(1 / (1 + math.exp(-0.8))), "acc_stderr,none": "N/A"}
+    assert [*results.values()] == [expected, expected, {}]
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A function that makes the task `texts`, which generates so many tokens."""
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setattr("grath.evaluation.tasks.OWN_TASKS", own)
+    write_rows(own / "q.jsonl", [{"question": "What is ice, and what is it not?"}] * 2)
+
+    def put(tokens):
+        (own / "texts.yaml").write_text(
+            f"task: texts\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {own}/q.jsonl\n"
+            "test_split: test\noutput_type: generate_until\ndoc_to_text: question\ndoc_to_target: question\n"
+            f"generation_kwargs:\n  until: []\n  max_new_tokens: {tokens}\nmetric_list:\n  - metric: exact_match\n"
+        )
+
+    return put
+
+
+def test_a_task_that_generates(texts, model, server, tmp_path):
+    """Contexts that are cut are counted; without room for a context, the harness refuses the task, as servers do."""
+    change_json(model / "config.json", max_position_embeddings=40)
+    texts(35)
+    done = score(model, tmp_path / "s", "--tasks", "texts")
+    assert "Warning: texts: 2 contexts exceed the model's window" in done.stdout
+    texts(40)
+    done = score(model, tmp_path / "t", "--tasks", "texts", status=2)
+    assert "error: texts: the harness cannot score this: " in done.stderr and done.stderr.count("error") == 1
+    of_server = ("--tasks", "texts", "--server_url", server.url)
+    texts(4096)
+    done = score(server.folder, tmp_path / "u", *of_server, status=2)
+    tokens = int(re.search(r"has (\d+) tokens, and the server takes 4095", done.stderr)[1])
+    for most, status in ((8192 - tokens, 2), (8191 - tokens, 0)):
+        texts(most)
+        score(server.folder, tmp_path / "u", *of_server, status=status)
+    assert server.seen[-1]["max_tokens"] == most
+
+
+def test_a_group_without_an_average_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("grath.evaluation.tasks.OWN_TASKS", tmp_path)
+    shutil.copy(PROJECT / "tasks" / "grath_mc1.yaml", tmp_path)
+    group = "group: mine\ntask:\n  - grath_mc1\n"
+    (tmp_path / "mine.yaml").write_text(group)
+    with pytest.raises(UserError, match="mine is not a task with a score of its own"):
+        task_manager(["mine"])
+    (tmp_path / "mine.yaml").write_text(f"{group}aggregate_metric_list:\n  - metric: acc\n")
+    assert task_manager(["mine"])
 
 
 def test_samples_may_follow_with_another_template(model, tmp_path):

@@ -194,6 +194,10 @@ def test_processes_share_the_processors(tiny_llama, tmp_path):
         done = call("evaluation.sh", "m", env={**env, "OMP_NUM_THREADS": threads})
         launch[5:] = ["--num_processes", "2", "--num_cpu_threads_per_process", share]
         assert shlex.split(done.stdout)[:12] == [*launch, "-m", "grath.evaluation", "m"]
+    assert call("evaluation.sh", "m", env=env | {"NUM_PROCESSES": "1"}).stdout.startswith(
+        "python -m grath.evaluation m"
+    )
+    assert "--dry_run" not in done.stdout
     server = ("--tasks", "grath_mc1", "--server_url", "http://127.0.0.1:9")
     done = score(tiny_llama, tmp_path / "s", *server, env={"WORLD_SIZE": "2"}, status=2)
     assert "set NUM_PROCESSES=1" in done.stderr and not (tmp_path / "s").exists()
