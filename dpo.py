@@ -111,7 +111,7 @@ def main():
 
     from grath.dpo.callbacks import ProgressBar, TrainingLog
     from grath.dpo.checkpoints import clear_output_dir, resume_state, save_adapter
-    from grath.dpo.dataset import tokenize_pairs
+    from grath.dpo.dataset import drop_special, tokenize_pairs
     from grath.dpo.trainer import GrathDPOTrainer, lora_config
     from grath.modeling.cpu_matmul import prepare_for_training
     from grath.modeling.devices import check_shared, print_once
@@ -133,6 +133,9 @@ def main():
         warnings = [f"the model is asked with {lost!r} at the end of the prompt, and trained without it"]
         print_once(f"Warning: {warnings[0]}")
     if isinstance(rows, list):
+        if found := drop_special(rows, tokenizer):
+            warnings.append(found)
+            print_once(f"Warning: {found}")
         rows = tokenize_pairs(rows, tokenizer, tokenizer.chat_template)
         check_vocabulary(args.model_name_or_path, tokenizer, [ids for row in rows for ids in row.values()])
     base, adapter = resolve_base_and_adapter(args.model_name_or_path)

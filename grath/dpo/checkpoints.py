@@ -66,7 +66,8 @@ def _is_complete(checkpoint):
     except (OSError, UserError, SafetensorError):
         return False
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-    return bool(archives) and all(map(is_zipfile, archives))
+    optimizer = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]  # the latter is DeepSpeed's
+    return bool(archives and optimizer) and all(map(is_zipfile, archives))
 
 
 def clear_output_dir(folder):

@@ -50,6 +50,9 @@ class GrathDPOConfig(DPOConfig):
         None, f"forward passes per step; by default chosen so that all devices together use {PAIRS_PER_STEP} pairs"
     )
     max_steps: int = option(defaults.MAX_STEPS, "optimizer steps")
+    num_train_epochs: float | None = option(
+        None, f"epochs, with --max_steps -1; {DPOConfig.num_train_epochs} if not set"
+    )
     max_length: int | None = option(defaults.MAX_LENGTH, "drop pairs with more tokens")
     train_sampling_strategy: str = option(
         "group_by_length",
@@ -75,8 +78,11 @@ class GrathDPOConfig(DPOConfig):
         defaults.check_trackers(self.report_to)
         if self.max_steps == 0:
             raise UserError("--max_steps must be greater than 0, or -1 to train for --num_train_epochs")
-        if self.max_steps > 0 and self.num_train_epochs != DPOConfig.num_train_epochs:
+        if self.max_steps > 0 and self.num_train_epochs is not None:
             raise UserError("--num_train_epochs has no effect unless --max_steps is -1")
+        self.num_train_epochs = self.num_train_epochs or DPOConfig.num_train_epochs
+        if self.eval_on_start:
+            raise UserError("--eval_on_start needs an evaluation set, which dpo.py does not have")
         self.precision = resolve_precision(self.precision, "dpo")
         sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
         # The trainer then replaces both values.

@@ -11,6 +11,16 @@ from grath.modeling.devices import print_once
 SORTED_STEPS = 50
 
 
+def drop_special(rows, tokenizer):
+    """Drop pairs (a list) with the text of BOS or EOS, where answers would be cut; return a warning, or None."""
+    tokens, read = {*filter(None, (tokenizer.bos_token, tokenizer.eos_token))}, len(rows)
+    rows[:] = [row for row in rows if not any(token in text for token in tokens for text in row.values())]
+    if not rows:
+        raise UserError(f"no pair is left to train on: all contain {' or '.join(sorted(tokens))}, special tokens")
+    found = f"pairs dropped because they contain {' or '.join(sorted(tokens))}, special tokens: {read - len(rows)}"
+    return found if len(rows) < read else None
+
+
 def tokenize_pairs(rows, tokenizer, template):
     """Tokenize pairs as TRL's preference rows: the bare question in the chat template, then either answer.
 

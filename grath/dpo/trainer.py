@@ -80,7 +80,8 @@ class GrathDPOTrainer(DPOTrainer):
 
     def _patch_forward(self):
         base = self.model.get_base_model()
-        if unsupported_reason(base, self.args.max_length or 0) or base.config._attn_implementation != "sdpa":
+        longest = self.args.max_length or self.window or 10**9
+        if unsupported_reason(base, longest) or base.config._attn_implementation != "sdpa":
             return
         base.base_model.forward = share_prompts(base.base_model.forward)
         if self.accelerator.device.type == "cpu" and not self.args.use_weighting:

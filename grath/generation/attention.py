@@ -12,9 +12,9 @@ from functools import lru_cache
 import torch
 from transformers import AttentionInterface
 
+from grath.modeling.cpu_matmul import FAMILIES
+
 ATTENTION_NAME = "grath_shared_prefix"
-# Families whose attention is exactly softmax(q k^T * scaling) v with a causal mask.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # The fused kernel for attention with a bias reads the bias in blocks of this many keys.
 BIAS_BLOCK = 8
 

@@ -13,6 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.nn.functional import linear
 
+# Families whose attention is exactly softmax(q k^T * scaling) v with a causal mask, and whose layers are only called.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # torch's own product; weights in oneDNN's layout; 16-bit weights in float32, in oneDNN's layout.
 WAYS = ("plain", "packed", "float32")
 # Rows of activations in the products that are timed: a batch, and a single row.
@@ -98,12 +100,13 @@ def prepare_for_inference(model):
 
     A LoRA adapter is merged into float32 weights, and the base model is returned. The weights in torch's layout are
     freed, apart from the LM head's, which the input embeddings can share: the model can neither be trained nor saved.
+    A model that is not of `FAMILIES` may read its layers' weights, so only its dtype changes.
     """
     way = choose_way(model)
-    if way == "plain":
-        return model
     if way == "float32":
         model = _in_float32(model)
+    if way == "plain" or model.config.model_type not in FAMILIES:
+        return model
     if hasattr(model, "peft_config") and _linear_layers(model)[0].weight.dtype == torch.float32:
         model = model.merge_and_unload()
     head = model.get_output_embeddings()

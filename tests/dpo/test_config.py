@@ -46,8 +46,10 @@ def test_trackers_and_epochs_that_have_no_effect_are_refused(monkeypatch):
     with pytest.raises(UserError, match="there is no tracker trackio, or its package is not installed"):
         GrathDPOConfig(output_dir="unused", report_to=["wandb", "trackio"])
     GrathDPOConfig(output_dir="unused", num_train_epochs=1, max_steps=-1)
-    with pytest.raises(UserError, match="--num_train_epochs has no effect unless --max_steps is -1"):
-        GrathDPOConfig(output_dir="unused", num_train_epochs=1)
+    for epochs in (1, 3.0):
+        with pytest.raises(UserError, match="--num_train_epochs has no effect unless --max_steps is -1"):
+            GrathDPOConfig(output_dir="unused", num_train_epochs=epochs)
+    assert GrathDPOConfig(output_dir="unused", max_steps=-1).num_train_epochs == 3
 
 
 CONFIG = """
@@ -107,6 +109,7 @@ REFUSED = [
     (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must not be negative, not -1"),
     (["--max_grad_norm", "nan"], "--max_grad_norm must be a number, not nan"),
     (["--activation_offloading", "--use_cpu"], "--activation_offloading needs a GPU"),
+    (["--eval_on_start"], "--eval_on_start needs an evaluation set"),
     (["--use_liger_kernel"], "--use_liger_kernel needs a package"),
     (["--push_to_hub"], "offline"),
 ]

@@ -1,10 +1,11 @@
 """The sources of pairs, the pairs that are dropped, and the order of the others."""
 
 import pytest
-from support import HUB, needs_hub, write_rows
+from support import HUB, needs_hub, pair, write_rows
 from trainings import train
 
-from grath.dpo.dataset import training_order
+from grath.common.errors import UserError
+from grath.dpo.dataset import drop_special, training_order
 from grath.pairs.questions import load_preferences
 
 
@@ -28,6 +29,17 @@ def test_preferences_of_the_hub_without_identical_and_long_pairs(tiny_llama, tmp
         done, _ = train(tiny_llama, tmp_path / "n", source=("--dataset_name", "me/prefs"), cwd=tmp_path, status=2)
         expected = f"me/prefs, row {len(rows)}: prompt, chosen and rejected must be all texts, or all messages"
         assert expected in done.stderr
+
+
+def test_pairs_with_the_text_of_a_special_token_are_dropped(llama_tokenizer):
+    """The tokenizer would cut the answer there."""
+    good, bad = pair("How is text struck?", "With <del>.", "With <b>."), pair("q", "With <s>.", "With </s>.")
+    read = [good, bad]
+    warning = "pairs dropped because they contain </s> or <s>, special tokens: 1"
+    assert drop_special(read, llama_tokenizer) == warning and read == [good]
+    assert drop_special(read, llama_tokenizer) is None
+    with pytest.raises(UserError, match="no pair is left to train on: all contain </s> or <s>"):
+        drop_special([bad], llama_tokenizer)
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])

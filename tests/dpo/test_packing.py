@@ -1,5 +1,7 @@
 """Forward passes of a pair: the shared prompt, and the log-probabilities of the completions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import FAMILIES, tiny
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from grath.dpo.packing import completion_log_probs, share_prompts
+from grath.dpo.trainer import GrathDPOTrainer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,3 +45,14 @@ def test_completion_log_probs_equal_trls(tiny_llama, llama_tokenizer):
     labelled = labels[:, 1:] != -100
     for name in statistics:
         torch.testing.assert_close(ours[name][labelled], theirs[name][labelled], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("longest", "shared"), [(64, True), (65, False), (None, False)])
+def test_prompts_are_not_shared_beyond_a_sliding_window(longest, shared):
+    """Without a maximum length, the model's own is the longest."""
+    model = tiny("mistral", sliding_window=64)
+    forward, place = model.model.forward, SimpleNamespace(device=torch.device("cpu"))
+    args = SimpleNamespace(max_length=longest, use_weighting=False)
+    trainer = {"model": SimpleNamespace(get_base_model=lambda: model), "window": 256, "accelerator": place}
+    GrathDPOTrainer._patch_forward(SimpleNamespace(args=args, **trainer))
+    assert (model.model.forward != forward) == shared

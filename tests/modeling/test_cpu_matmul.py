@@ -87,6 +87,14 @@ def test_a_prepared_model_gives_the_same_logits(dtype, adapted, tied, monkeypatc
             assert error <= 2 * (plain - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+def test_other_families_keep_their_weights(monkeypatch):
+    """Some models' code reads them, such as Mamba's."""
+    for way, dtype in (("packed", torch.bfloat16), ("float32", torch.float32)):
+        prefer(monkeypatch, way)
+        model = prepare_for_inference(tiny("gemma2").to(torch.bfloat16))
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+
+
 def test_float32_is_not_chosen_if_the_memory_is_too_small(monkeypatch, capsys):
     prefer(monkeypatch, "float32")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
