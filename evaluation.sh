@@ -55,16 +55,17 @@ set_arguments() {
     option SERVER_TIMEOUT --server_timeout
     switch CHAT_TEMPLATE --chat_template 0
     switch SAMPLES --samples 1
-    switch DRY_RUN --dry_run 0
+    [[ ${DRY_RUN:-0} == [01] ]] || error "DRY_RUN must be 0 or 1, not '$DRY_RUN'"
 }
 
 evaluate() { # ARGUMENT...: score a model
     local command=(python -m grath.evaluation "$@" "${arguments[@]}") processes=${NUM_PROCESSES:-1} threads
     if [[ -n ${SERVER_URL:-} && ${BACKEND:-server} == server ]]; then processes=1; fi
     [[ $processes =~ ^[1-9][0-9]*$ ]] || error "NUM_PROCESSES must be a whole number of at least 1, not '$processes'"
+    # One process refuses bad input before several are launched.
+    if ((processes > 1)) || [[ ${DRY_RUN:-0} == 1 ]]; then "${command[@]}" --dry_run; fi
     if ((processes > 1)); then
         threads=$(($(nproc) / processes)) # nproc reads OMP_NUM_THREADS
-        "${command[@]}" --dry_run         # refuses bad input in one process, before several are launched
         command=(
             accelerate launch --quiet --config_file "$HERE/accelerate_configs/data_parallel.yaml"
             --num_processes "$processes" --num_cpu_threads_per_process "$((threads > 0 ? threads : 1))" "${command[@]:1}"
@@ -72,9 +73,9 @@ evaluate() { # ARGUMENT...: score a model
     fi
     if [[ ${DRY_RUN:-0} == 1 ]]; then
         printf '%q ' "${command[@]}" && echo
-        if [[ ${command[0]} == accelerate ]]; then return; fi
+    else
+        "${command[@]}"
     fi
-    "${command[@]}"
 }
 
 if (($#)); then

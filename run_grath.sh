@@ -16,6 +16,10 @@ set -euo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd -P)
 if [[ -z ${VIRTUAL_ENV:-} && -x $HERE/.venv/bin/python ]]; then PATH=$HERE/.venv/bin:$PATH; fi
 export PYTHONSAFEPATH=1 # the installed project, not what is in the caller's folder
+if (($#)); then
+    echo "run_grath.sh: error: unknown argument '$1': settings are environment variables (SEED=1 ./run_llama2.sh), see docs/configuration.md" >&2
+    exit 2
+fi
 RUN='' restarted=0
 if [[ ${SLURM_RESTART_COUNT:-0} =~ ^[1-9] ]]; then export FRESH=0 && restarted=1; fi # a requeued job resumes
 

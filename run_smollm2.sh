@@ -42,4 +42,4 @@ if [[ -z ${MODEL_NAME_OR_PATH:-} ]]; then
     export MODEL_NAME_OR_PATH="$HERE/models/smollm2" MODEL_TYPE="${MODEL_TYPE:-smollm2}"
 fi
 
-exec "$HERE/run_grath.sh"
+exec "$HERE/run_grath.sh" "$@"

@@ -27,7 +27,8 @@ fi
 
 export RUN_NAME="${RUN_NAME:-zephyr}"
 export MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-HuggingFaceH4/zephyr-7b-beta}"
-export MODEL_TYPE="${MODEL_TYPE:-zephyr}"
+# Another model has a chat template of its own.
+if [[ ${MODEL_NAME_OR_PATH##*/} == zephyr-7b-* ]]; then export MODEL_TYPE="${MODEL_TYPE:-zephyr}"; fi
 export NUM_QUERY="${NUM_QUERY:-1119}" # all of ARC-Challenge's train split
 export REFERENCE="${REFERENCE:-rolling}"
 export ITERATIONS="${ITERATIONS:-2}"
@@ -35,4 +36,4 @@ export MAX_STEPS="${MAX_STEPS:-500}"
 export WARMUP_STEPS="${WARMUP_STEPS:-100}"
 export LEARNING_RATE="${LEARNING_RATE:-5e-4}"
 
-exec "$HERE/run_grath.sh"
+exec "$HERE/run_grath.sh" "$@"

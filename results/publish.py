@@ -49,7 +49,9 @@ def publish(run_dir, places, folder):
             copy.write_text(text, encoding="utf-8")
     for path in partial.glob(f"results/*/{SCORES_RECORD}"):
         record = read_record(path)
-        record["files"] = {name: sha256(path.parent / name) for name in record["files"]}  # of the copies
+        record["files"] = {
+            name: sha256(path.parent / name) for name in record.get("files", ()) if (path.parent / name).is_file()
+        }  # of the copies
         write_record(path, record)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

@@ -99,3 +99,8 @@ def find_pairs(run, iteration):
 def find_model(run, iteration):
     """Return the folder of M_i in a run's folder, whatever its settings: Path, or None."""
     return next(iter(sorted(Path(run).glob(f"models/iter_{iteration}_*"))), None)
+
+
+def is_run(folder):
+    """Return whether a folder (Path) is the folder of a run."""
+    return any(any(folder.glob(path)) for path in ("models/iter_*", "data/iter*_arcc_*", "results/iter_0"))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from grath.common.arguments import Parser
 from grath.common.errors import UserError, printable, run_main
+from grath.common.layout import is_run
 from grath.evaluation.results import read_scores
 from grath.report.pages import write_comparison, write_report
-from grath.report.runs import group_runs, is_run, read_run
+from grath.report.runs import group_runs, read_run
 from grath.report.tables import score_footer, score_tables
 
 

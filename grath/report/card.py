@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from grath.common.layout import find_model
+from grath.common.layout import find_model, is_run
 from grath.pairs.questions import TRUTHFULQA
 from grath.report.pages import made_with, settings_table
-from grath.report.runs import is_run, model_name, read_run, settings_of
+from grath.report.runs import model_name, read_run, settings_of
 from grath.report.tables import score_footer, score_tables
 
 CARD = "README.md"

@@ -102,7 +102,7 @@ def made_with(records):
     for record in records:
         for package, version in record.get("versions", {}).items():
             found.setdefault(package, {})[version or "none"] = None
-    versions = ", ".join(f"{package} {' and '.join(seen)}" for package, seen in found.items())
+    versions = ", ".join(f"{inert(package)} {' and '.join(seen)}" for package, seen in found.items())
     return f"Commit: {', '.join(commits) or 'not known'}" + (f"\nVersions: {versions}" if found else "")
 
 

@@ -13,7 +13,8 @@ def values(score):
     return 100 * numpy.array(score[QUESTIONS]["scores"], dtype=float)
 
 
-def _asked(score):
+def asked(score):
+    """Return what tells the questions of two scores apart: their hash (None if it is not known) and their number."""
     questions = score[QUESTIONS] or {"sha256": None, "scores": ()}
     return questions["sha256"], len(questions["scores"])
 
@@ -26,7 +27,7 @@ def pool(runs):
 
     Returns:
         dict like one of them, with the tasks of all, and no standard errors if there is more than one run. A task that
-        some lack is averaged over the others, and "runs" says how many these are.
+        some lack is averaged over the others, and "runs" says how many these are, or that their questions differ.
     """
     if len(runs) == 1:
         return runs[0]
@@ -34,12 +35,16 @@ def pool(runs):
     for task in dict.fromkeys(task for scores in runs for task in scores):
         found = [scores[task] for scores in runs if task in scores]
         of_task = {**found[0], "score": mean(score["score"] for score in found), "stderr": None, QUESTIONS: None}
-        if found[0][QUESTIONS] and len({_asked(score) for score in found}) == 1:
+        notes = []
+        if len({asked(score) for score in found}) > 1:
+            notes = ["runs with different questions"]
+        elif found[0][QUESTIONS]:
             means = numpy.ma.masked_invalid([values(score) for score in found]).mean(axis=0)
             of_questions = (means / 100).filled(numpy.nan).tolist()
             of_task |= {"score": float(means.mean()), QUESTIONS: {**found[0][QUESTIONS], "scores": of_questions}}
         if len(found) < len(runs):
-            of_task["runs"] = f"{len(found)} of {len(runs)} runs"
+            notes.append(f"{len(found)} of {len(runs)} runs")
+        of_task |= {"runs": "; ".join(notes)} if notes else {}
         pooled[task] = of_task
     return pooled
 
@@ -54,7 +59,7 @@ def paired_difference(base, score):
         tuple of three floats, in points: the mean difference from the base, and its 95 % bootstrap interval over
         questions. None if scores of single questions are missing, or the questions are not the same.
     """
-    if not (base[QUESTIONS] and score[QUESTIONS]) or _asked(base) != _asked(score):
+    if not (base[QUESTIONS] and score[QUESTIONS]) or asked(base) != asked(score):
         return None
     differences = values(score) - values(base)
     differences = differences[~numpy.isnan(differences)]

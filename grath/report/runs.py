@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from itertools import count
 from pathlib import Path
 from types import NoneType
@@ -38,11 +39,6 @@ OF_STAGE = {
 }  # fmt: skip
 
 
-def is_run(folder):
-    """Return whether a folder is the folder of a run."""
-    return any(path.exists() for path in (folder / "models", folder / "data", layout.results_path(folder, 0)))
-
-
 def read_run(folder):
     """Read the folder of a run.
 
@@ -57,7 +53,7 @@ def read_run(folder):
         UserError: the folder is not that of a run or lacks a model, a record is damaged, a file was edited, or the
             stages had different models.
     """
-    if not is_run(folder):
+    if not layout.is_run(folder):
         raise UserError(f"{folder} is not a run folder: it contains neither models, data nor scores of M_0")
     stats = folder / layout.PAIR_STATS
     earlier = read_json(stats, "record of pairs", PAIR_STATS) if stats.is_file() else {}
@@ -78,6 +74,8 @@ def read_run(folder):
         if number and "files" not in records.get("dpo", {}):  # not trained, or not yet
             if layout.find_model(folder, number + 1):
                 raise UserError(f"{folder} contains M_{number + 1}, but no finished M_{number}: put it back")
+            if number and results.is_dir():
+                print(f"Warning: {results} is left out: there is no finished M_{number}", file=sys.stderr)
             break
         if number == 0 and pairs and "settings" in records.get("pairs", {}):
             questions = _asked_questions(records["pairs"])

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from grath.common.errors import printable
 from grath.evaluation.results import QUESTIONS, tasks_of
 from grath.evaluation.tasks import get_task
-from grath.report.paired import paired_difference
+from grath.report.paired import asked, paired_difference
 
 
 def plain(text, marks=r"\\`*_\[\]|~"):
@@ -24,8 +24,9 @@ def inert(name):
 
 
 def table(header, body, numbers=True, style="github"):
-    """Format a table; a missing value is a dash. Without `numbers`, all cells are text."""
-    return tabulate(body, header, style, missingval="-", floatfmt=".3f", disable_numparse=not numbers)
+    """Format a table; a missing value is a dash. Without `numbers`, every cell is text, not only the first column."""
+    texts = [0] if numbers else True
+    return tabulate(body, header, style, missingval="-", floatfmt=".3f", disable_numparse=texts)
 
 
 def score_tables(rows, bases):
@@ -83,7 +84,7 @@ def best_iteration(rows):
         sums = {
             name: round(sum(scores[task]["score"] for task in pair), 2)
             for name, scores in rows
-            if set(pair) <= set(scores)
+            if set(pair) <= set(scores) and all(_comparable(scores[task], rows[0][1].get(task)) for task in pair)
         }
         if len(sums) < 2:
             continue
@@ -94,3 +95,7 @@ def best_iteration(rows):
         fall = f"; every later iteration is lower (the last: {later[-1]:.2f})" if lower else ""
         lines.append(f"Best by {' + '.join(get_task(task).title for task in pair)}: {best} ({sums[best]:.2f}){fall}.")
     return lines
+
+
+def _comparable(score, base):
+    return base is None or (score["version"] == base["version"] and asked(score) == asked(base))

@@ -18,7 +18,6 @@ from grath.common.defaults import LORA_LAYERS, LORA_R
 from grath.common.errors import PACKAGE, UserError, first_line
 from grath.common.files import check_writable
 from grath.common.layout import PROJECT, resolve_local, run_folder
-from grath.common.local_data import load_dataset
 from grath.evaluation.tasks import KNOWN_TASKS, get_task, task_manager
 from grath.modeling.chat import prompt_ids, template_for
 from grath.modeling.devices import check_devices, describe_device
@@ -32,6 +31,7 @@ from grath.modeling.loading import (
     load_tokenizer,
     resolve_base_and_adapter,
 )
+from grath.modeling.precision import SERVER
 from grath.pairs.prompts import build_messages, load_demos
 from grath.pairs.questions import load_questions
 from grath.run.settings import read_settings
@@ -45,11 +45,12 @@ PAIR, SCORES, TOKENIZER = 500, 100_000, 4_000_000
 
 def hub_is_reachable():
     """Whether the hub accepts a connection within five seconds, or a proxy is configured."""
-    if os.environ.get("HF_HUB_OFFLINE"):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    address = (hub.hostname, hub.port or (80 if hub.scheme == "http" else 443))
     try:
-        socket.create_connection((host, 443), timeout=SECONDS_TO_ANSWER).close()
+        socket.create_connection(address, timeout=SECONDS_TO_ANSWER).close()
     except OSError:
         return bool(getproxies())
     return True
@@ -161,17 +162,16 @@ def check_data(values):
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub import HfApi
 
-    if values["DATA_PATH"]:
-        found = len(load_questions(data_path=values["DATA_PATH"]))
-    else:
-        found = len(load_dataset(values["DATA_NAME"], values["SUBDATA_NAME"] or None, split=values["SPLIT"]))
+    names = [values[name] for name in ("DATA_NAME", "SUBDATA_NAME", "SPLIT", "DATA_PATH")]
+    found = len(load_questions(*names))
     if found < int(values["NUM_QUERY"]):
         raise UserError(f"NUM_QUERY={values['NUM_QUERY']}, but there are only {found} questions")
     tasks = values["TASKS"].split()
     if other := [task for task in tasks if task not in KNOWN_TASKS]:
         task_manager(other)
     for name in sorted({get_task(task).dataset for task in tasks} - {None}):
-        cached = Path(HF_DATASETS_CACHE) / name.replace("/", "___").lower()
+        owner, _, title = name.partition("/")
+        cached = Path(HF_DATASETS_CACHE) / f"{owner}___{title.lower()}"
         if Path(resolve_local(name)).is_dir() or cached.is_dir():
             continue
         try:
@@ -231,7 +231,7 @@ def check_run(titles):
     check("packages", check_packages)
     check("device", check_device, int(values["NUM_PROCESSES"]))
     if values["SERVER_URL"]:
-        adapters = bool(values["TASKS"]) or int(values["ITERATIONS"]) > 1
+        adapters = int(values["ITERATIONS"]) > 1 or (values["TASKS"] and values["BACKEND"] == SERVER)
         check("servers", describe_servers, model_name, values["SERVER_URL"].split(), SECONDS_TO_ANSWER, adapters)
     model = check("model", read_model, model_name)
     if model:

@@ -158,6 +158,7 @@ def read_settings(environment=os.environ):
         if str(Path(value)).startswith("-"):
             raise UserError(f"{setting.name}: a command would take '{Path(value)}' for an option")
         values[setting.name] = value
+    values["RUNS_DIR"] = os.path.expanduser(values["RUNS_DIR"])  # noqa: PTH111
     if values["SERVER_URL"] and not environment.get("BACKEND"):
         values["BACKEND"] = SERVER
     if values["BACKEND"] == SERVER and not values["SERVER_URL"]:
@@ -197,6 +198,9 @@ def check_start(values):
     for name in ("DATA_PATH", "ACCELERATE_CONFIG"):
         if values[name] and not Path(values[name]).is_file():
             raise UserError(f"{name}: there is no file '{values[name]}'")
+    for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS") if values["FRESH"] == "1" else ():
+        if values[name] and Path(values[name]).resolve().is_relative_to(run.resolve()):
+            raise UserError(f"{name}: FRESH=1 would move {values[name]}: set another RUN_NAME")
     if values["ACCELERATE_CONFIG"]:
         check_launch_config(values["ACCELERATE_CONFIG"])
     if values["USE_FS"] == "1" and not demos_file(values["DEMOS"]).is_file():
@@ -210,11 +214,14 @@ def check_start(values):
 def check_launch_config(path):
     """Raise `UserError` if a file is not a configuration of `accelerate launch`."""
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import is_deepspeed_available
 
     try:
-        load_config_from_file(path)
+        config = load_config_from_file(path)
     except Exception as error:  # YAML, and the classes of accelerate, raise many kinds of errors
         raise UserError(f"ACCELERATE_CONFIG: {path} is not for accelerate launch: {first_line(error)[:200]}") from None
+    if config.distributed_type == "DEEPSPEED" and not is_deepspeed_available():
+        raise UserError(f"ACCELERATE_CONFIG: {path} needs the package deepspeed, which is not installed")
 
 
 def shell_lines(values):

@@ -20,7 +20,7 @@ def unscored_lines():
     Raises:
         UserError: there is no run with a model in RUNS_DIR, or the newest lacks its first.
     """
-    runs_dir = Path(os.environ.get("RUNS_DIR") or "runs")
+    runs_dir = Path(os.path.expanduser(os.environ.get("RUNS_DIR") or "runs"))  # noqa: PTH111
     folders = {file.parent.parent for file in runs_dir.absolute().glob(f"*/models/iter_*/{TRAINING_RECORD}")}
     folders = [folder for folder in folders if not re.search(r"\.old-\d+$", folder.parent.name)]  # by FRESH=1
     if not folders:
@@ -47,7 +47,8 @@ def unscored_lines():
     settings["SAMPLES"] = "0" if files and Path(SAMPLES) not in files else None
     if settings["EVAL_PRECISION"] == SERVER:  # not a precision of this machine
         del settings["EVAL_PRECISION"]
-    lines = [f"{name}={quote(str(value))}" for name, value in settings.items() if value and name not in os.environ]
+    given = {name for name, value in os.environ.items() if value or name == "TASKS"}
+    lines = [f"{name}={quote(str(value))}" for name, value in settings.items() if value and name not in given]
     lines.append(f"RUN={quote(str(run))}")
     for name, paths in {"MODELS": models, "RESULTS": results}.items():
         lines.append(f"{name}=({' '.join(quote(str(path)) for path in paths)})")

@@ -10,7 +10,8 @@ from support import BUNDLED, call_here, cells_of, change_json, rows, write_rows
 
 from grath.common.files import sha256
 from grath.pairs.questions import load_questions
-from grath.report.tables import best_iteration
+from grath.report.pages import made_with
+from grath.report.tables import best_iteration, table
 
 
 @pytest.fixture
@@ -38,11 +39,19 @@ def comparison(*runs):
 
 def test_what_is_printed_equal_is_not_called_lower():
     scores = {"M_0": 40.241, "M_1": 40.239}
-    scored = [(name, {"grath_mc1": {"score": 33.0}, "grath_mc2": {"score": score}}) for name, score in scores.items()]
+    of = {"version": 2.0, "questions": None}
+    scored = [
+        (name, {"grath_mc1": {"score": 33.0, **of}, "grath_mc2": {"score": score, **of}})
+        for name, score in scores.items()
+    ]
     assert best_iteration(scored) == ["Best by MC1 (bundled) + MC2 (bundled): M_0 (73.24)."]
     # Nor what was not scored.
-    lacking = [scored[0], ("M_1", {name: {"score": 1.0} for name in scored[1][1]}), ("M_2", {})]
+    lacking = [scored[0], ("M_1", {name: {"score": 1.0, **of} for name in scored[1][1]}), ("M_2", {})]
     assert best_iteration(lacking) == best_iteration(scored)
+    # Nor what has other questions, or is of another version of the task.
+    for other in ({"version": 1.0}, {"questions": {"sha256": "x", "scores": [1.0]}}):
+        scored_otherwise = ("M_2", {name: {"score": 99.0, **of, **other} for name in scored[1][1]})
+        assert best_iteration([*scored, scored_otherwise]) == best_iteration(scored)
     assert best_iteration(lacking[:2])[0].endswith(": M_0 (73.24); every later iteration is lower (the last: 2.00).")
 
 
@@ -60,6 +69,14 @@ def test_report_of_a_run(made_run):
     assert (made_run / "iterations.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (made_run / "iterations.svg").read_text(encoding="utf-8")
     assert "Best by MC1 + MC2: M_1" in done.stdout
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    """A name that looks like a number; HTML in that of a package. Any folder of data is not a run."""
+    assert cells_of(table(["run", "distance"], [["5e-4", 0.5], ["007", None]]))[2:] == [["5e-4", "0.500"], ["007", "-"]]
+    assert "<img" not in made_with([{"versions": {"<img src=x>": "1"}}])
+    (tmp_path / "data").mkdir()
+    assert "contains neither a run" in call_here("grath.report", tmp_path, status=2).stderr
 
 
 def test_unfinished_stages_are_not_shown(made_run):
@@ -157,6 +174,8 @@ def test_seeds_are_pooled_question_by_question(tmp_path):
     put_record(file.with_name("settings.json"), [file])
     call_here("grath.report", runs[0])
     assert ["M_1", "37.50 (other questions than the base's)", "-"] in cells_of(page(runs[0]))
+    (second,) = [line for line in comparison(*runs)[0] if line[0] == "both: M_1"]
+    assert second[1] == "37.50 (runs with different questions)"
 
 
 def test_only_runs_that_differ_in_the_seed_are_pooled(tmp_path):
@@ -210,6 +229,11 @@ def test_scores_of_a_model_that_was_trained_again_are_refused(made_run):
     assert "dpo of M_2 was made with adapter_model.safetensors 222222222222, not 111111111111" in done.stderr
     shutil.rmtree(models[0])
     assert "contains M_2, but no finished M_1" in call_here("grath.report", made_run, status=2).stderr
+    for model in models[1:]:
+        shutil.rmtree(model)
+    done = call_here("grath.report", made_run)
+    assert f"{made_run / 'results' / 'iter_1'} is left out: there is no finished M_1" in done.stderr
+    assert "M_0" in done.stdout and "M_1" not in done.stdout
 
 
 def test_the_end_of_a_training_and_the_record_of_its_own_pairs_are_shown(made_run):

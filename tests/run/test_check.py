@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import sysconfig
 
 import huggingface_hub
@@ -43,6 +44,27 @@ def test_check_names_everything_that_is_missing(tiny_llama, tmp_path):
     assert "FAIL  data: grath_mc3 is not a task of lm-evaluation-harness" in done.stdout
     done = check_here({**env, "MODEL_NAME_OR_PATH": "nobody/nothing"}, status=2)
     assert "FAIL  model: nobody/nothing: " in done.stdout and "log in with `hf auth login`" in done.stdout
+
+
+def test_check_reads_the_questions_and_finds_cached_data_sets(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(hub)
+    names = {"DATA_NAME": "truthfulqa/truthful_qa", "SUBDATA_NAME": "multiple_choice", "SPLIT": "validation"}
+    env = {"MODEL_NAME_OR_PATH": "m", "NUM_QUERY": "1", "TASKS": ""}
+    with pytest.raises(UserError, match="truthfulqa/truthful_qa/multiple_choice, row 1: not in the ARC schema"):
+        check.check_data(read_settings({**env, **names}))
+    assert check.check_data(read_settings(env)) == "30 questions; tasks: none"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "Rowan___hellaswag").mkdir()
+    check.check_data(read_settings({**env, "DATA_PATH": str(BUNDLED), "TASKS": "hellaswag"}))
+
+
+def test_the_hub_is_looked_for_where_it_is(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{mirror.getsockname()[1]}")
+        for offline, reachable in (("0", True), ("1", False)):
+            monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+            assert check.hub_is_reachable() == reachable
 
 
 def test_check_requires_all_weights(model):

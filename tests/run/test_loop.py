@@ -58,6 +58,8 @@ def test_dry_run_prints_every_command_and_runs_none(preset, tmp_path):
     same = {"--reference": reference, "--max_steps": str(steps), "--model_type": model_type, "--report_to": "none"}
     same |= {} if "smollm2" in preset else {"--learning_rate": "5e-4", "--warmup_steps": "100"}
     assert all(value_of(line, flag) == value for line in trainings for flag, value in same.items())
+    other = call(preset, env={"DRY_RUN": "1", "MODEL_NAME_OR_PATH": "another", "ITERATIONS": "1"}).stdout.splitlines()
+    assert {value_of(line, "--model_type") for line in other if "create_pair" in line} == {"auto"}
     assert "--batch_size" not in done.stdout
     exported = re.findall(r"export (.*)", (PROJECT / preset).read_text(encoding="utf-8"))
     assert {name for line in exported for name in re.findall(r"(\w+)=", line)} <= SETTINGS.keys()

@@ -48,4 +48,6 @@ def test_a_server_that_is_not_there_or_cannot_load_adapters_fails_the_check(tiny
             env = {"MODEL_NAME_OR_PATH": str(tiny_llama), "RUNS_DIR": str(tmp_path), "SERVER_URL": url}
             done = check_here(env, status=2)
             assert re.search(f"FAIL  servers: .*{re.escape(said)}", done.stdout)
+        # A run that has no adapter for servers does not need it.
+        assert "ok    servers: " in check_here({**env, "BACKEND": "hf", "ITERATIONS": "1"}, status=None).stdout
     assert not list(tmp_path.iterdir())

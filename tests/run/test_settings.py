@@ -66,7 +66,11 @@ def test_a_file_that_accelerate_cannot_read_is_refused_at_the_start(content, tmp
         check_start(read(ACCELERATE_CONFIG=str(tmp_path / "config.yaml")))
 
 
-def test_our_own_configurations_of_accelerate_are_taken():
+def test_our_own_configurations_of_accelerate_are_taken(monkeypatch):
+    monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: False)
+    with pytest.raises(UserError, match="needs the package deepspeed, which is not installed"):
+        check_start(read(ACCELERATE_CONFIG=str(PROJECT / "accelerate_configs" / "deepspeed_zero2.yaml")))
+    monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: True)
     for file in (PROJECT / "accelerate_configs").glob("*.yaml"):
         assert check_start(read(ACCELERATE_CONFIG=str(file)))
 
@@ -86,3 +90,19 @@ def test_a_run_of_other_questions_is_refused_by_its_models_too(tmp_path):
     (tmp_path / "grath_seed_0" / "models" / "iter_1_arcc_num_6_useGT_False_useFS_True").mkdir(parents=True)
     with pytest.raises(UserError, match="iter_1_.*has another NUM_QUERY, USE_GT or USE_FS"):
         check_start(read(RUNS_DIR=str(tmp_path)))
+
+
+def test_what_a_fresh_start_would_move_is_refused(tmp_path):
+    old = tmp_path / "grath_seed_0" / "models"
+    old.mkdir(parents=True)
+    for name in ("MODEL_NAME_OR_PATH", "DATA_PATH", "DEMOS"):
+        (old / name).touch()
+        values = read(RUNS_DIR=str(tmp_path), **{name: str(old / name)})
+        assert name == "MODEL_NAME_OR_PATH" or check_start(values)
+        with pytest.raises(UserError, match=f"{name}: FRESH=1 would move {old / name}: set another RUN_NAME"):
+            check_start(values | {"FRESH": "1"})
+
+
+def test_the_home_folder_is_expanded_in_the_folder_of_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(RUNS_DIR="~/runs")["RUNS_DIR"] == f"{tmp_path}/runs"
