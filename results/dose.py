@@ -25,7 +25,8 @@ def dose_rows(folder):
     log = {entry["step"]: entry for entry in run["models"].get(1, NO_MODEL)["training"] if "rewards/margins" in entry}
     if not log or is_fold(run):
         raise UserError(f"{folder} has no training with a log, or one about questions of TruthfulQA")
-    scored = {int(path.name.removeprefix("step_")): read_scores(path) for path in folder.glob("results/step_[0-9]*")}
+    steps = {path.name.removeprefix("step_"): path for path in folder.glob("results/step_*")}
+    scored = {int(step): read_scores(path) for step, path in steps.items() if step.isdecimal()}
     scored[max(log)] = run["models"][1]["scores"]
     if unknown := scored.keys() - log.keys():
         raise UserError(f"{folder}: the log has no step {min(unknown)}, only {', '.join(map(str, log))}")

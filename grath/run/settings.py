@@ -46,7 +46,8 @@ GROUPS = {
                 "required (the presets set it): hub name or folder of a model or an adapter",
                 "Llama-2-7b-chat-hf, zephyr-7b-beta"),
         Setting("MODEL_TYPE", "auto", one_of(*MODEL_TYPES), "pairs",
-                "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in"),
+                "chat template: `auto` is the tokenizer's own; `llama2`, `zephyr` and `smollm2` are built in; a preset "
+                "sets its own for its model"),
         Setting("RUN_NAME", "grath", matching("[^/]{1,150}", "a plain, short name (use RUNS_DIR for the folder)"), None,
                 "the run is saved in `RUNS_DIR/{RUN_NAME}_seed_{SEED}`"),
         Setting("RUNS_DIR", "runs", str, None, "folder of all runs"),
