@@ -32,7 +32,7 @@ def dose_rows(folder):
         raise UserError(f"{folder}: the log has no step {min(unknown)}, only {', '.join(map(str, log))}")
     base = run["models"][0]["scores"]
     return [
-        (run["name"], step, log[step]["rewards/accuracies"], log[step]["rewards/margins"], scores, base)
+        (folder.resolve().name, step, log[step]["rewards/accuracies"], log[step]["rewards/margins"], scores, base)
         for step, scores in sorted(scored.items())
     ]
 
