@@ -124,7 +124,7 @@ def mend_underflow(samples, results):
 
     for task, rows in samples.items():
         underflow = False
-        for row in rows if "mc2" in task and "mc2_targets" in rows[0]["doc"] else ():
+        for row in [row for row in rows if "mc2" in task and "mc2_targets" in row["doc"]]:
             logs = [log_likelihood for log_likelihood, _ in row["filtered_resps"]]
             if all(map(math.isfinite, logs)) and max(logs) < -700:
                 row["acc"], underflow = mc2(logs, row["doc"]["mc2_targets"]["labels"]), True

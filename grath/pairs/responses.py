@@ -77,7 +77,8 @@ def parse_response(response, question=""):
     if {tuple(answers) for at, *answers in pairs if since < at < number and any(answers)} - {(correct, incorrect)}:
         return None, "different pairs of answers"
     end = min((line for line in asked if line > number), default=len(lines))
-    if cut and not (correct and incorrect) or cut and CORRECT in [label for label, _ in lines[number + 1 : end]]:
+    another = CORRECT in [label for label, _ in lines[number + 1 : end]]
+    if cut and (another or not correct or not incorrect):
         return None, OF_CUT
     if not correct or not incorrect:
         return None, "empty answer"
